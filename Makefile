@@ -1,0 +1,92 @@
+# make demo    set everything up and run the main job: tree against chain on agent rollouts
+# make test    set everything up and run the tests
+#
+# Both make .venv once (python3 -m venv, pinned by constraints.txt), build csrc in place and are quick the second time.
+# An environment that already has torch can be used instead: make test PYTHON=python
+
+VENV   := .venv
+STAMPS := .stamps
+
+ifeq ($(origin PYTHON),undefined)
+PY    := $(VENV)/bin/python
+DEPS  := $(STAMPS)/venv
+else
+PY    := $(PYTHON)
+DEPS  := $(STAMPS)/active
+endif
+
+BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help setup test demo bench bench-smoke lint format aot ctest cuda doctor clean
+
+help:
+	@sed -n 's/^# //p' Makefile | head -5
+	@echo "also: setup bench bench-smoke lint format aot ctest cuda doctor clean"
+
+setup: $(BUILT)
+
+$(STAMPS)/venv: constraints.txt pyproject.toml
+	@echo "== making $(VENV) and installing the pinned packages (torch is large: this takes minutes the first time)"
+	@mkdir -p $(STAMPS)
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja packaging torch numpy
+	@# a CUDA build of torch brings its own triton; the CPU build brings none
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install -q triton==3.6.0
+	@touch $@
+
+$(STAMPS)/active: pyproject.toml
+	@mkdir -p $(STAMPS)
+	@$(PY) -c "import torch; print('== using', '$(PY)', 'with torch', torch.__version__)" || \
+	  { echo "PYTHON=$(PY) has no torch: install torch there, or run make without PYTHON to have a .venv made"; exit 1; }
+	$(PY) -m pip install -q setuptools wheel ninja packaging
+	@touch $@
+
+$(BUILT): $(DEPS) $(SOURCES)
+	@echo "== building csrc and installing treegrpo in place, with what tests and demo need"
+	$(PY) -m pip install -q --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
+	@touch $@
+
+test: $(BUILT)
+	@echo "== tests"
+	$(PY) -m pytest tests
+
+demo: $(BUILT)
+	@echo "== demo: a forest of agent rollouts, trained as a tree and as chains"
+	$(PY) -m treegrpo demo
+
+bench: $(BUILT)
+	$(PY) -m pytest bench --benchmark-json=$(STAMPS)/bench.json
+
+bench-smoke: $(BUILT)
+	@echo "== bench smoke: every bench once, nothing timed"
+	$(PY) -m pytest bench --benchmark-disable -q
+
+lint: $(BUILT)
+	@echo "== lint"
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(BUILT)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+aot: $(BUILT)
+	@echo "== Triton kernels compiled ahead of time for sm_80 and sm_90: no spills, shared memory within limits"
+	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot
+
+ctest: $(BUILT)
+	@echo "== csrc without torch: CMake and ctest"
+	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/cmake --parallel
+	ctest --test-dir build/cmake --output-on-failure
+
+cuda: $(BUILT)
+	@echo "== CUDA objects by nvcc, no GPU needed"
+	TREEGRPO_BUILD=cuda $(PY) setup.py build_ext --inplace
+
+doctor: $(BUILT)
+	$(PY) -m treegrpo doctor
+
+clean:
+	rm -rf $(STAMPS) build *.egg-info kernels/*.egg-info kernels/treegrpo_kernels/*.so

@@ -1,0 +1,229 @@
+"""The public op: arguments checked, backend chosen, operator called.
+
+Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key head dim, Dv value head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from . import op  # noqa: F401  (registers torch.ops.treegrpo.tree_attention)
+from .plan import TreePlan
+
+_log = logging.getLogger("treegrpo_kernels")
+_announced: set[tuple[str, str]] = set()
+
+MAX_HEAD_DIM = 256
+
+
+class Backend(str, Enum):
+    """Who computes. An explicit choice never falls back; AUTO says in the log what it chose and why."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    CPU = "cpu"
+    TRITON = "triton"
+    CUDA = "cuda"
+    GATHER = "gather"
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str | Backend = "auto",
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every branch of a packed forest in one pass: token i sees exactly the tokens above it on its path.
+
+    Args:
+        q: [T, Hq, D]; k: [T, Hkv, D]; v: [T, Hkv, Dv]; one floating dtype, one device, any strides; Hq % Hkv == 0.
+        plan: the forest, from ``TreePlan.build(subtree_end)``; its T and device must be those of q.
+        scale: factor of q.k; default D ** -0.5.
+        window: a query sees itself and the ``window - 1`` tokens above it on its path.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: [Hq] raw logits, one extra term of each head's softmax denominator.
+        backend: ``auto | reference | cpu | triton | cuda | gather``.
+        deterministic: bitwise repeatable results (the default); False allows a backend a faster order.
+        return_lse: also return the natural log of the softmax denominator.
+
+    Returns:
+        out [T, Hq, Dv] in q's dtype; with ``return_lse`` also lse [T, Hq], float32 (float64 for float64 inputs).
+        Differentiable in q, k, v and sinks; lse is not differentiable.
+
+    Raises:
+        ValueError: an argument that does not fit the others, or a backend that cannot do it, with the reason.
+    """
+    _check(q, k, v, plan, window, softcap, sinks)
+    window, softcap = window or 0, softcap or 0.0
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks)
+    if chosen is Backend.GATHER:
+        from . import gather
+
+        return gather.attend(q, k, v, plan, scale, window, softcap, sinks, deterministic, return_lse)
+    tiles: list[Tensor] = []
+    if chosen is Backend.TRITON and q.shape[0]:
+        from . import triton
+
+        tiles = triton.tile_tensors(plan, q, v, window)
+    out, lse = torch.ops.treegrpo.tree_attention(
+        q,
+        k,
+        v,
+        sinks,
+        plan.subtree_end,
+        plan.position,
+        tiles,
+        scale,
+        window,
+        softcap,
+        plan.count_pairs(window),
+        chosen.value,
+        deterministic,
+    )
+    return (out, lse) if return_lse else out
+
+
+def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
+    """Every backend -> None when usable on ``device``, else the reason.
+
+    ``device`` defaults to the CUDA device if there is one, else the CPU.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    return {b.value: _reason(b, device) for b in Backend if b is not Backend.AUTO}
+
+
+def _parse(backend: str | Backend) -> Backend:
+    # compared one by one: torch.compile traces this, and an Enum call on an arbitrary string it does not
+    for known in Backend:
+        if backend == known.value or backend is known:
+            return known
+    raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(b.value for b in Backend)}")
+
+
+def _reason(backend: Backend, device: torch.device) -> str | None:
+    """Why ``backend`` cannot run on ``device``; None if it can."""
+    match backend:
+        case Backend.REFERENCE:
+            return None
+        case Backend.CPU:
+            from . import native
+
+            return native.cpu_reason() if device.type == "cpu" else f"runs on CPU tensors, not on {device.type}"
+        case Backend.CUDA:
+            from . import native
+
+            return native.cuda_reason() if device.type == "cuda" else f"runs on CUDA tensors, not on {device.type}"
+        case Backend.TRITON:
+            from importlib.util import find_spec
+
+            if find_spec("triton") is None:
+                return "triton is not installed: pip install triton (Linux)"
+            from . import triton
+
+            return triton.reason(device)
+        case Backend.GATHER:
+            from . import gather
+
+            return gather.reason(device)
+    raise ValueError(f"backend {backend.value!r} is a choice, not a kernel")
+
+
+def _refusal(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None
+) -> str | None:
+    """Why ``backend`` cannot take these arguments here; None if it can."""
+    reason = _reason(backend, q.device)
+    if reason is not None:
+        return reason
+    match backend:
+        case Backend.CPU:
+            supported = (torch.float32, torch.bfloat16, torch.float64)
+            return None if q.dtype in supported else f"takes float32, bfloat16 and float64, not {q.dtype}"
+        case Backend.TRITON:
+            from . import triton
+
+            return triton.refusal(q, k, v, window, softcap, sinks)
+        case Backend.GATHER:
+            from . import gather
+
+            return gather.refusal(q, k, v, window, softcap, sinks)
+        case _:
+            return None
+
+
+def _choose(
+    wanted: Backend, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None
+) -> Backend:
+    if wanted is not Backend.AUTO:
+        refusal = _refusal(wanted, q, k, v, window, softcap, sinks)
+        if refusal is not None:
+            raise ValueError(f"backend {wanted.value!r}: {refusal}")
+        return wanted
+    first = Backend.TRITON if q.device.type == "cuda" else Backend.CPU
+    refusal = _refusal(first, q, k, v, window, softcap, sinks)
+    chosen = first if refusal is None else Backend.REFERENCE
+    if not torch.compiler.is_compiling():
+        _announce(
+            chosen, q, f"the fastest for {q.device.type} tensors" if refusal is None else f"{first.value}: {refusal}"
+        )
+    return chosen
+
+
+def _announce(chosen: Backend, q: Tensor, why: str) -> None:
+    key = (chosen.value, f"{q.device.type} {q.dtype}: {why}")
+    if key not in _announced:
+        _announced.add(key)
+        level = logging.WARNING if chosen is Backend.REFERENCE else logging.INFO
+        _log.log(level, "tree_attention on %s %s uses backend %s (%s)", q.device.type, q.dtype, chosen.value, why)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(
+                f"{name} must be [T, heads, head_dim], got shape {tuple(x.shape)}: drop the batch dimension"
+            )
+        if x.shape[0] != plan.num_tokens:
+            raise ValueError(
+                f"{name} has {x.shape[0]} tokens but the plan is for {plan.num_tokens}: build the plan from this row"
+            )
+        if x.device != plan.device:
+            raise ValueError(
+                f"{name} is on {x.device} but the plan on {plan.device}: TreePlan.build(..., device={str(x.device)!r})"
+            )
+        if x.dtype != q.dtype or not x.dtype.is_floating_point:
+            raise ValueError(f"{name} has dtype {x.dtype}; q, k and v need one floating dtype (q has {q.dtype})")
+    if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"q has {q.shape[1]} heads, k {k.shape[1]}, v {v.shape[1]}: k and v must agree and divide q's number"
+        )
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"q has head dim {q.shape[2]} but k {k.shape[2]}")
+    for name, dim in (("q", q.shape[2]), ("v", v.shape[2])):
+        if not 1 <= dim <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} has head dim {dim}; supported are 1 to {MAX_HEAD_DIM}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}: use None for no window")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, got {softcap}: use None for none")
+    if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
+        raise ValueError(
+            f"sinks must be [{q.shape[1]}] on {q.device}, a logit per query head: got {[*sinks.shape]}, {sinks.device}"
+        )

@@ -1,0 +1,160 @@
+"""The torch operator behind ``tree_attention``: one schema, one autograd rule and one fake for every backend.
+
+Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key head dim, Dv value head dim.
+
+``window == 0`` and ``softcap == 0.0`` mean off. ``tiles`` is whatever flat tensor list the backend made of the plan.
+The gradient of the sinks needs no kernel: a sink adds exp(sink) to the denominator and nothing to the numerator, so
+d sink_h = - sum_i exp(sink_h - lse_ih) * (dout_ih . out_ih).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import flops, reference
+
+_library = torch.library.Library("treegrpo", "DEF")
+_library.define(
+    "tree_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor subtree_end, Tensor position, Tensor[] tiles,"
+    " float scale, int window, float softcap, SymInt num_pairs, str backend, bool deterministic)"
+    " -> (Tensor out, Tensor lse)"
+)
+_library.define(
+    "tree_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? sinks,"
+    " Tensor subtree_end, Tensor position, Tensor[] tiles, float scale, int window, float softcap, SymInt num_pairs,"
+    " str backend, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The log-sum-exp is kept in float32, and in float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    subtree_end: Tensor,
+    position: Tensor,
+    tiles: list[Tensor],
+    scale: float,
+    window: int,
+    softcap: float,
+    num_pairs: int,
+    backend: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    if q.shape[0] == 0:
+        return _empty_out(q, v)
+    match backend:
+        case "reference":
+            return reference.tree_attention(
+                q, k, v, subtree_end, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True
+            )
+        case "cpu" | "cuda":
+            from . import native
+
+            native.load()
+            fwd = torch.ops.treegrpo_native.attn_fwd
+            return fwd(q, k, v, sinks, subtree_end, position, scale, window, softcap)
+        case "triton":
+            from . import triton
+
+            return triton.forward(q, k, v, sinks, subtree_end, position, tiles, scale, window, softcap, deterministic)
+    raise ValueError(f"backend {backend!r} has no tree_attention kernel")
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    subtree_end: Tensor,
+    position: Tensor,
+    tiles: list[Tensor],
+    scale: float,
+    window: int,
+    softcap: float,
+    num_pairs: int,
+    backend: str,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.shape[0] == 0:
+        return _empty_grads(q, k, v)
+    match backend:
+        case "reference":
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+                again = reference.tree_attention(
+                    *leaves, subtree_end, scale=scale, window=window, softcap=softcap, sinks=sinks
+                )
+            return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, dout))
+        case "cpu" | "cuda":
+            from . import native
+
+            native.load()
+            bwd = torch.ops.treegrpo_native.attn_bwd
+            return bwd(dout, q, k, v, out, lse, subtree_end, position, scale, window, softcap)
+        case "triton":
+            from . import triton
+
+            return triton.backward(
+                dout, q, k, v, out, lse, subtree_end, position, tiles, scale, window, softcap, deterministic
+            )
+    raise ValueError(f"backend {backend!r} has no tree_attention kernel")
+
+
+def _empty_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype(q.dtype))
+
+
+def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+_library.impl("tree_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("tree_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("treegrpo::tree_attention", lib=_library)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _empty_out(q, v)
+
+
+@torch.library.register_fake("treegrpo::tree_attention_backward", lib=_library)
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_grads(q, k, v)
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sinks, subtree_end, position, tiles, *options = inputs
+    out, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, sinks, subtree_end, position, *tiles)
+    ctx.options = options
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    if dout is None:
+        return (None,) * 6 + ([None] * (len(ctx.saved_tensors) - 8),) + (None,) * 6
+    q, k, v, out, lse, sinks, subtree_end, position, *tiles = ctx.saved_tensors
+    dout = dout.contiguous()
+    dq, dk, dv = torch.ops.treegrpo.tree_attention_backward(
+        dout, q, k, v, out, lse, sinks, subtree_end, position, tiles, *ctx.options
+    )
+    dsinks = None
+    if sinks is not None:
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        dsinks = -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum(0).to(sinks.dtype)
+    return (dq, dk, dv, dsinks, None, None, [None] * len(tiles), *(None,) * 6)
+
+
+torch.library.register_autograd("treegrpo::tree_attention", _differentiate, setup_context=_setup_context, lib=_library)
+flops.register(torch.ops.treegrpo.tree_attention, torch.ops.treegrpo.tree_attention_backward)

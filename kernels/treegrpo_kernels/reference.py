@@ -1,0 +1,105 @@
+"""The oracle: dense attention straight from the one-line rule. Every backend, test and bench is held against this.
+
+Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key head dim, Dv value head dim, B rows of a
+block.
+
+    key j is visible to query i   iff   j <= i < subtree_end[j]   (and position[i] - position[j] < window)
+    s_ij = softcap * tanh(scale * q_i . k_j / softcap)            (softcap off: s_ij = scale * q_i . k_j)
+    out_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log( sum_j exp(s_ij) + exp(sink) )
+
+Plain differentiable torch on any device. Queries go block by block, each recomputed in backward: memory is O(T * B).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# scores of one block of query rows, all heads: 2**25 values are 256 MB in float64
+_BLOCK_SCORES = 2**25
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dense prefix-tree attention.
+
+    q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv] of one floating dtype, subtree_end int [T]. Computes in float32, or float64
+    for float64 inputs. Returns out [T,Hq,Dv] in q's dtype and, if asked, lse [T,Hq] in the computing dtype.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = head_dim**-0.5 if scale is None else scale
+    end = subtree_end.to(device=q.device, dtype=torch.int64)
+    position = positions(end)
+    group = num_heads // k.shape[1]
+    q_h, k_h, v_h = (x.to(compute).transpose(0, 1) for x in (q, k, v))
+    sink_h = None if sinks is None else sinks.to(compute)
+
+    def rows(q_b: Tensor, k_b: Tensor, v_b: Tensor, sink_b: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+        stop = start + q_b.shape[1]
+        # scores [Hkv, G, B, stop]: keys after the block are invisible to all of it
+        scores = scale * torch.einsum("hgbd,hnd->hgbn", q_b.unflatten(0, (-1, group)), k_b)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        i = torch.arange(start, stop, device=q.device)[:, None]
+        j = torch.arange(stop, device=q.device)[None, :]
+        visible = (j <= i) & (i < end[None, :stop])
+        if window:
+            visible &= position[start:stop, None] - position[None, :stop] < window
+        scores = scores.masked_fill(~visible, float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1)
+        if sink_b is not None:
+            lse = torch.logaddexp(lse, sink_b.view(-1, group, 1))
+        out = torch.einsum("hgbn,hnd->hgbd", torch.exp(scores - lse[..., None]), v_b)
+        return out.flatten(0, 1), lse.flatten(0, 1)
+
+    block = max(1, _BLOCK_SCORES // max(1, num_heads * num_tokens))
+    outs, lses = [], []
+    for start in range(0, num_tokens, block):
+        stop = min(start + block, num_tokens)
+        args = (q_h[:, start:stop], k_h[:, :stop], v_h[:, :stop], sink_h, start)
+        out, lse = checkpoint(rows, *args, use_reentrant=False) if torch.is_grad_enabled() else rows(*args)
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return _empty(q, v, compute, return_lse)
+    out = torch.cat(outs, dim=1).transpose(0, 1).contiguous().to(q.dtype)
+    if not return_lse:
+        return out
+    return out, torch.cat(lses, dim=1).transpose(0, 1).contiguous()
+
+
+def positions(subtree_end: Tensor) -> Tensor:
+    """Depth in tokens of every token, int64 [T]: how many keys it sees, less itself."""
+    num_tokens = subtree_end.shape[0]
+    closing = torch.bincount(subtree_end.long(), minlength=num_tokens + 1)[:num_tokens]
+    return (1 - closing).cumsum(0) - 1
+
+
+def dense_mask(subtree_end: Tensor, window: int | None = None) -> Tensor:
+    """The whole mask as bool [T,T]; for pictures and small tests only, since it is O(T^2)."""
+    end = subtree_end.long()
+    i = torch.arange(end.shape[0], device=end.device)[:, None]
+    j = torch.arange(end.shape[0], device=end.device)[None, :]
+    visible = (j <= i) & (i < end[None, :])
+    if window:
+        position = positions(end)
+        visible &= position[:, None] - position[None, :] < window
+    return visible
+
+
+def _empty(q: Tensor, v: Tensor, compute: torch.dtype, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    # summing the inputs keeps the graph, so that backward gives empty gradients and no error
+    out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + v.sum())
+    return (out, q.new_zeros(0, q.shape[1], dtype=compute)) if return_lse else out

@@ -1,0 +1,212 @@
+"""What the Triton kernels share: tile configurations, the launch record, and the device helpers of forward and backward.
+
+Shape legend: T tokens, Hq/Hkv query and key/value heads, D query/key head dim, Dv value head dim, BM/BN rows of a query/key tile,
+BD/BDV the head dims rounded up to powers of two.
+
+Names in kernels: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ block values, UPPER compile-time constants; a tensor's
+strides travel as one tuple (token, head), the last dim always has stride 1. Scores live in base 2: log2(e) is folded into
+the scale, so that every exponential is one ex2 instruction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Triton's interpreter multiplies bf16 as raw integers and truncates instead of rounding; dot() and narrow() step around both
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One kernel's tile sizes and how it is spread over a thread block."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile configurations of the three attention kernels."""
+
+    fwd: TileConfig
+    dq: TileConfig
+    dkv: TileConfig
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is launched with; aot.py compiles from the same record that ``run`` launches."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    tile: TileConfig
+
+    def run(self) -> None:
+        device = next(x for x in self.args.values() if isinstance(x, Tensor))
+        with torch.cuda.device_of(device):
+            self.kernel[self.grid](**self.args, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages)
+
+
+def config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Config:
+    """Tiles for a head size, dtype and compute capability (80, 90, ...; 0 is Triton's interpreter). A pure function."""
+    if arch == 0:
+        # small, and unequal both ways, so that small forests meet every tile class
+        return Config(fwd=TileConfig(32, 16, 4, 1), dq=TileConfig(16, 32, 4, 1), dkv=TileConfig(16, 32, 4, 1))
+    width = max(padded(head_dim), padded(value_dim))
+    if dtype == torch.float32:
+        # IEEE fp32 runs on the FMA units, and its operands take twice the room: accuracy is the point here, not speed
+        tile = TileConfig(32, 32, 4, 1) if width <= 64 else TileConfig(16, 16, 4, 1)
+        return Config(fwd=tile, dq=tile, dkv=tile)
+    if arch >= 90:
+        return _sm90(width)
+    return _sm80(width)
+
+
+def _sm90(width: int) -> Config:
+    if width <= 64:
+        return Config(fwd=TileConfig(128, 128, 4, 3), dq=TileConfig(64, 128, 4, 3), dkv=TileConfig(64, 128, 8, 3))
+    if width <= 128:
+        return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(128, 64, 8, 3), dkv=TileConfig(64, 128, 8, 3))
+    return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(64, 32, 4, 2), dkv=TileConfig(32, 64, 8, 1))
+
+
+def _sm80(width: int) -> Config:
+    if width <= 64:
+        return Config(fwd=TileConfig(128, 64, 4, 3), dq=TileConfig(64, 64, 4, 2), dkv=TileConfig(64, 64, 4, 2))
+    if width <= 128:
+        return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(64, 64, 8, 2), dkv=TileConfig(64, 64, 8, 2))
+    return Config(fwd=TileConfig(64, 32, 8, 2), dq=TileConfig(32, 32, 8, 1), dkv=TileConfig(32, 32, 8, 1))
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability as 80, 90, ...; 0 where the kernels run in Triton's interpreter."""
+    if triton.knobs.runtime.interpret:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def padded(head_dim: int) -> int:
+    """The power of two, at least 16, that a head dim is computed at (tl.dot takes nothing smaller)."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` itself where the kernels can address it (last dim contiguous, offsets in a tile fit int32), else a contiguous copy."""
+    return x if x.stride(-1) == 1 and x.stride(0) < 2**22 else x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, int]:
+    """The (token, head) strides of [T, H, D]."""
+    return x.stride(0), x.stride(1)
+
+
+def score_scales(scale: float, softcap: float) -> tuple[float, float]:
+    """(factor on q.k, base-2 cap) for :func:`capped`; without softcap the factor alone takes q.k to base 2."""
+    return (scale / softcap, softcap * LOG2E) if softcap else (scale * LOG2E, 0.0)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@triton.jit
+def load_rows(p_base, o_rows, stride, num_rows, D: tl.constexpr, BD: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """[rows, BD] tile at ``p_base``; rows from ``num_rows`` on and columns from D on read as zero."""
+    o_d = tl.arange(0, BD)
+    p_tile = p_base + o_rows[:, None] * stride + o_d[None, :]
+    if MASK_ROWS:
+        m_tile = o_rows[:, None] < num_rows
+        if D != BD:
+            m_tile = m_tile & (o_d[None, :] < D)
+        b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
+    elif D != BD:
+        b_tile = tl.load(p_tile, mask=o_d[None, :] < D, other=0.0)
+    else:
+        b_tile = tl.load(p_tile)
+    return b_tile
+
+
+@triton.jit
+def store_rows(p_base, b_tile, o_rows, stride, num_rows, D: tl.constexpr, BD: tl.constexpr):
+    o_d = tl.arange(0, BD)
+    m_tile = (o_rows[:, None] < num_rows) & (o_d[None, :] < D)
+    tl.store(p_base + o_rows[:, None] * stride + o_d[None, :], narrow(b_tile, p_base.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def narrow(b_x, dtype: tl.constexpr):
+    """fp32 block in the operand's dtype, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) >> 16
+        b_out = b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        b_out = b_x.to(dtype)
+    return b_out
+
+
+@triton.jit
+def _widen(b_x):
+    return (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(b_x, b_y, b_acc):
+    """b_acc + b_x @ b_y in fp32; fp32 operands are multiplied exactly as fp32, not as tf32."""
+    if INTERPRETED and b_x.dtype == tl.bfloat16:
+        b_out = tl.dot(_widen(b_x), _widen(b_y), b_acc)
+    else:
+        b_out = tl.dot(b_x, b_y, b_acc, input_precision="ieee")
+    return b_out
+
+
+@triton.jit
+def capped(b_s, qk_scale, cap, HAS_CAP: tl.constexpr):
+    """Base-2 scores from q.k: scaled, then soft-capped if asked."""
+    b_s = b_s * qk_scale
+    if HAS_CAP:
+        b_s = cap * _tanh(b_s)
+    return b_s
+
+
+@triton.jit
+def cap_grad(b_s, cap):
+    """d(capped score) / d(score before the cap), from the capped score: 1 - tanh^2."""
+    b_t = b_s / cap
+    return 1.0 - b_t * b_t
+
+
+@triton.jit
+def _tanh(b_x):
+    """tanh through one ex2; a series near 0, where the quotient would cancel (libdevice is not there in the interpreter)."""
+    b_2 = b_x * b_x
+    b_series = b_x * (1.0 + b_2 * (-1.0 / 3 + b_2 * (2.0 / 15 + b_2 * (-17.0 / 315 + b_2 * (62.0 / 2835)))))
+    b_exact = 1.0 - 2.0 / (1.0 + tl.exp2(b_x * 2.8853900817779268))
+    return tl.where(tl.abs(b_x) < 0.25, b_series, b_exact)
+
+
+@triton.jit
+def visible(o_q, o_k, b_end, b_pos_q, b_pos_k, window, DIAGONAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Which elements of a partial tile survive; the operands broadcast, so either side may be the row."""
+    m_seen = o_q < b_end
+    if DIAGONAL:
+        m_seen = m_seen & (o_k <= o_q)
+    if HAS_WINDOW:
+        m_seen = m_seen & (b_pos_q - b_pos_k < window)
+    return m_seen

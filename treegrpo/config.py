@@ -1,0 +1,213 @@
+"""The settings of `treegrpo train`: one frozen dataclass with TRL's names, from flags and `--config file.yaml`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model on logged rollouts with the tree-grouped GRPO loss, each shared prefix computed once."""
+
+    rollouts: str = ""
+    """Where rollouts come from: replay:FILE, a .jsonl or .jsonl.gz of token trajectories (make one with `treegrpo convert`)."""
+    model: str = ""
+    """A local folder that from_pretrained reads, or a .json/.yaml model config (a dict with model_type) for random weights."""
+    config: Path | None = None
+    """A YAML file with any of these settings; flags on the command line win."""
+    output_dir: str = "runs/train"
+    """Folder for config.yaml, metrics.jsonl and checkpoints."""
+    overwrite_output_dir: bool = False
+    """Start over in an output_dir that already holds a run (its metrics and checkpoints are removed)."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder to continue from, or "latest" for the newest in output_dir."""
+
+    samples: Literal["trajectory", "call"] = "trajectory"
+    """Train each trajectory whole, or each assistant turn as a sample whose context is the prefix."""
+    attention: Literal["tree", "chain"] = "tree"
+    """tree: shared prefixes once, through the tree-attention kernel. chain: the flattened baseline, same loss."""
+    backend: str = "auto"
+    """Kernel backend for attention=tree: auto, reference, cpu, triton, cuda or gather (`treegrpo doctor` says which work here)."""
+    token_budget: int | None = None
+    """Unique tokens in one packed row; None puts all groups of a step in one row. Bounds memory, changes no result."""
+    share_across_groups: bool = True
+    """Let groups in one packed row share what they begin with (a common system prompt)."""
+
+    groups_per_step: int = 4
+    """Groups (prompts with all their trajectories) read at a time, over all processes."""
+    gradient_accumulation_steps: int = 1
+    """Reads of groups_per_step per optimiser step; the loss is normalised over all of them together."""
+    max_steps: int = 100
+    """Optimiser steps."""
+    num_iterations: int = 1
+    """Optimiser steps on the same groups (mu in GRPO); old log-probs are those from before the first."""
+    shuffle: bool = True
+    """Shuffle the groups each epoch."""
+    seed: int = 42
+    """Seed of random weights, LoRA weights and the order of groups."""
+
+    advantage_estimator: str = "tree_grpo"
+    """Who is compared with whom: tree_grpo (own tree plus prompt), grpo (prompt), intra, inter."""
+    loss_type: str = "dapo"
+    """grpo, bnpo, dr_grpo, dapo or cispo, as in TRL."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio per token, or one per sequence (GSPO)."""
+    shared_tokens: Literal["per_leaf", "mean", "once"] = "per_leaf"
+    """How a token under several leaves counts: once per leaf as flattened chains do, or divided among them, or once."""
+    epsilon: float = 0.2
+    """Lower clip range of the ratio."""
+    epsilon_high: float | None = None
+    """Upper clip range; None means epsilon."""
+    delta: float | None = None
+    """Upper bound of the ratio where the advantage is negative (dual clip)."""
+    beta: float = 0.0
+    """Weight of the KL to the frozen initial model; 0 loads no reference."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    temperature: float = 1.0
+    """Sampling temperature of the rollouts; logits are divided by it."""
+    max_completion_length: int = 512
+    """The constant dr_grpo divides by, per sequence."""
+    old_logprobs: Literal["computed", "recorded"] = "computed"
+    """Old log-probs: computed before the first update on a group, or those recorded at sampling (all must be there)."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second moment decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping norm; 0 turns it off."""
+    lr_scheduler_type: str = "linear"
+    """A schedule name of transformers.get_scheduler: linear, cosine, constant, constant_with_warmup, ..."""
+    warmup_steps: int = 0
+    """Linear warm-up steps."""
+    bf16: bool = False
+    """Compute in bfloat16 (autocast); weights, log-probs and loss stay float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    lora_r: int = 0
+    """LoRA rank; 0 trains all weights."""
+    lora_alpha: int = 16
+    """LoRA scale numerator."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the modules that get adapters, or all-linear."""
+
+    logging_steps: int = 1
+    """Write metrics every so many steps."""
+    save_steps: int = 500
+    """Checkpoint every so many steps; 0 only at the end."""
+    save_strategy: Literal["steps", "no"] = "steps"
+    """no writes no checkpoint at all."""
+    save_total_limit: int | None = None
+    """Keep only the newest so many checkpoints."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        for name, low in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= low):
+                raise ValueError(f"{name}={value!r}: must be a finite number, at least {low}")
+        if self.temperature == 0:
+            raise ValueError("temperature=0 has no log-probabilities: give the temperature the rollouts were sampled with")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
+
+    def check_paths(self) -> None:
+        """ValueError unless rollouts and model are given and exist; called before anything is loaded."""
+        if not self.rollouts.startswith("replay:"):
+            raise ValueError(f"rollouts={self.rollouts!r}: give replay:FILE, a file of token trajectories")
+        if not Path(self.rollouts_file).is_file():
+            raise ValueError(f"rollouts: no such file: {self.rollouts_file}")
+        if not self.model or not Path(self.model).exists():
+            raise ValueError(f"model={self.model!r}: no such folder or config file; models are read from disk only")
+
+    @property
+    def rollouts_file(self) -> str:
+        return self.rollouts.removeprefix("replay:")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to config.yaml."""
+        values = dataclasses.asdict(self)
+        values.pop("config")
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+_AT_LEAST = {
+    **dict.fromkeys(("token_budget", "groups_per_step", "gradient_accumulation_steps", "max_steps", "num_iterations", "logging_steps"), 1),
+    **dict.fromkeys(("save_total_limit", "max_completion_length"), 1),
+    **dict.fromkeys(("epsilon", "epsilon_high", "delta", "beta", "temperature", "learning_rate", "weight_decay", "max_grad_norm"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lora_r", "lora_alpha", "save_steps", "seed"), 0),
+}
+_CHOICES = {
+    "samples": ("trajectory", "call"),
+    "attention": ("tree", "chain"),
+    "backend": ("auto", "reference", "cpu", "triton", "cuda", "gather"),
+    "importance_sampling_level": ("token", "sequence"),
+    "shared_tokens": ("per_leaf", "mean", "once"),
+    "old_logprobs": ("computed", "recorded"),
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
+    "advantage_estimator": ("tree_grpo", "grpo", "intra", "inter"),
+    "save_strategy": ("steps", "no"),
+}
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """A TrainConfig from a YAML file of its fields.
+
+    Raises:
+        ValueError: no such file, not a mapping, an unknown setting (the nearest name is suggested) or a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config: no such file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path}: must be a mapping of settings, not {type(values).__name__}")
+    return TrainConfig(**{name: _typed(path, name, value) for name, value in values.items()})
+
+
+def _typed(path: Path, name: str, value: Any) -> Any:
+    """YAML reads 1e-6 as text and a list where a tuple is meant; everything else must already fit the field's default."""
+    import difflib
+
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    if name not in fields or name == "config":
+        near = difflib.get_close_matches(str(name), fields, n=1)
+        raise ValueError(f"config {path}: unknown setting {name!r}{f'; did you mean {near[0]}?' if near else ''}")
+    kind = str(fields[name].type)
+    try:
+        if value is None and "None" in kind:
+            return None
+        if kind.startswith("tuple"):
+            return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+        if kind == "bool":
+            if not isinstance(value, bool):
+                raise TypeError("write true or false")
+            return value
+        for prefix, cast in (("int", int), ("float", float)):
+            if kind.startswith(prefix):
+                if isinstance(value, bool) or (cast is int and float(value) != int(float(value))):
+                    raise TypeError(f"not of type {prefix}")
+                return cast(float(value)) if cast is float else int(value)
+        if not isinstance(value, str):
+            raise TypeError(f"write text, not {type(value).__name__}")
+        return value
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config {path}: {name}={value!r}: {error} (expected {kind})") from error

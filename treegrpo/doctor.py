@@ -1,0 +1,136 @@
+"""What this machine can run, and one cure per problem. Reports, never fails."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+_PACKAGES = {
+    "torch": "pip install torch",
+    "triton": "pip install triton (Linux; needed for the triton backend only)",
+    "transformers": "pip install 'treegrpo[hf]'",
+    "accelerate": "pip install 'treegrpo[train]'",
+    "peft": "pip install 'treegrpo[train]' (needed for LoRA only)",
+    "numpy": "pip install numpy",
+}
+_CURES = {
+    "cpu": "install a C++17 compiler (g++ or clang++) and reinstall: TREEGRPO_BUILD=cpu pip install --no-build-isolation -e .",
+    "triton": "run on an NVIDIA GPU of compute capability 8.0 or newer (CPU tensors: TRITON_INTERPRET=1, for tests)",
+    "cuda": "install a CUDA toolkit (nvcc) and reinstall: TREEGRPO_BUILD=cuda pip install --no-build-isolation -e .",
+    "gather": "run on an NVIDIA GPU; flash-attn is used when installed (pip install 'treegrpo[flash]')",
+    "reference": "pip install torch",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `cure` is None where nothing is wrong."""
+
+    part: str
+    state: str
+    cure: str | None = None
+
+
+def examine() -> list[Finding]:
+    """Every finding, in the order they are printed."""
+    return [_python(), *_packages(), *_compilers(), *_devices(), *_backends()]
+
+
+def print_report() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    findings = examine()
+    table = Table(title="treegrpo doctor", title_justify="left")
+    table.add_column("part", no_wrap=True)
+    table.add_column("state", overflow="fold")
+    for finding in findings:
+        table.add_row(finding.part, finding.state if finding.cure is None else f"[yellow]{_escape(finding.state)}[/yellow]")
+    console = Console(soft_wrap=False)
+    console.print(table)
+    problems = [finding for finding in findings if finding.cure]
+    for finding in problems:
+        console.print(f"[yellow]{finding.part}[/yellow]: {_escape(finding.cure)}", soft_wrap=True)
+    usable = [finding.part.split()[-1] for finding in findings if finding.part.startswith("backend") and finding.cure is None]
+    console.print(f"Usable here: {', '.join(usable) or 'nothing'}. Backends listed above as missing are optional.", soft_wrap=True)
+
+
+def _escape(text: str | None) -> str:
+    from rich.markup import escape
+
+    return escape(text or "")
+
+
+def _python() -> Finding:
+    return Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name, cure in _PACKAGES.items():
+        try:
+            version = importlib.metadata.version(name)
+            importlib.import_module(name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(name, "not installed", cure))
+        except ImportError as error:
+            findings.append(Finding(name, f"{version}, but importing it fails: {error}", f"reinstall: {cure}"))
+        else:
+            findings.append(Finding(name, version))
+    return findings
+
+
+def _compilers() -> list[Finding]:
+    findings = []
+    for part, names, cure in (
+        ("C++ compiler", (os.environ.get("CXX"), "g++", "clang++"), "apt install g++ (needed to build the cpu backend)"),
+        ("nvcc", (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"), "install a CUDA toolkit (cuda backend only)"),
+    ):
+        path = next((found for name in names if name and (found := shutil.which(name))), None)
+        if path is None:
+            findings.append(Finding(part, "not found", cure))
+            continue
+        lines = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout.strip().splitlines()
+        # nvcc's first line is its name; the release is on a later one.
+        line = next((line for line in lines if "release" in line), lines[0] if lines else "prints no version")
+        findings.append(Finding(part, f"{line.strip()} ({path})"))
+    return findings
+
+
+def _devices() -> list[Finding]:
+    try:
+        import torch
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return [Finding("GPU", "none seen by torch")]
+    return [
+        Finding(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+        for i in range(torch.cuda.device_count())
+    ]
+
+
+def _backends() -> list[Finding]:
+    try:
+        import treegrpo_kernels
+    except ImportError as error:
+        return [Finding("backends", f"treegrpo_kernels does not import: {error}", "pip install -e . in the repository's root")]
+    findings = []
+    for name, reason in treegrpo_kernels.backends().items():
+        if reason is None:
+            state = f"usable, {_cpu_info()}" if name == "cpu" else "usable"
+            findings.append(Finding(f"backend {name}", state))
+        else:
+            findings.append(Finding(f"backend {name}", reason, _CURES.get(name, "see the reason")))
+    return findings
+
+
+def _cpu_info() -> str:
+    from treegrpo_kernels import native
+
+    return native.cpu_info()

@@ -1,0 +1,372 @@
+"""Runs transformers models on packed trees: importing this module registers the attention name ``treegrpo``.
+
+Shape legend: T packed tokens, H heads (Hq query, Hkv key/value), D head dim (Dv of values).
+
+    model = use_tree_attention(AutoModelForCausalLM.from_pretrained(...))     # sets the attention, checks the model
+    logits = model(**batch.model_inputs()).logits                             # one row of unique tokens
+
+The plan travels as the keyword ``tree_plan`` of ``model(...)``, never as a global: gradient checkpointing calls the layers
+again in backward and must see the same plan. Without a plan (``generate``) the model computes what it computes with
+``sdpa``, bit for bit. Works with transformers 4.57 and newer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import treegrpo_kernels as tk
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION = "treegrpo"
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+# median over tokens of the relative error: below NOISE x what two attention kernels differ by on a chain, plus FLOOR
+NOISE = 8.0
+FLOOR = {torch.float64: 2e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+# the self-check's tree: leaves [0 1 2 3 4], [0 1 2 5], [0 6 7], [0 6 8 9] of packed indices
+CHECK_SUBTREE_END = (10, 6, 6, 5, 5, 6, 10, 8, 10, 10)
+CHECK_LEAVES = ((0, 1, 2, 3, 4), (0, 1, 2, 5), (0, 6, 7), (0, 6, 8, 9))
+# the first packed token that stands behind another branch: only from here on can a wrong mask show
+CHECK_FIRST_FORK = 5
+
+
+class LazyMask:
+    """What the mask function hands to the layers: the arguments of a mask that is built only if a layer needs one.
+
+    A tree forward never needs it (O(T) instead of O(T^2)); without a tree it becomes the mask of ``sdpa`` or ``eager``.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self._built: dict[str, Tensor | None] = {}
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window of this mask in path tokens, None for a full one."""
+        return self.arguments.get("local_size")
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The 2D padding mask given to the model, if any."""
+        return self.arguments.get("attention_mask")
+
+    def build(self, kind: str) -> Tensor | None:
+        """The mask as ``sdpa`` or ``eager`` would have got it; built once for all layers."""
+        if kind not in self._built:
+            self._built[kind] = ALL_MASK_ATTENTION_FUNCTIONS[kind](**self.arguments)
+        return self._built[kind]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Some models drop leading queries (``mask[:, :, -n:, :]``): a slice that keeps all of them stays lazy."""
+        if isinstance(index, tuple) and all(part == slice(None) or part == slice(0, None) for part in index):
+            return self
+        mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**{**self.arguments, "allow_is_causal_skip": False})
+        return mask[index]
+
+
+def lazy_mask(**arguments: Any) -> LazyMask:
+    """Mask function of the attention name ``treegrpo`` (transformers' AttentionMaskInterface)."""
+    return LazyMask(arguments)
+
+
+def treegrpo_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | LazyMask | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    tree_plan: tk.TreePlan | None = None,
+    tree_backend: str = "auto",
+    tree_trace: list[nn.Module] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the name ``treegrpo`` (transformers' AttentionInterface).
+
+    Args:
+        query: [1, Hq, T, D], already rotated with ``position_ids`` = depth in the tree; key [1, Hkv, T, D]; value [1, Hkv, T, Dv].
+        attention_mask: a ``LazyMask`` or None; with a tree, a padding mask is refused.
+        tree_plan: the forest of the row; None: plain causal attention through ``sdpa`` (``eager`` for softcap and sinks).
+        tree_backend: ``backend`` of ``treegrpo_kernels.tree_attention``.
+        tree_trace: list to which each call appends its module (``check_model`` counts the layers with it).
+
+    Returns:
+        (out [1, T, Hq, Dv], None).
+
+    Raises:
+        ValueError: dropout, a batch of several rows, a cache, a mask, a plan of another length; each with its cure.
+    """
+    for name in kwargs:
+        # transformers passes unknown keywords on in silence: a misspelt plan would train on plain causal attention
+        if name.startswith("tree"):
+            raise ValueError(f"unknown keyword {name!r} of model(...): the tree goes in as tree_plan=")
+    if tree_plan is None:
+        return _attend_without_tree(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, s_aux, **kwargs
+        )
+    window = _check_call(module, query, key, attention_mask, dropout, sliding_window, kwargs)
+    if tree_trace is not None:
+        tree_trace.append(module)
+    out = tk.tree_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        tree_plan,
+        scale=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=s_aux,
+        backend=tree_backend,
+    )
+    return out.unsqueeze(0), None
+
+
+def _check_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | LazyMask | None,
+    dropout: float,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> int | None:
+    """Refuses what a packed tree cannot mean; returns the layer's window."""
+    layer = type(module).__name__
+    if dropout:
+        raise ValueError(
+            f"dropout is {dropout} in {layer}: a shared token has one dropout mask but a chain draws one per leaf;"
+            " set attention_dropout = 0 in the model's config"
+        )
+    if query.shape[0] != 1:
+        raise ValueError(f"input_ids has {query.shape[0]} rows: pack all trees into one row [1, T]")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{layer} sees {key.shape[2]} keys for {query.shape[2]} tokens: pass use_cache=False with a tree")
+    if isinstance(mask, Tensor):
+        raise ValueError("attention_mask must be None with tree_plan: the plan is the mask")
+    if isinstance(mask, LazyMask):
+        padding = mask.padding
+        if padding is not None:
+            raise ValueError("attention_mask must be None with tree_plan: a packed row has no padding")
+        # eager and sdpa take the window from the mask alone, flash kernels from the keyword: the mask decides
+        if mask.window is not None and sliding_window is not None and mask.window != sliding_window:
+            raise ValueError(f"{layer} asks for window {sliding_window} but its mask has {mask.window}")
+        sliding_window = mask.window
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is not available with tree_plan: attention weights are never built")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{layer} adds a position bias to its scores, which tree attention does not compute")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ValueError(f"{layer} is not causal: a tree orders its tokens from the root down")
+    return sliding_window
+
+
+def _attend_without_tree(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | LazyMask | None,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Plain causal attention, equal to ``sdpa`` bit for bit; to the model's own ``eager`` where sdpa has no softcap or sinks."""
+    kind = "sdpa" if softcap is None and s_aux is None else "eager"
+    if isinstance(mask, LazyMask):
+        mask = mask.build(kind)
+    for name, x in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
+        if x is not None:
+            kwargs[name] = x
+    if kind == "sdpa":
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    else:
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    return attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def register() -> None:
+    """Registers attention and mask function under the name ``treegrpo``; done on import, harmless twice."""
+    AttentionInterface.register(ATTENTION, treegrpo_attention)
+    AttentionMaskInterface.register(ATTENTION, lazy_mask)
+
+
+register()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module
+        else:
+            return model
+
+
+def use_tree_attention(model: nn.Module, *, check: bool = True) -> nn.Module:
+    """Sets the attention of a loaded transformers model (wrapped by PEFT or not) to ``treegrpo``, checks it, returns it.
+
+    Call it before the model is wrapped by DDP or FSDP and never around a training forward: gradient checkpointing uses what
+    is set at backward time. Raises ``ValueError`` for a model that does not run through tree attention.
+    """
+    base = unwrap(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"{type(base).__name__} is not a transformers model: tree attention needs a PreTrainedModel")
+    try:
+        base.set_attn_implementation(ATTENTION)
+    except (ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{type(base).__name__} does not accept attention {ATTENTION!r}: {error}") from error
+    if check:
+        check_model(model)
+    return model
+
+
+def check_model(model: nn.Module, *, numeric: bool = True) -> None:
+    """Raises ``ValueError``, with reason and cure, for a model that would not compute a packed tree exactly.
+
+    Checks the configuration, counts the attention calls of one forward over ten tokens, and (``numeric``) compares that
+    forward with each of its four leaves run alone without a tree, and the log-prob head with the model's own logits. No
+    gradients, dropout off, training flags restored; no random numbers drawn. Windows longer than the four-token paths are
+    not exercised here but by the test suite.
+    """
+    base = unwrap(model)
+    name = type(base).__name__
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    attention = getattr(config, "_attn_implementation", None)
+    if attention != ATTENTION:
+        raise ValueError(
+            f"{name} runs attention {attention!r}, not {ATTENTION!r}: load it with attn_implementation={ATTENTION!r}"
+            " or call treegrpo.hf.use_tree_attention(model)"
+        )
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    if foreign:
+        raise ValueError(
+            f"{name} has layers of type {', '.join(foreign)}, which read the packed row as one sequence and would mix siblings:"
+            " train it with --attention chain, or take a model whose layers are all attention"
+        )
+    if base.config.vocab_size < 2 + len(CHECK_SUBTREE_END) if hasattr(base.config, "vocab_size") else False:
+        raise ValueError(f"{name} has a vocabulary of {base.config.vocab_size} tokens, too small for the self-check")
+    with _quiet(model):
+        logits, plan, ids = _dry_forward(model, base, config)
+        if numeric:
+            _compare_with_leaves(model, name, logits, ids)
+            _compare_head(model, logits, plan, ids)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """No gradients, every module in eval mode, flags restored one by one."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[Tensor, tk.TreePlan, Tensor]:
+    """logits [10, vocab] of the self-check's tree, after counting the layers that ran through tree attention."""
+    name = type(base).__name__
+    embedding = base.get_input_embeddings().weight
+    device = embedding.device
+    plan = tk.TreePlan.build(torch.tensor(CHECK_SUBTREE_END), device=device)
+    ids = torch.linspace(1, embedding.shape[0] - 2, plan.num_tokens, device=device).long()
+    inputs = {"input_ids": ids[None], "position_ids": plan.position[None].long()}
+    calls: list[nn.Module] = []
+    try:
+        out = model(**inputs, attention_mask=None, use_cache=False, tree_plan=plan, tree_trace=calls)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} does not pass keywords of model(...) on to its attention ({error}): train it with --attention chain"
+            " on another attention, or take a newer transformers"
+        ) from error
+    layers = config.num_hidden_layers
+    if len({id(module) for module in calls}) != layers or len(calls) != layers:
+        raise ValueError(
+            f"{len(calls)} of {name}'s {layers} layers ran through tree attention: the others ignore the tree and would mix"
+            " siblings; this architecture is not supported, take a model whose layers use transformers' AttentionInterface"
+        )
+    return out.logits[0], plan, ids
+
+
+def _compare_with_leaves(model: nn.Module, name: str, logits: Tensor, ids: Tensor) -> None:
+    """The packed forward against each leaf alone without a tree; the yardstick is a chain through both attentions."""
+    errors = torch.zeros(len(ids), dtype=torch.float64)
+    for leaf in CHECK_LEAVES:
+        rows = torch.tensor(leaf, device=ids.device)
+        errors[list(leaf)] = _relative_error(logits[rows], _forward_alone(model, ids[rows]))
+    longest = torch.tensor(CHECK_LEAVES[0], device=ids.device)
+    chain = tk.TreePlan.build(torch.full((len(longest),), len(longest)), device=ids.device)
+    alone, chained = _forward_alone(model, ids[longest]), _forward_alone(model, ids[longest], tree_plan=chain)
+    noise = float(_relative_error(chained, alone).median())
+    floor = FLOOR.get(logits.dtype, FLOOR[torch.bfloat16])
+    if noise > 10 * floor:
+        raise ValueError(
+            f"{name} computes a plain chain differently through {ATTENTION!r} than through sdpa (relative error {noise:.1e}):"
+            " it hands its attention an argument that tree attention does not know"
+        )
+    # the median, for in low precision one token may be routed to another expert without anything being wrong
+    error = float(errors[CHECK_FIRST_FORK:].median())
+    if not error <= NOISE * noise + floor:
+        raise ValueError(
+            f"{name} computes a packed tree differently from its leaves alone (relative error {error:.1e}, rounding"
+            f" {noise:.1e}): some layer mixes siblings; train it with --attention chain"
+        )
+
+
+def _forward_alone(model: nn.Module, ids: Tensor, **tree: Any) -> Tensor:
+    positions = torch.arange(len(ids), device=ids.device)[None]
+    return model(input_ids=ids[None], position_ids=positions, attention_mask=None, use_cache=False, **tree).logits[0]
+
+
+def _relative_error(x: Tensor, reference: Tensor) -> Tensor:
+    """Per row: root mean square of the difference over that of the reference, both centred; float64 on the CPU."""
+    x, reference = x.double().cpu(), reference.double().cpu()
+    reference = reference - reference.mean(-1, keepdim=True)
+    x = x - x.mean(-1, keepdim=True)
+    return (x - reference).norm(dim=-1) / reference.norm(dim=-1).clamp_min(1e-30)
+
+
+def _compare_head(model: nn.Module, logits: Tensor, plan: tk.TreePlan, ids: Tensor) -> None:
+    """The chunked log-prob head against the model's own logits: finds post-processing of logits that it does not know."""
+    from .logprobs import row_logprobs
+
+    rows = torch.arange(len(ids), device=ids.device)
+    ours, _ = row_logprobs(model, ids, plan, rows, ids)
+    wide = logits.to(torch.float64)
+    theirs = torch.log_softmax(wide, -1)[rows, ids]
+    # logits of a low-precision model carry one rounding each, of the size of the logits
+    bound = float(wide.abs().max()) * 2 * torch.finfo(logits.dtype).eps + 1e-5
+    error = float((ours.double() - theirs).abs().max())
+    if not error <= max(bound, 8e-5 if logits.dtype == torch.float32 else 0.0):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} transforms its logits after the head in a way the log-prob head does not know"
+            f" (log-probs off by {error:.1e}): see treegrpo.logprobs.logit_transform"
+        )
+
+
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether the forward of the transformers model inside ``model`` names the argument ``name``."""
+    return name in inspect.signature(unwrap(model).forward).parameters

@@ -1,0 +1,79 @@
+"""Logged rollouts: a file of token trajectories, read group by group in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+import treegrpo
+from treegrpo.tree import RolloutTree, Trajectory
+
+
+class Replay:
+    """The groups of a file, epoch after epoch.
+
+    Read number n is groups `[n * count, (n + 1) * count)` of the endless sequence of shuffled epochs: a resumed run needs no state.
+    With 3 groups, count 2 and no shuffling the reads are [0, 1], [2, 0], [1, 2], ...
+    """
+
+    def __init__(self, trajectories: list[Trajectory], *, seed: int = 0, shuffle: bool = True) -> None:
+        check_rewards(trajectories)
+        self.trees: list[RolloutTree] = treegrpo.build_forest(trajectories)
+        self.seed = seed
+        self.shuffle = shuffle
+
+    def read(self, number: int, count: int) -> list[int]:
+        """Indices into `trees` of read `number`."""
+        orders: dict[int, np.ndarray] = {}
+        indices = []
+        for place in range(number * count, (number + 1) * count):
+            epoch, offset = divmod(place, len(self.trees))
+            if epoch not in orders:
+                orders[epoch] = self._order(epoch)
+            indices.append(int(orders[epoch][offset]))
+        return indices
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.trees))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.trees))
+
+
+def check_rewards(trajectories: list[Trajectory]) -> None:
+    """ValueError unless there are trajectories, each has a finite reward, and each group trains a token."""
+    if not trajectories:
+        raise ValueError("rollouts: the file holds no trajectory, so there is no group to train on")
+    trained: dict[str, bool] = {}
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.reward is None:
+            raise ValueError(
+                f"trajectory {index} (group {trajectory.group!r}): reward is missing; training needs one for every trajectory"
+            )
+        if not math.isfinite(trajectory.reward):
+            raise ValueError(f"trajectory {index} (group {trajectory.group!r}): reward is {trajectory.reward}; it must be finite")
+        trained[trajectory.group] = trained.get(trajectory.group, False) or bool(np.any(trajectory.loss_mask))
+    for group, is_trained in trained.items():
+        if not is_trained:
+            raise ValueError(f"group {group!r}: loss_mask is 0 everywhere, nothing to train; remove the group")
+
+
+def check_vocabulary(trajectories: list[Trajectory], vocab_size: int, model: str = "the model") -> None:
+    """ValueError naming the first token id outside `[0, vocab_size)`."""
+    for index, trajectory in enumerate(trajectories):
+        ids = np.asarray(trajectory.token_ids)
+        bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        if bad.size:
+            raise ValueError(
+                f"trajectory {index} (group {trajectory.group!r}): token_ids[{bad[0]}] = {ids[bad[0]]} is outside {model}'s vocabulary of"
+                f" {vocab_size}; use the model the rollouts were sampled from, or convert the messages with its tokenizer"
+            )
+
+
+def check_recorded(trajectories: list[Trajectory]) -> None:
+    """ValueError unless every trained token has a recorded log-prob (`old_logprobs=recorded` needs them)."""
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.logprobs is None:
+            raise ValueError(
+                f"trajectory {index} (group {trajectory.group!r}): logprobs is missing; use --old-logprobs computed, or record them"
+            )
