@@ -181,7 +181,7 @@ def binary_outcome_gradients(theta_value):
 
 @pytest.mark.parametrize("p_win", [0.1, 0.25, 0.5, 0.8])
 def test_intra_advantage_is_the_policy_gradient_of_two_outcomes(p_win):
-    """Section 3.3 of the paper: with A = R - p the intra gradient is p q (grad log p - grad log q) = grad E[R] = p grad DPO.
+    """Section 3.3 of the paper: with A = R - p the gradient is p q (grad log p - grad log q) = grad E[R] = p grad DPO.
 
     A group of 1000 leaves drawn in the exact proportion p : q makes the group mean equal p.
     """

@@ -3,9 +3,9 @@
 A RolloutTree is one prompt's whole group: its M sampled trees share the prompt and are told apart by `Trajectory.tree`.
 With z(R; S) = (R - mean of S) / (std of S + eps), std unbiased (n - 1), over a comparison set S of leaves:
 
-    inter, grpo   z over all leaves of the prompt                                  (DeepSeekMath, arXiv 2402.03300, eq. 3)
-    intra         z over the leaves of the leaf's own sampled tree                 (Tree-GRPO, arXiv 2509.21240, eq. 6)
-    tree_grpo     intra + inter, unweighted                                        (Tree-GRPO, arXiv 2509.21240, eq. 7)
+    inter, grpo   z over all leaves of the prompt                       (DeepSeekMath, arXiv 2402.03300)
+    intra         z over the leaves of the leaf's own sampled tree      (Tree-GRPO, arXiv 2509.21240, eq. 6)
+    tree_grpo     intra + inter, unweighted                             (Tree-GRPO, arXiv 2509.21240, eq. 7)
 
 Example, M = 2 trees of three leaves, R = [1, .2, .2 | .2, .2, .1]:
     intra [1.1547, -.5773, -.5773 | .5773, .5773, -1.1547], inter [2.0268, -.3460, -.3460 | -.3460, -.3460, -.6427].

@@ -54,6 +54,8 @@ class TrainConfig:
 
     advantage_estimator: str = "tree_grpo"
     """Who is compared with whom: tree_grpo (own tree plus prompt), grpo (prompt), intra, inter."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide centred rewards by the std of their own comparison set, of the whole step, or not at all."""
     loss_type: str = "dapo"
     """grpo, bnpo, dr_grpo, dapo or cispo, as in TRL."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -68,6 +70,8 @@ class TrainConfig:
     """Upper bound of the ratio where the advantage is negative (dual clip)."""
     beta: float = 0.0
     """Weight of the KL to the frozen initial model; 0 loads no reference."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL estimate by the ratio (TRL's default); false is the plain k3 of GRPO."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     temperature: float = 1.0
@@ -160,6 +164,7 @@ _CHOICES = {
     "shared_tokens": ("per_leaf", "mean", "once"),
     "old_logprobs": ("computed", "recorded"),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
+    "scale_rewards": ("group", "batch", "none"),
     "advantage_estimator": ("tree_grpo", "grpo", "intra", "inter"),
     "save_strategy": ("steps", "no"),
 }

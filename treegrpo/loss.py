@@ -33,7 +33,7 @@ SHARED_TOKENS = ("per_leaf", "mean", "once")
 
 
 class _Spread(torch.autograd.Function):
-    """x [B] -> x[leaf of each token] [L]; its adjoint is a segment sum, so backward repeats bit for bit on any device."""
+    """x [B] -> x[leaf of each token] [L]; the adjoint is a segment sum, so backward repeats bit for bit everywhere."""
 
     @staticmethod
     def forward(ctx, x: Tensor, leaf_of_token: Tensor, leaf_offsets: Tensor) -> Tensor:
@@ -58,15 +58,16 @@ def _total(x: Tensor) -> Tensor:
 
 def _check_offsets(leaf_offsets: Tensor, length: int) -> None:
     if leaf_offsets.dim() != 1 or leaf_offsets.numel() < 1 or leaf_offsets.is_floating_point():
-        raise ValueError(f"leaf_offsets must be integers [leaves + 1], got {leaf_offsets.dtype} {tuple(leaf_offsets.shape)}")
+        found = f"{leaf_offsets.dtype} {tuple(leaf_offsets.shape)}"
+        raise ValueError(f"leaf_offsets must be integers [leaves + 1], got {found}")
     # Values are read only where that costs no device synchronisation.
     if leaf_offsets.device.type == "cpu":
         first, last = int(leaf_offsets[0]), int(leaf_offsets[-1])
         if first != 0 or last != length:
-            raise ValueError(f"leaf_offsets run from {first} to {last}, but the streams have {length} entries: 0 to {length}")
+            raise ValueError(f"leaf_offsets run from {first} to {last}, expected 0 to {length} for streams [{length}]")
         falls = torch.nonzero(leaf_offsets[1:] < leaf_offsets[:-1])
         if falls.numel():
-            raise ValueError(f"leaf_offsets[{int(falls[0]) + 1}] is smaller than the one before: they must not decrease")
+            raise ValueError(f"leaf_offsets[{int(falls[0]) + 1}] is below the one before: they must not decrease")
 
 
 def _check_streams(length: int, device: torch.device, streams: dict[str, Tensor | None]) -> None:
@@ -97,7 +98,7 @@ def _weights(trained: Tensor, shared_tokens: str, multiplicity: Tensor | None, d
 def _check_max_completion_length(max_completion_length: int | None) -> None:
     if not max_completion_length or max_completion_length < 0:
         raise ValueError(
-            f"max_completion_length is {max_completion_length!r}: loss_type 'dr_grpo' divides by it, give a positive number"
+            f"max_completion_length is {max_completion_length!r}: 'dr_grpo' divides by it, give a positive number"
         )
 
 
@@ -113,8 +114,8 @@ def loss_normalizer(
     """What one batch adds to the loss's normalizer Z: a 0-d float64 tensor on the mask's device.
 
     Sum it over the batches of an optimiser step (and over the processes), give the sum to `grpo_loss(normalizer=...)`
-    for each of them, and the summed losses and gradients equal those of one big batch. Where gradients are averaged over
-    W processes (DDP, FSDP), pass the global sum / W. For `entropy_normalizer` sum `loss_normalizer("dapo", ...)`.
+    for each of them, and the summed losses and gradients equal those of one big batch. Where gradients are averaged
+    over W processes (DDP, FSDP), pass the global sum / W. For `entropy_normalizer` sum `loss_normalizer("dapo", ...)`.
 
     A step without a single trained token has Z = 0: clamp the sum to at least 1, as `grpo_loss` does for one batch.
     """
@@ -173,20 +174,20 @@ def grpo_loss(
         importance_sampling_level: "token" or "sequence".
         shared_tokens: what a token shared by c leaves (its multiplicity) counts:
             "per_leaf"  once per leaf, c times in all: the loss of the flattened rows, and the default.
-            "mean"      1/c per leaf, denominators unchanged: at ratio 1 the token's advantage is the mean over its leaves
-                        (lambda-GRPO's frequency weight, arXiv 2509.21154).
+            "mean"      1/c per leaf, denominators unchanged: at ratio 1 the token's advantage is the mean over its
+                        leaves (lambda-GRPO's frequency weight, arXiv 2509.21154).
             "once"      1/c per leaf, and denominators count unique tokens as well: for bnpo, dapo and cispo Z is the
                         number of unique trained tokens, for grpo n_i is leaf i's share of them, sum of 1/c (dr_grpo has
                         no token count: there it equals "mean"). The loss is then a mean over unique tokens.
-        multiplicity: [L], leaves in which this very token is trained; >= 1 on trained tokens.
+        multiplicity: [L], leaves of the group that train this very token (`batch.multiplicity`); >= 1 where trained.
         normalizer: Z of the table above, summed over the whole optimiser step; see `loss_normalizer`.
         entropy, entropy_coef: [L] entropies; the loss gets `- entropy_coef * mean entropy of trained tokens`, a token
             mean whatever the loss type, as in TRL. entropy_normalizer is its Z over the whole step.
         max_completion_length: for dr_grpo; TRL's default.
 
-    Metrics (TRL's names): clip_ratio/{low_mean,low_min,high_mean,high_max,region_mean} (cispo: cispo_clip_ratio), kl with
-    beta, entropy when given; also ratio/{mean,min,max} of the importance ratio. Means run over the trained tokens of all
-    leaves (over leaves for clip ratios of the "sequence" level).
+    Metrics (TRL's names): clip_ratio/{low_mean,low_min,high_mean,high_max,region_mean} (cispo: cispo_clip_ratio), kl
+    with beta, entropy when given; also ratio/{mean,min,max} of the importance ratio. Means run over the trained tokens
+    of all leaves (over leaves for clip ratios of the "sequence" level).
 
     Raises:
         ValueError: unknown loss_type, importance_sampling_level or shared_tokens; streams of another length or device;
@@ -217,7 +218,7 @@ def grpo_loss(
     logp, old_logp, advantages = (torch.where(trained, x.to(logp.dtype), 0) for x in (logp, old_logp, advantages))
     leaf_tokens = _leaf_sum(trained.to(logp.dtype), leaf_offsets)
 
-    ratio = log_ratio = logp - old_logp
+    log_ratio = logp - old_logp
     if importance_sampling_level == "sequence":
         leaf_log_ratio = _leaf_sum(log_ratio, leaf_offsets) / leaf_tokens.clamp(min=1)
         leaves = torch.arange(num_leaves, device=logp.device)

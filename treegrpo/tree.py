@@ -1,29 +1,39 @@
-"""Trajectories, and the exact token trie of one prompt's group of them. Numpy only: nothing here needs torch.
+"""Trajectories, and one prompt's whole group of them as a tree: build, check, save, load. Nothing here needs torch.
 
-    T unique tokens of a trie (or of several side by side), L leaf-stream length (sum of leaf lengths), n sequences.
-
-The packed row is the trie in depth-first pre-order, children in ascending token order. Three values per token say
-everything: `subtree_end` (key j is visible to query i iff j <= i < subtree_end[j]), `prev` (the token before it on its
-path, -1 at a root) and `position` (depth in tokens).
+The packed row and its three values per token (`subtree_end`, `prev`, `position`) are explained in trie.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import gzip
 import json
 import math
+import numbers
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-MAX_TOKEN_ID = 2**31 - 1
+from treegrpo.trie import MAX_TOKEN_ID, Trie, token_trie
+
+__all__ = [
+    "RolloutTree",
+    "Segment",
+    "Trajectory",
+    "Trie",
+    "build_forest",
+    "build_tree",
+    "load",
+    "save",
+    "token_trie",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +77,7 @@ class Trajectory:
         tokens = _as_array(where, "token_ids", self.token_ids, "iu")
         if not tokens.size:
             raise ValueError(f"{where}: token_ids is empty; a trajectory holds at least one token, leave this one out")
-        _refuse(where, "token_ids", tokens, (tokens < 0) | (tokens >= MAX_TOKEN_ID), "give ids from 0 to 2**31 - 2")
+        _refuse(where, "token_ids", tokens, (tokens < 0) | (tokens > MAX_TOKEN_ID), "give ids from 0 to 2**31 - 1")
         put("token_ids", _frozen(tokens, np.int64))
 
         mask = _as_array(where, "loss_mask", self.loss_mask, "biu", like=tokens)
@@ -80,7 +90,7 @@ class Trajectory:
         put("loss_mask", _frozen(mask, np.bool_))
 
         if self.reward is not None:
-            if not isinstance(self.reward, (int, float, np.number)) or not math.isfinite(self.reward):
+            if not _is_finite(self.reward):
                 raise ValueError(f"{where}: reward is {self.reward!r}; give a finite number, or None when unknown")
             put("reward", float(self.reward))
         if self.logprobs is not None:
@@ -100,13 +110,12 @@ class Trajectory:
             raise ValueError(f"{where}: info is a {type(self.info).__name__}; give a dict or None")
 
     def _checked_steps(self, where: str) -> np.ndarray:
-        steps = _as_array(where, "steps", self.steps, "iu")
-        _refuse(
-            where, "steps", steps, (steps < 0) | (steps >= self.num_tokens), f"give indices below {self.num_tokens}"
-        )
+        num = self.num_tokens
+        steps = _as_array(where, "steps", self.steps, "iu").astype(np.int64)
+        _refuse(where, "steps", steps, (steps < 0) | (steps >= num), f"give indices from 0 to {num - 1}")
         down = np.diff(steps, prepend=-1) <= 0
         _refuse(where, "steps", steps, down, "give the start of each step once, in ascending order")
-        first = int(steps[0]) if steps.size else self.num_tokens
+        first = int(steps[0]) if steps.size else num
         if self.loss_mask[:first].any():
             index = int(self.loss_mask.argmax())
             raise ValueError(
@@ -159,129 +168,17 @@ def _frozen(array: np.ndarray, dtype: type) -> np.ndarray:
     return array
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, numbers.Real) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _same(left: Any, right: Any) -> bool:
-    if isinstance(left, np.ndarray) or isinstance(left, float):
+    if isinstance(left, (np.ndarray, float)):
         return type(left) is type(right) and np.asarray(left).tobytes() == np.asarray(right).tobytes()
     return type(left) is type(right) and left == right
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Trie:
-    """The exact trie of n token sequences as one packed row, and the way back to every sequence.
-
-    [A B C D], [A B C E], [A B F] as 1 2 3 4, 1 2 3 5, 1 2 6:
-
-    >>> trie = token_trie([np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]), np.array([1, 2, 6])])
-    >>> trie.tokens.tolist(), trie.subtree_end.tolist()
-    ([1, 2, 3, 4, 5, 6], [6, 6, 5, 4, 5, 6])
-    >>> trie.prev.tolist(), trie.position.tolist()
-    ([-1, 0, 1, 2, 2, 1], [0, 1, 2, 3, 3, 2])
-    >>> trie.leaf_tokens.tolist(), trie.leaf_offsets.tolist()
-    ([0, 1, 2, 3, 0, 1, 2, 4, 0, 1, 5], [0, 4, 8, 11])
-    """
-
-    tokens: np.ndarray
-    """int64 [T]"""
-    subtree_end: np.ndarray
-    """int32 [T]: index just past the last token of the subtree of t's continuations."""
-    prev: np.ndarray
-    """int32 [T]: packed index of the token before t on its path, -1 at a root."""
-    position: np.ndarray
-    """int32 [T]: depth in tokens."""
-    leaf_tokens: np.ndarray
-    """int64 [L]: packed index of every token of every sequence, in the order given."""
-    leaf_offsets: np.ndarray
-    """int64 [n+1]: sequence i is leaf_tokens[leaf_offsets[i] : leaf_offsets[i+1]]."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokens.size
-
-    @property
-    def num_pairs(self) -> int:
-        """Visible (query, key) pairs: each token sees its ancestors and itself."""
-        return int(self.position.sum(dtype=np.int64)) + self.num_tokens
-
-
-def token_trie(sequences: Sequence[np.ndarray], owners: np.ndarray | None = None) -> Trie:
-    """The trie of `sequences` (integer [n_i] each, n_i >= 1, 0 <= id < 2**31 - 1; unchecked, as Trajectory checks them).
-
-    Equal prefixes merge, duplicates and prefixes of one another are legal; the packed row does not depend on the order
-    of the sequences. With `owners` (int [n], >= 0), only sequences of one owner merge: the result is the tries of the
-    owners side by side, in ascending order of owner.
-
-    O(L log n) time and O(L) memory: sort as big-endian bytes, compare neighbours, and copy what is shared by pointer
-    doubling; no Python per token.
-    """
-    num = len(sequences)
-    lengths = np.fromiter(map(len, sequences), np.int64, num)
-    offsets = np.zeros(num + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    flat = np.concatenate(sequences) if num else np.zeros(0, np.int64)
-
-    order = _sorted_rows(flat, offsets, owners)
-    inverse = np.empty(num, np.int64)
-    inverse[order] = np.arange(num)
-    # From here on row r is sequence order[r], and rows lie one after another in `row_tokens`.
-    row_lengths = lengths[order]
-    row_starts = np.cumsum(row_lengths) - row_lengths
-    total = int(offsets[-1])
-    index = np.arange(total)
-    row_of = np.repeat(np.arange(num), row_lengths)
-    depth = index - row_starts[row_of]
-    row_tokens = flat[index + (offsets[:-1][order] - row_starts)[row_of]]
-
-    # `above` is the same depth in the row before: token f - (length of that row).
-    length_before = np.zeros(num, np.int64)
-    length_before[1:] = row_lengths[:-1]
-    if owners is not None:
-        # No row before the first of its owner: nothing merges across owners.
-        length_before[1:][np.diff(np.asarray(owners)[order]) != 0] = 0
-    length_before = length_before[row_of]
-    above = index - length_before
-    equal = (depth < length_before) & (row_tokens == row_tokens[above])
-    common = np.minimum.reduceat(np.where(equal, total, depth), row_starts) if num else row_lengths
-    common = np.minimum(common, row_lengths)
-
-    is_new = depth >= common[row_of]
-    packed = np.cumsum(is_new) - 1
-    source = np.where(is_new, index, above)
-    pending = np.flatnonzero(~is_new[source])
-    while pending.size:
-        source[pending] = source[source[pending]]
-        pending = pending[~is_new[source[pending]]]
-    row_leaf = packed[source]
-
-    first = np.flatnonzero(is_new)
-    prev = np.where(depth[first] > 0, row_leaf[first - 1], -1)
-    # A token is last seen in the row whose successor has parted from it; its subtree ends with that row.
-    common_after = np.zeros(num, np.int64)
-    common_after[:-1] = common[1:]
-    last = np.flatnonzero(depth >= common_after[row_of])
-    subtree_end = np.empty(first.size, np.int32)
-    subtree_end[row_leaf[last]] = packed[(row_starts + row_lengths - 1)[row_of[last]]] + 1
-
-    back = np.repeat(row_starts[inverse] - offsets[:-1], lengths) + index
-    return Trie(
-        tokens=row_tokens[first].astype(np.int64),
-        subtree_end=subtree_end,
-        prev=prev.astype(np.int32),
-        position=depth[first].astype(np.int32),
-        leaf_tokens=row_leaf[back],
-        leaf_offsets=offsets,
-    )
-
-
-def _sorted_rows(flat: np.ndarray, offsets: np.ndarray, owners: np.ndarray | None) -> np.ndarray:
-    """Order [n] of the sequences by (owner, tokens), equal ones as given."""
-    # Big-endian words compare like numbers, so memcmp of the bytes is the lexicographic order of the tokens.
-    words = memoryview(flat.astype(">u4").tobytes())
-    cuts = (4 * offsets).tolist()
-    keys = [bytes(words[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    if owners is not None:
-        heads = memoryview(np.asarray(owners).astype(">u4").tobytes())
-        keys = [bytes(heads[4 * i : 4 * i + 4]) + key for i, key in enumerate(keys)]
-    return np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,8 +245,8 @@ class RolloutTree:
 
     def to_trajectories(self) -> list[Trajectory]:
         """Every trajectory, bit for bit and in the order given, its tokens read back from the trie."""
-        trie, cuts = self.trie, self.trie.leaf_offsets.tolist()
-        rows = (trie.tokens[trie.leaf_tokens[a:b]] for a, b in zip(cuts, cuts[1:], strict=False))
+        trie = self.trie
+        rows = (trie.tokens[trie.leaf_tokens[a:b]] for a, b in _spans(trie.leaf_offsets))
         return [dataclasses.replace(t, token_ids=row) for t, row in zip(self.trajectories, rows, strict=True)]
 
     def segments(self) -> list[Segment]:
@@ -411,23 +308,31 @@ def build_forest(trajectories: Iterable[Trajectory]) -> list[RolloutTree]:
     rows = [t.token_ids for members in groups.values() for t in members]
     # One pass for all groups, cut apart afterwards: thousands of small groups cost no more than one large one.
     whole = token_trie(rows, np.repeat(np.arange(len(groups)), counts))
-    leaf_cuts = [0, *np.cumsum(counts).tolist()]
+    leaf_cuts = np.append(0, np.cumsum(counts))
     row_cuts = whole.leaf_offsets[leaf_cuts]
-    token_cuts = [*np.minimum.reduceat(whole.leaf_tokens, row_cuts[:-1]).tolist(), whole.num_tokens]
+    token_cuts = np.append(np.minimum.reduceat(whole.leaf_tokens, row_cuts[:-1]), whole.num_tokens)
+    shift = np.repeat(token_cuts[:-1], np.diff(token_cuts)).astype(np.int32)
+    subtree_end = whole.subtree_end - shift
+    prev = np.maximum(whole.prev - shift, np.int32(-1))
+    leaf_tokens = whole.leaf_tokens - np.repeat(token_cuts[:-1], np.diff(row_cuts))
     forest = []
-    for g, (group, members) in enumerate(groups.items()):
-        t0, t1, r0, r1 = token_cuts[g], token_cuts[g + 1], int(row_cuts[g]), int(row_cuts[g + 1])
-        prev = whole.prev[t0:t1]
+    cuts = zip(groups.items(), _spans(token_cuts), _spans(row_cuts), _spans(leaf_cuts), strict=True)
+    for (group, members), (t0, t1), (r0, r1), (i0, i1) in cuts:
         trie = Trie(
             tokens=whole.tokens[t0:t1],
-            subtree_end=whole.subtree_end[t0:t1] - np.int32(t0),
-            prev=np.where(prev < 0, np.int32(-1), prev - np.int32(t0)),
+            subtree_end=subtree_end[t0:t1],
+            prev=prev[t0:t1],
             position=whole.position[t0:t1],
-            leaf_tokens=whole.leaf_tokens[r0:r1] - t0,
-            leaf_offsets=whole.leaf_offsets[leaf_cuts[g] : leaf_cuts[g + 1] + 1] - r0,
+            leaf_tokens=leaf_tokens[r0:r1],
+            leaf_offsets=whole.leaf_offsets[i0 : i1 + 1] - r0,
         )
         forest.append(RolloutTree(group, tuple(members), trie))
     return forest
+
+
+def _spans(cuts: np.ndarray) -> Iterable[tuple[int, int]]:
+    cuts = cuts.tolist()
+    return zip(cuts, cuts[1:], strict=False)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Trajectory))
@@ -444,11 +349,10 @@ def save(path: str | os.PathLike, trajectories: Iterable[Trajectory]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as raw:
-            stream = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.suffix == ".gz" else raw
-            for index, trajectory in enumerate(trajectories):
-                stream.write(_to_line(index, trajectory).encode())
-            if stream is not raw:
-                stream.close()
+            compressed = path.suffix == ".gz"
+            with gzip.GzipFile("", "wb", 6, raw, mtime=0) if compressed else contextlib.nullcontext(raw) as stream:
+                for index, trajectory in enumerate(trajectories):
+                    stream.write(_to_line(index, trajectory).encode())
             raw.flush()
             os.fsync(raw.fileno())
         os.replace(temporary, path)
@@ -463,20 +367,18 @@ def load(path: str | os.PathLike) -> list[Trajectory]:
     Raises ValueError naming the file, the line and the cure.
     """
     path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
     trajectories = []
-    number = 0
+    done = 0
     try:
-        with opener(path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
+            for line in stream:
                 if line.strip():
                     trajectories.append(_from_line(line))
+                done += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path}, after line {number}: the compressed file is damaged ({error}): write it again"
-        ) from error
+        raise ValueError(f"{path}, line {done + 1}: the compressed data is damaged ({error}): copy it again") from error
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from error
+        raise ValueError(f"{path}, line {done + 1}: {error}") from error
     return trajectories
 
 
@@ -505,7 +407,7 @@ def _to_line(index: int, trajectory: Trajectory) -> str:
 def _from_line(line: bytes) -> Trajectory:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): mend or delete the line, or write the file again") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, not an object: give one object per line")
@@ -516,8 +418,13 @@ def _from_line(line: bytes) -> Trajectory:
     for name in extra:
         if meant := difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.85):
             raise ValueError(f"unknown name {name!r}: rename it to {meant[0]!r}, or move it into info")
+    info, logprobs = record.get("info"), record.get("logprobs")
+    if info is not None and not isinstance(info, dict):
+        raise ValueError(f"info is a JSON {type(info).__name__}: give an object or null")
+    if both := sorted(extra.keys() & (info or {}).keys()):
+        raise ValueError(f"{both[0]!r} stands both on the line and in its info: remove one")
     if extra:
-        record["info"] = extra | (record.get("info") or {})
-    if record.get("logprobs") is not None:
-        record["logprobs"] = [math.nan if value is None else value for value in record["logprobs"]]
+        record["info"] = extra | (info or {})
+    if isinstance(logprobs, list):
+        record["logprobs"] = [math.nan if value is None else value for value in logprobs]
     return Trajectory(**record)

@@ -11,7 +11,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from . import op  # noqa: F401  (registers torch.ops.treegrpo.tree_attention)
+from . import (
+    op,  # noqa: F401  (registers torch.ops.treegrpo.tree_attention)
+    reference,
+)
 from .plan import TreePlan
 
 _log = logging.getLogger("treegrpo_kernels")
@@ -69,6 +72,11 @@ def tree_attention(
     window, softcap = window or 0, softcap or 0.0
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks)
+    if chosen is Backend.REFERENCE:
+        out, lse = reference.tree_attention(
+            q, k, v, plan.subtree_end, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True
+        )
+        return (out, lse.detach()) if return_lse else out
     if chosen is Backend.GATHER:
         from . import gather
 

@@ -1,4 +1,4 @@
-"""The torch operator behind ``tree_attention``: one schema, one autograd rule and one fake for every backend.
+"""The torch operator behind ``tree_attention``: one schema, autograd rule, fake and FLOP formula for every kernel.
 
 Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key head dim, Dv value head dim.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import flops, reference
+from . import flops
 
 _library = torch.library.Library("treegrpo", "DEF")
 _library.define(
@@ -50,10 +50,6 @@ def _forward(
     if q.shape[0] == 0:
         return _empty_out(q, v)
     match backend:
-        case "reference":
-            return reference.tree_attention(
-                q, k, v, subtree_end, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True
-            )
         case "cpu" | "cuda":
             from . import native
 
@@ -88,13 +84,6 @@ def _backward(
     if q.shape[0] == 0:
         return _empty_grads(q, k, v)
     match backend:
-        case "reference":
-            with torch.enable_grad():
-                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-                again = reference.tree_attention(
-                    *leaves, subtree_end, scale=scale, window=window, softcap=softcap, sinks=sinks
-                )
-            return tuple(g.contiguous() for g in torch.autograd.grad(again, leaves, dout))
         case "cpu" | "cuda":
             from . import native
 

@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-import treegrpo
-from treegrpo.tree import RolloutTree, Trajectory
+from treegrpo.tree import RolloutTree, Trajectory, build_forest
 
 
 class Replay:
@@ -19,7 +18,7 @@ class Replay:
 
     def __init__(self, trajectories: list[Trajectory], *, seed: int = 0, shuffle: bool = True) -> None:
         check_rewards(trajectories)
-        self.trees: list[RolloutTree] = treegrpo.build_forest(trajectories)
+        self.trees: list[RolloutTree] = build_forest(trajectories)
         self.seed = seed
         self.shuffle = shuffle
 

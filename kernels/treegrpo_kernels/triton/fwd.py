@@ -173,6 +173,8 @@ def tree_attention_fwd_kernel(
         b_l = b_l * b_alpha + tl.exp2(b_sink - b_m_new)
         b_acc = b_acc * b_alpha[:, None]
         b_m = b_m_new
+    # rows past T met no key
+    b_l = tl.where(b_l == 0.0, 1.0, b_l)
     b_acc = b_acc / b_l[:, None]
     store_rows(
         out + start_m * out_strides[0] + i_head * out_strides[1], b_acc, o_row, out_strides[0], num_rows, DV, BDV

@@ -1,0 +1,134 @@
+"""backend="triton": prefix-tree attention on NVIDIA GPUs from sm_80, and on the CPU under Triton's interpreter.
+
+Triton itself is imported only where a kernel is about to run, so that this package imports everywhere and can say what is missing.
+
+Shape legend: T tokens, Hq/Hkv query and key/value heads, D query/key head dim, Dv value head dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..plan import TreePlan
+    from .common import Config
+
+_FWD, _DQ, _DKV = slice(0, 5), slice(5, 10), slice(10, 16)
+
+
+def reason(device: torch.device) -> str | None:
+    """None where the kernels run on ``device``, else why they do not, as a sentence."""
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed (pip install triton; it exists for Linux only)"
+    try:
+        import triton
+    except ImportError as error:
+        return f"the triton package does not import: {error}"
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels need an NVIDIA GPU, not {device.type!r} (TRITON_INTERPRET=1, set before the start, interprets them slowly)"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> str | None:
+    """None where the kernels take these inputs, else what they do not, as a sentence."""
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the Triton kernels take bfloat16, float16 and float32, not {q.dtype}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"the Triton kernels take q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"the Triton kernels take head dims up to 256, not D = {q.shape[-1]} with Dv = {v.shape[-1]}"
+    return None
+
+
+def tile_tensors(plan: TreePlan, q: Tensor, v: Tensor, window: int, config: Config | None = None) -> list[Tensor]:
+    """The tile lists of the three kernels as one flat list, for :func:`forward` and :func:`backward`.
+
+    Each part opens with an empty tensor whose shape is the tile configuration (0, block_m, block_n, num_warps, num_stages): it
+    travels with the lists made for it, so backward cannot pair them with other tiles. ``config`` pins the tiles.
+    """
+    from .common import arch_of
+    from .common import config as choose
+
+    config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
+    tensors = []
+    for tile in (config.fwd, config.dq):
+        lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
+        tensors += [_shape_of(tile, q), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order]
+    tile = config.dkv
+    lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
+    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, lists.kv_order, lists.q_pos_min, lists.kv_pos_max]
+    return tensors
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    subtree_end: Tensor,
+    position: Tensor,
+    tiles: list[Tensor],
+    scale: float,
+    window: int,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv], sinks [Hq] or None -> out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32 (natural log).
+
+    ``deterministic`` changes nothing: the kernels add in a fixed order either way.
+    """
+    from .fwd import forward as run
+
+    tile, *lists = tiles[_FWD]
+    return run(q, k, v, sinks, subtree_end, position, _tile_of(tile), lists, scale, window, softcap)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    position: Tensor,
+    tiles: list[Tensor],
+    scale: float,
+    window: int,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients dq, dk, dv for dout [T,Hq,Dv]; ``deterministic`` changes nothing, as in :func:`forward`."""
+    from .bwd import backward as run
+
+    dq_tile, *dq_lists = tiles[_DQ]
+    dkv_tile, *dkv_lists = tiles[_DKV]
+    # fmt: off
+    return run(
+        dout, q, k, v, out, lse, subtree_end, position, _tile_of(dq_tile), dq_lists, _tile_of(dkv_tile), dkv_lists,
+        scale, window, softcap,
+    )
+    # fmt: on
+
+
+def _shape_of(tile, like: Tensor) -> Tensor:
+    shape = (0, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
+    return torch.empty(shape, dtype=torch.int32, device=like.device)
+
+
+def _tile_of(shape: Tensor):
+    from .common import TileConfig
+
+    return TileConfig(*shape.shape[1:])

@@ -1,0 +1,197 @@
+"""Ahead-of-time compilation of every Triton kernel, without a GPU: ``python -m treegrpo_kernels.triton.aot``.
+
+Prints registers, spills and shared memory of each kernel and fails on a register spill, on shared memory over the
+architecture's limit, or on an sm_90 kernel without wgmma. The kernels are compiled from the launch records of fwd.py and bwd.py,
+specialised by Triton's own argument binder, so that what is checked here is what a launch would compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from ..plan import TreePlan
+from . import _DKV, _DQ, _FWD, tile_tensors
+from .bwd import delta_launch, dkv_launch, dq_launch
+from .common import Config, Launch, config
+from .fwd import fwd_launch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# opt-in shared memory per block in bytes: CUDA C++ Programming Guide, technical specifications per compute capability
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one head size, dtype, architecture; ``features`` is plain, or cap (softcap and sinks), or window."""
+
+    kernel: str
+    arch: int
+    head_dim: int
+    dtype: str
+    features: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ptxas made of a case; ``error`` is None where it passes."""
+
+    case: Case
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wgmma: bool
+    seconds: float
+    error: str | None
+
+
+def launches(
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    tiles: Config,
+    *,
+    num_tokens: int = 256,
+    group: int = 4,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: bool = False,
+) -> dict[str, Launch]:
+    """The launch records of all kernels for CPU tensors of these shapes; nothing is launched."""
+    num_kv_heads = 2
+    num_heads = num_kv_heads * group
+    plan = TreePlan.build(torch.full((num_tokens,), num_tokens))
+    q, dq = torch.empty(2, num_tokens, num_heads, head_dim, dtype=dtype).unbind()
+    k, dk = torch.empty(2, num_tokens, num_kv_heads, head_dim, dtype=dtype).unbind()
+    v, dv = torch.empty(2, num_tokens, num_kv_heads, value_dim, dtype=dtype).unbind()
+    out, dout = torch.empty(2, num_tokens, num_heads, value_dim, dtype=dtype).unbind()
+    lse = torch.empty(num_tokens, num_heads)
+    block = max(tiles.dq.block_m, tiles.dkv.block_m)
+    delta, lse2 = torch.empty(2, num_heads, -(-num_tokens // block) * block).unbind()
+    sink = torch.empty(num_heads) if sinks else None
+    lists = tile_tensors(plan, q, v, window, tiles)
+    scale = head_dim**-0.5
+    shared = dict(
+        dout=dout,
+        q=q,
+        k=k,
+        v=v,
+        delta=delta,
+        lse2=lse2,
+        subtree_end=plan.subtree_end,
+        position=plan.position,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    fwd = (q, k, v, sink, out, lse, plan.subtree_end, plan.position, tiles.fwd, lists[_FWD][1:], scale, window, softcap)
+    return {
+        "fwd": fwd_launch(*fwd),
+        "delta": delta_launch(dout, out, lse, delta, lse2),
+        "dq": dq_launch(dq, tiles.dq, lists[_DQ][1:], **shared),
+        "dkv": dkv_launch(dk, dv, tiles.dkv, lists[_DKV][1:], **shared),
+    }
+
+
+def source_of(launch: Launch, arch: int) -> tuple[ASTSource, dict, GPUTarget]:
+    """What a launch on ``arch`` compiles: source with signature, constants and argument attributes; options; target."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, given = bind(**launch.args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)
+    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__, target
+
+
+def specialization_key(launch: Launch, arch: int) -> str:
+    """Two launches with one key share one compiled kernel."""
+    source, options, _ = source_of(launch, arch)
+    return f"{source.hash()} {options['num_warps']} {options['num_stages']}"
+
+
+def compile_case(case: Case, tiles: Config | None = None) -> Result:
+    dtype = DTYPES[case.dtype]
+    tiles = tiles or config(case.head_dim, case.head_dim, dtype, case.arch)
+    options = {"cap": {"softcap": 30.0, "sinks": True}, "window": {"window": 1024}}.get(case.features, {})
+    launch = launches(case.head_dim, case.head_dim, dtype, tiles, **options)[case.kernel]
+    source, parsed, target = source_of(launch, case.arch)
+    start = time.perf_counter()
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        # a cached kernel would come without ptxas's account of it
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=parsed)
+    seconds = time.perf_counter() - start
+    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log.getvalue()))
+    shared = compiled.metadata.shared
+    wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+    errors = []
+    if spilled:
+        errors.append(f"{spilled} bytes of register spills")
+    limit = SHARED_LIMIT.get(case.arch, 99 * 1024)
+    if shared > limit:
+        errors.append(f"{shared} bytes of shared memory, limit {limit}")
+    if case.arch == 90 and case.kernel != "delta" and case.dtype != "fp32" and not wgmma:
+        errors.append("no wgmma")
+    return Result(case, registers, spilled, shared, wgmma, seconds, "; ".join(errors) or None)
+
+
+def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
+    """Every kernel plain; and, for the first dtype, with softcap and sinks, and with a window."""
+    for arch in archs:
+        for head_dim in head_dims:
+            for dtype in dtypes:
+                for features in ("plain", "cap", "window") if dtype == dtypes[0] else ("plain",):
+                    for kernel in ("dkv", "dq", "fwd", "delta"):
+                        if kernel != "delta" or features == "plain":
+                            yield Case(kernel, arch, head_dim, dtype, features)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m treegrpo_kernels.triton.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["bf16", "fp16"])
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    args = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: the interpreter compiles nothing. Unset it and run again.", file=sys.stderr)
+        return 2
+    start = time.perf_counter()
+    todo = list(cases(args.arch, args.head_dim, args.dtype))
+    print(f"{'kernel':7}{'arch':>5}{'D':>5} {'dtype':6}{'features':9}{'regs':>5}{'spills':>8}{'shared':>9} {'wgmma':6}{'s':>5}")
+    failed = 0
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with ProcessPoolExecutor(args.jobs) as pool:
+            for r in pool.map(compile_case, todo):
+                c = r.case
+                wgmma = "yes" if r.wgmma else "-"
+                line = f"{c.kernel:7}{c.arch:>5}{c.head_dim:>5} {c.dtype:6}{c.features:9}{r.registers:>5}{r.spilled_bytes:>8}"
+                print(f"{line}{r.shared_bytes:>9} {wgmma:6}{r.seconds:>5.1f}  {r.error or ''}", flush=True)
+                failed += r.error is not None
+    print(f"{len(todo)} kernels in {time.perf_counter() - start:.0f} s, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,515 @@
+"""Triton backward in two passes over the visible tiles, fp32 accumulators, no atomics: deterministic by construction.
+
+    p_ij = exp(s_ij - lse_i)     dp_ij = dout_i . v_j     delta_i = dout_i . out_i     ds_ij = p_ij (dp_ij - delta_i)
+    dq_i = scale * sum_j ds_ij k_j      dk_j = scale * sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
+
+dQ walks the forward's lists. The query rows that see a key tile are one contiguous range, so dK/dV counts through it without
+a list, summing over the query heads of its group inside the program. Shapes and names: common.py; Tp is T rounded up to
+whole query tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    Launch,
+    TileConfig,
+    cap_grad,
+    capped,
+    cdiv,
+    dot,
+    load_rows,
+    narrow,
+    padded,
+    rows,
+    score_scales,
+    store_rows,
+    strides,
+    visible,
+)
+
+_DELTA_TILE = TileConfig(block_m=64, block_n=0, num_warps=4, num_stages=1)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_heads"])
+def tree_attention_bwd_delta_kernel(
+    dout,
+    out,
+    lse,
+    delta,
+    lse2,
+    dout_strides,
+    out_strides,
+    num_tokens,
+    num_heads,
+    num_padded,
+    DV: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """delta and base-2 lse as [Hq, Tp], so that the passes read them in contiguous runs; rows from T on get p = 0."""
+    i_program = tl.program_id(0)
+    i_h = (i_program % num_heads).to(tl.int64)
+    start = (i_program // num_heads).to(tl.int64) * BM
+    o_row = tl.arange(0, BM)
+    num_rows = num_tokens - start
+    b_out = load_rows(out + start * out_strides[0] + i_h * out_strides[1], o_row, out_strides[0], num_rows, DV, BDV, True)
+    b_dout = load_rows(
+        dout + start * dout_strides[0] + i_h * dout_strides[1], o_row, dout_strides[0], num_rows, DV, BDV, True
+    )
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    b_lse = tl.load(lse + start * num_heads + i_h + o_row * num_heads, mask=o_row < num_rows, other=float("inf"))
+    m_padded = start + o_row < num_padded
+    tl.store(delta + i_h * num_padded + start + o_row, b_delta, mask=m_padded)
+    tl.store(lse2 + i_h * num_padded + start + o_row, b_lse * 1.4426950408889634, mask=m_padded)
+
+
+@triton.jit
+def _dq_tiles(
+    b_q,
+    b_dout,
+    b_dq,
+    b_lse,
+    b_delta,
+    p_k,
+    p_v,
+    subtree_end,
+    position,
+    q_indices,
+    lo,
+    hi,
+    o_m,
+    b_pos_q,
+    stride_k,
+    stride_v,
+    num_tokens,
+    qk_scale,
+    cap,
+    window,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    FULL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Loop over one class of key tiles: the entries [lo, hi) of the list."""
+    o_row = tl.arange(0, BN)
+    for e in tl.range(lo, hi, num_stages=STAGES):
+        n0 = tl.load(q_indices + e) * BN
+        num_rows = num_tokens - n0
+        b_k = load_rows(p_k + n0.to(tl.int64) * stride_k, o_row, stride_k, num_rows, D, BD, not FULL)
+        b_v = load_rows(p_v + n0.to(tl.int64) * stride_v, o_row, stride_v, num_rows, DV, BDV, not FULL)
+        b_s = capped(dot(b_q, tl.trans(b_k), tl.zeros((BM, BN), tl.float32)), qk_scale, cap, HAS_CAP)
+        b_p = tl.exp2(b_s - b_lse[:, None])
+        if not FULL:
+            o_n = n0 + o_row
+            b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
+            b_pos_k = b_end
+            if HAS_WINDOW:
+                b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
+            m_seen = visible(
+                o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, True, HAS_WINDOW
+            )
+            b_p = tl.where(m_seen, b_p, 0.0)
+        if HAS_CAP:
+            b_p = b_p * cap_grad(b_s, cap)
+        b_dp = dot(b_dout, tl.trans(b_v), tl.zeros((BM, BN), tl.float32))
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = dot(narrow(b_ds, b_k.dtype), b_k, b_dq)
+    return b_dq
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "window"])
+def tree_attention_bwd_dq_kernel(
+    q,
+    k,
+    v,
+    dout,
+    delta,
+    lse2,
+    dq,
+    subtree_end,
+    position,
+    q_offsets,
+    q_indices,
+    q_full,
+    q_order,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dq_strides,
+    num_tokens,
+    num_heads,
+    num_padded,
+    scale,
+    qk_scale,
+    cap,
+    window,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Loops over the key tiles of one query tile. Programs run longest list first, heads fastest."""
+    i_program = tl.program_id(0)
+    i_h = i_program % num_heads
+    i_m = tl.load(q_order + i_program // num_heads)
+    start_m = i_m.to(tl.int64) * BM
+    o_row = tl.arange(0, BM)
+    o_m = i_m * BM + o_row
+    num_rows = num_tokens - i_m * BM
+
+    i_head = i_h.to(tl.int64)
+    i_kv = (i_h // GROUP).to(tl.int64)
+    p_k = k + i_kv * k_strides[1]
+    p_v = v + i_kv * v_strides[1]
+    p_dout = dout + start_m * dout_strides[0] + i_head * dout_strides[1]
+    b_q = load_rows(q + start_m * q_strides[0] + i_head * q_strides[1], o_row, q_strides[0], num_rows, D, BD, True)
+    b_dout = load_rows(p_dout, o_row, dout_strides[0], num_rows, DV, BDV, True)
+    b_lse = tl.load(lse2 + i_head * num_padded + o_m)
+    b_delta = tl.load(delta + i_head * num_padded + o_m)
+    b_pos_q = o_m
+    if HAS_WINDOW:
+        b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
+
+    b_dq = tl.zeros((BM, BD), tl.float32)
+    lo = tl.load(q_offsets + i_m)
+    mid = lo + tl.load(q_full + i_m)
+    hi = tl.load(q_offsets + i_m + 1)
+    # fmt: off
+    b_dq = _dq_tiles(
+        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q,
+        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True, STAGES,
+    )
+    b_dq = _dq_tiles(
+        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q,
+        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False, STAGES,
+    )
+    # fmt: on
+    p_dq = dq + start_m * dq_strides[0] + i_head * dq_strides[1]
+    store_rows(p_dq, b_dq * scale, o_row, dq_strides[0], num_rows, D, BD)
+
+
+@triton.jit
+def dkv_bounds(n0, kv_max, kv_min, num_tokens, BM: tl.constexpr, BN: tl.constexpr):
+    """Query tiles that see the key tile at ``n0``: [lo, a) across the diagonal, [a, b) full, [b, hi) across subtree ends.
+
+    A ragged last query tile is left to the last class, so that the full class needs no row masks.
+    """
+    n1 = tl.minimum(n0 + BN, num_tokens)
+    lo = n0 // BM
+    hi = (kv_max + BM - 1) // BM
+    a = tl.minimum((n1 - 1 + BM - 1) // BM, hi)
+    b = tl.maximum(a, tl.minimum(kv_min // BM, hi))
+    return lo, a, b, hi
+
+
+@triton.jit
+def _dkv_tile(
+    b_dk,
+    b_dv,
+    b_k,
+    b_v,
+    i_m,
+    p_q,
+    p_dout,
+    p_lse,
+    p_delta,
+    position,
+    o_n,
+    b_end,
+    b_pos_k,
+    stride_q,
+    stride_dout,
+    num_tokens,
+    qk_scale,
+    cap,
+    window,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """One query tile's part of dK and dV; scores are held transposed, [BN, BM], so that p is an operand as it lies."""
+    o_row = tl.arange(0, BM)
+    m0 = i_m * BM
+    o_m = m0 + o_row
+    num_rows = num_tokens - m0
+    start_m = tl.cast(m0, tl.int64)
+    b_q = load_rows(p_q + start_m * stride_q, o_row, stride_q, num_rows, D, BD, not FULL)
+    b_lse = tl.load(p_lse + o_m)
+    b_s = capped(dot(b_k, tl.trans(b_q), tl.zeros((BN, BM), tl.float32)), qk_scale, cap, HAS_CAP)
+    b_p = tl.exp2(b_s - b_lse[None, :])
+    if not FULL:
+        b_pos_q = o_m
+        if HAS_WINDOW:
+            b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
+        m_seen = visible(
+            o_m[None, :], o_n[:, None], b_end[:, None], b_pos_q[None, :], b_pos_k[:, None], window, DIAGONAL, HAS_WINDOW
+        )
+        b_p = tl.where(m_seen, b_p, 0.0)
+    b_dout = load_rows(p_dout + start_m * stride_dout, o_row, stride_dout, num_rows, DV, BDV, not FULL)
+    b_dv = dot(narrow(b_p, b_dout.dtype), b_dout, b_dv)
+    if HAS_CAP:
+        b_p = b_p * cap_grad(b_s, cap)
+    b_delta = tl.load(p_delta + o_m)
+    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros((BN, BM), tl.float32))
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_dk = dot(narrow(b_ds, b_q.dtype), b_q, b_dk)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_kv_heads", "window"])
+def tree_attention_bwd_dkv_kernel(
+    q,
+    k,
+    v,
+    dout,
+    delta,
+    lse2,
+    dk,
+    dv,
+    subtree_end,
+    position,
+    kv_max,
+    kv_min,
+    kv_order,
+    q_pos_min,
+    kv_pos_max,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dk_strides,
+    dv_strides,
+    num_tokens,
+    num_kv_heads,
+    num_padded,
+    scale,
+    qk_scale,
+    cap,
+    window,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Loops over the query heads of the group and the query tiles below one key tile. Longest range first, heads fastest."""
+    i_program = tl.program_id(0)
+    i_kv = i_program % num_kv_heads
+    i_n = tl.load(kv_order + i_program // num_kv_heads)
+    n0 = i_n * BN
+    start_n = i_n.to(tl.int64) * BN
+    o_row = tl.arange(0, BN)
+    o_n = n0 + o_row
+    num_rows = num_tokens - n0
+
+    i_head = i_kv.to(tl.int64)
+    b_k = load_rows(k + start_n * k_strides[0] + i_head * k_strides[1], o_row, k_strides[0], num_rows, D, BD, True)
+    b_v = load_rows(v + start_n * v_strides[0] + i_head * v_strides[1], o_row, v_strides[0], num_rows, DV, BDV, True)
+    b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
+    b_pos_k = b_end
+    if HAS_WINDOW:
+        b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
+    lo, a, b, hi = dkv_bounds(n0, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
+
+    b_dk = tl.zeros((BN, BD), tl.float32)
+    b_dv = tl.zeros((BN, BDV), tl.float32)
+    for g in tl.range(0, GROUP):
+        i_q = i_head * GROUP + g
+        p_q = q + i_q * q_strides[1]
+        p_dout = dout + i_q * dout_strides[1]
+        p_lse = lse2 + i_q * num_padded
+        p_delta = delta + i_q * num_padded
+        # fmt: off
+        if HAS_WINDOW:
+            # the window cuts the range by position, which is not monotone over branches: pass over the tiles wholly outside
+            nearest = tl.load(kv_pos_max + i_n) + window
+            for i_m in tl.range(lo, hi):
+                if tl.load(q_pos_min + i_m) < nearest:
+                    b_dk, b_dv = _dkv_tile(
+                        b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
+                        dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, True, True, False,
+                    )
+        else:
+            for i_m in tl.range(lo, a):
+                b_dk, b_dv = _dkv_tile(
+                    b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
+                    dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, True, False,
+                )
+            for i_m in tl.range(a, b, num_stages=STAGES):
+                b_dk, b_dv = _dkv_tile(
+                    b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
+                    dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False, True,
+                )
+            for i_m in tl.range(b, hi, num_stages=STAGES):
+                b_dk, b_dv = _dkv_tile(
+                    b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
+                    dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False, False,
+                )
+        # fmt: on
+    p_dk = dk + start_n * dk_strides[0] + i_head * dk_strides[1]
+    p_dv = dv + start_n * dv_strides[0] + i_head * dv_strides[1]
+    store_rows(p_dk, b_dk * scale, o_row, dk_strides[0], num_rows, D, BD)
+    store_rows(p_dv, b_dv, o_row, dv_strides[0], num_rows, DV, BDV)
+
+
+def delta_launch(dout: Tensor, out: Tensor, lse: Tensor, delta: Tensor, lse2: Tensor) -> Launch:
+    num_tokens, num_heads, value_dim = out.shape
+    num_padded = delta.shape[1]
+    args = dict(
+        dout=dout,
+        out=out,
+        lse=lse,
+        delta=delta,
+        lse2=lse2,
+        dout_strides=strides(dout),
+        out_strides=strides(out),
+        num_tokens=num_tokens,
+        num_heads=num_heads,
+        num_padded=num_padded,
+        DV=value_dim,
+        BDV=padded(value_dim),
+        BM=_DELTA_TILE.block_m,
+    )
+    grid = (cdiv(num_padded, _DELTA_TILE.block_m) * num_heads,)
+    return Launch(tree_attention_bwd_delta_kernel, grid, args, _DELTA_TILE)
+
+
+def _common_args(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor,
+    lse2: Tensor,
+    subtree_end: Tensor,
+    position: Tensor,
+    tile: TileConfig,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> dict:
+    qk_scale, cap = score_scales(scale, softcap)
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        dout=dout,
+        delta=delta,
+        lse2=lse2,
+        subtree_end=subtree_end,
+        position=position,
+        q_strides=strides(q),
+        k_strides=strides(k),
+        v_strides=strides(v),
+        dout_strides=strides(dout),
+        num_tokens=q.shape[0],
+        num_padded=delta.shape[1],
+        scale=scale,
+        qk_scale=qk_scale,
+        cap=cap,
+        window=window,
+        GROUP=q.shape[1] // k.shape[1],
+        D=q.shape[2],
+        DV=v.shape[2],
+        BD=padded(q.shape[2]),
+        BDV=padded(v.shape[2]),
+        BM=tile.block_m,
+        BN=tile.block_n,
+        HAS_CAP=softcap > 0,
+        HAS_WINDOW=window > 0,
+        STAGES=tile.num_stages,
+    )
+
+
+def dq_launch(dq: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> Launch:
+    """The dQ launch; ``lists`` as in the forward, ``shared`` are the arguments of :func:`_common_args`."""
+    args = _common_args(tile=tile, **shared)
+    args.update(zip(("q_offsets", "q_indices", "q_full", "q_order"), lists, strict=True))
+    num_tokens, num_heads, _ = dq.shape
+    args.update(dq=dq, dq_strides=strides(dq), num_heads=num_heads)
+    return Launch(tree_attention_bwd_dq_kernel, (cdiv(num_tokens, tile.block_m) * num_heads,), args, tile)
+
+
+def dkv_launch(dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> Launch:
+    """The dK/dV launch; ``lists`` are kv_max, kv_min, kv_order, q_pos_min, kv_pos_max of the tile sizes in ``tile``."""
+    args = _common_args(tile=tile, **shared)
+    args.update(zip(("kv_max", "kv_min", "kv_order", "q_pos_min", "kv_pos_max"), lists, strict=True))
+    num_tokens, num_kv_heads, _ = dk.shape
+    args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
+    return Launch(tree_attention_bwd_dkv_kernel, (cdiv(num_tokens, tile.block_n) * num_kv_heads,), args, tile)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    subtree_end: Tensor,
+    position: Tensor,
+    dq_tile: TileConfig,
+    dq_lists: list[Tensor],
+    dkv_tile: TileConfig,
+    dkv_lists: list[Tensor],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes and shapes of q, k, v."""
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    num_tokens, num_heads, _ = q.shape
+    if num_tokens == 0:
+        return dq, dk, dv
+    q, k, v, out, dout = rows(q), rows(k), rows(v), rows(out), rows(dout)
+    block = max(dq_tile.block_m, dkv_tile.block_m)
+    delta, lse2 = torch.empty(
+        (2, num_heads, cdiv(num_tokens, block) * block), dtype=torch.float32, device=q.device
+    ).unbind()
+    delta_launch(dout, out, lse.contiguous(), delta, lse2).run()
+    shared = dict(
+        dout=dout,
+        q=q,
+        k=k,
+        v=v,
+        delta=delta,
+        lse2=lse2,
+        subtree_end=subtree_end,
+        position=position,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    dq_launch(dq, dq_tile, dq_lists, **shared).run()
+    dkv_launch(dk, dv, dkv_tile, dkv_lists, **shared).run()
+    return dq, dk, dv

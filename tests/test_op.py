@@ -1,0 +1,229 @@
+"""The operator and the public op: oracle, autograd, compile, FLOPs, choice of backend, refusals."""
+
+import logging
+import subprocess
+import sys
+
+import cases
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import treegrpo_kernels as tk
+from treegrpo_kernels import api, flops
+
+HERE = [name for name in ("reference", "cpu", "triton") if tk.backends("cpu")[name] is None]
+KERNELS = [name for name in HERE if name != "reference"]
+
+
+def tensors(num_tokens, hq=4, hkv=2, d=8, dv=None, dtype=torch.float64, seed=0, grad=False):
+    gen = torch.Generator().manual_seed(seed)
+    shapes = [(num_tokens, hq, d), (num_tokens, hkv, d), (num_tokens, hkv, dv or d)]
+    return [torch.randn(s, generator=gen, dtype=dtype).requires_grad_(grad) for s in shapes]
+
+
+def paths(subtree_end):
+    """For every token the packed indices of its path, root first."""
+    mask = cases.ancestor_mask(subtree_end)
+    return [mask[t].nonzero()[0] for t in range(len(mask))]
+
+
+@pytest.mark.parametrize("name", cases.NAMED)
+@pytest.mark.parametrize(
+    ("window", "softcap", "sinks"), [(None, None, False), (3, None, False), (None, 2.0, True), (2, 1.5, True)]
+)
+def test_oracle_is_attention_of_each_path_alone(name, window, softcap, sinks):
+    """The oracle itself against the definition: every token attends along its own path, nothing else exists."""
+    subtree_end = cases.named_subtree_end(name)
+    q, k, v = tensors(len(subtree_end), d=6, dv=5)
+    sink = torch.linspace(-1, 2, 4, dtype=torch.float64) if sinks else None
+    out, lse = tk.reference.tree_attention(
+        q, k, v, torch.from_numpy(subtree_end), scale=0.3, window=window, softcap=softcap, sinks=sink, return_lse=True
+    )
+    for t, path in enumerate(paths(subtree_end)):
+        path = path[-window:] if window else path
+        for h in range(4):
+            score = 0.3 * k[path, h // 2] @ q[t, h]
+            score = softcap * torch.tanh(score / softcap) if softcap else score
+            terms = torch.cat([score, sink[h : h + 1]]) if sinks else score
+            torch.testing.assert_close(lse[t, h], torch.logsumexp(terms, 0), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                out[t, h], torch.exp(score - lse[t, h]) @ v[path, h // 2], rtol=1e-12, atol=1e-12
+            )
+
+
+def test_oracle_blocks_do_not_show(monkeypatch):
+    subtree_end = torch.from_numpy(cases.random_subtree_end(75, 3))
+    q, k, v = tensors(75, grad=True)
+    whole = tk.reference.tree_attention(q, k, v, subtree_end)
+    grads = torch.autograd.grad(whole.square().sum(), (q, k, v))
+    monkeypatch.setattr(tk.reference, "_BLOCK_SCORES", 4 * 75 * 7)
+    blocks = tk.reference.tree_attention(q, k, v, subtree_end)
+    torch.testing.assert_close(whole, blocks, rtol=1e-13, atol=1e-13)
+    for a, b in zip(grads, torch.autograd.grad(blocks.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_plain_causal_mask_would_be_noticed():
+    """If siblings saw each other the oracle must say so: the comparison every test rests on can fail."""
+    for name in cases.NAMED:
+        subtree_end = torch.from_numpy(cases.named_subtree_end(name))
+        q, k, v = tensors(len(subtree_end))
+        tree = tk.reference.tree_attention(q, k, v, subtree_end)
+        causal = tk.reference.tree_attention(q, k, v, torch.full_like(subtree_end, len(subtree_end)))
+        assert (tree - causal).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("backend", [name for name in HERE if name != "triton"])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_gradcheck(backend, sinks):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("two_trees")))
+    q, k, v = tensors(12, hq=2, hkv=1, d=3, dv=2, grad=True)
+    sink = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True) if sinks else None
+
+    def f(q, k, v, sink):
+        return tk.tree_attention(q, k, v, plan, window=3, softcap=2.0, sinks=sink, backend=backend)
+
+    assert torch.autograd.gradcheck(f, (q, k, v, sink))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    q, k, v = tensors(6, d=4, dtype=torch.float32, grad=True)
+    tiles = []
+    if backend == "triton":
+        from treegrpo_kernels import triton
+
+        tiles = triton.tile_tensors(plan, q, v, 0)
+    args = (q, k, v, None, plan.subtree_end, plan.position, tiles, 0.5, 0, 0.0, plan.num_pairs, backend, True)
+    torch.library.opcheck(torch.ops.treegrpo.tree_attention, args)
+    sinks = torch.zeros(4, requires_grad=True)
+    torch.library.opcheck(torch.ops.treegrpo.tree_attention, (q, k, v, sinks, *args[4:]))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_compile_fullgraph_dynamic_across_plans(backend):
+    def step(q, k, v, plan):
+        return tk.tree_attention(q * 2, k, v, plan, backend=backend).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for seed, num_tokens in enumerate((20, 33, 47, 61, 80, 91)):
+            plan = tk.TreePlan.build(torch.from_numpy(cases.random_subtree_end(num_tokens, seed)))
+            q, k, v = tensors(num_tokens, dtype=torch.float32, seed=seed, grad=True)
+            expected = step(q, k, v, plan)
+            grads = torch.autograd.grad(expected.sum(), (q, k, v))
+            found = compiled(q, k, v, plan)
+            torch.testing.assert_close(found, expected)
+            for a, b in zip(torch.autograd.grad(found.sum(), (q, k, v)), grads, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_flop_counter_counts_visible_pairs(backend):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("ragged_turns")))
+    q, k, v = tensors(plan.num_tokens, d=8, dv=6, dtype=torch.float32, grad=True)
+    for window in (None, 5):
+        with FlopCounterMode(display=False) as counter:
+            tk.tree_attention(q, k, v, plan, window=window, backend=backend).sum().backward()
+        pairs = plan.count_pairs(window)
+        counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items() if "treegrpo" in str(op)}
+        assert counts == {
+            "treegrpo.tree_attention": 2 * 4 * pairs * (8 + 6),
+            "treegrpo.tree_attention_backward": 2 * 4 * pairs * (3 * 8 + 2 * 6),
+        }
+    assert flops.attention_forward(10, 4, 8) == 4 * 8 * 4 * 10
+    assert flops.attention_backward(10, 4, 8) == 10 * 8 * 4 * 10
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_no_tokens(backend):
+    plan = tk.TreePlan.build(torch.zeros(0, dtype=torch.int32))
+    q, k, v = tensors(0, dv=5, dtype=torch.float32, grad=True)
+    out, lse = tk.tree_attention(q, k, v, plan, backend=backend, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, 4, 5), (0, 4))
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_unused_output_has_no_gradient(backend):
+    plan = tk.TreePlan.build(torch.tensor([2, 2]))
+    q, k, v = tensors(2, dtype=torch.float32, grad=True)
+    out, lse = tk.tree_attention(q, k, v, plan, backend=backend, return_lse=True)
+    assert out.requires_grad
+    assert not lse.requires_grad
+
+
+def test_auto_takes_the_native_kernel_and_says_so(caplog):
+    if tk.backends("cpu")["cpu"] is not None:
+        pytest.skip(f"no native kernel here: {tk.backends('cpu')['cpu']}")
+    api._announced.clear()
+    plan = tk.TreePlan.build(torch.tensor([2, 2]))
+    q, k, v = tensors(2, dtype=torch.float32)
+    with caplog.at_level(logging.INFO, logger="treegrpo_kernels"):
+        first = tk.tree_attention(q, k, v, plan)
+        tk.tree_attention(q, k, v, plan)
+    assert [r.getMessage() for r in caplog.records] == [
+        "tree_attention on cpu torch.float32 uses backend cpu (the fastest for cpu tensors)"
+    ]
+    assert torch.equal(first, tk.tree_attention(q, k, v, plan, backend="cpu"))
+    with caplog.at_level(logging.INFO, logger="treegrpo_kernels"):
+        tk.tree_attention(*tensors(2, dtype=torch.float16), plan)
+    assert caplog.records[-1].levelno == logging.WARNING
+    assert "reference" in caplog.records[-1].getMessage()
+
+
+def test_backends_names_every_kernel_with_a_reason():
+    report = tk.backends("cpu")
+    assert set(report) == {"reference", "cpu", "triton", "cuda", "gather"}
+    assert report["reference"] is None
+    assert "cpu" in report["cuda"]
+    assert report["gather"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(backend="flash"), "backend 'flash' is unknown: use one of auto, reference, cpu, triton, cuda, gather"),
+        (dict(backend="cuda"), "backend 'cuda': runs on CUDA tensors"),
+        (dict(backend="gather"), "backend 'gather': "),
+        (dict(window=0), "window must be at least 1"),
+        (dict(softcap=-1.0), "softcap must be positive"),
+        (dict(sinks=torch.zeros(3)), r"sinks must be \[4\]"),
+        (dict(q=torch.zeros(1, 6, 4, 8)), "q must be"),
+        (dict(q=torch.zeros(7, 4, 8)), "q has 7 tokens but the plan is for 6"),
+        (dict(q=torch.zeros(6, 5, 8)), "q has 5 heads, k 2, v 2"),
+        (dict(k=torch.zeros(6, 2, 9)), "q has head dim 8 but k 9"),
+        (dict(v=torch.zeros(6, 2, 8, dtype=torch.float64)), "v has dtype torch.float64"),
+        (dict(q=torch.zeros(6, 4, 8, dtype=torch.int32)), "q has dtype torch.int32"),
+        (dict(q=torch.zeros(6, 4, 300), k=torch.zeros(6, 2, 300)), "q has head dim 300; supported are 1 to 256"),
+        (dict(q=torch.zeros(6, 4, 8, device="meta")), "q is on meta but the plan on cpu"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    q, k, v = tensors(6, dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        tk.tree_attention(**{"q": q, "k": k, "v": v, "plan": plan, **change})
+
+
+def test_oracle_holds_sixteen_thousand_tokens():
+    """Blockwise: the scores alone of 16k tokens would be 1 GB; the process must stay far below."""
+    code = """
+import resource, sys
+sys.path[:0] = ["kernels", "tests"]
+import cases, torch, treegrpo_kernels as tk
+end = torch.from_numpy(cases.balanced_subtree_end(1024, 3, 3, 384))
+q, k, v = (torch.randn(len(end), 1, 4, requires_grad=True) for _ in range(3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tk.reference.tree_attention(q, k, v, end).sum().backward()
+print(len(end), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    root = api.__file__.rsplit("/kernels/", 1)[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    num_tokens, megabytes = map(int, done.stdout.split())
+    assert num_tokens == 16000
+    assert megabytes < 900

@@ -1,0 +1,170 @@
+"""TreePlan against the ancestor walk: validation, positions, pairs, tile classes, lists and orders."""
+
+import time
+
+import cases
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from treegrpo_kernels import TreePlan, reference
+
+BLOCKS = [(1, 1), (4, 4), (8, 4), (4, 8), (5, 3), (16, 16), (64, 32)]
+
+
+def forests():
+    for name in cases.NAMED:
+        yield pytest.param(cases.named_subtree_end(name), id=name)
+    for seed in range(6):
+        yield pytest.param(cases.random_subtree_end(97 + seed, seed, branch=0.1 * (seed % 4)), id=f"random{seed}")
+    for residue in range(8):
+        yield pytest.param(cases.residue_subtree_end(residue, 8), id=f"residue{residue}")
+
+
+def tile_classes(mask: np.ndarray, block_m: int, block_n: int) -> dict[tuple[int, int], str]:
+    """(query tile, key tile) -> full | partial, by looking at every element."""
+    num_tokens = len(mask)
+    classes = {}
+    for m0 in range(0, num_tokens, block_m):
+        for n0 in range(0, num_tokens, block_n):
+            tile = mask[m0 : m0 + block_m, n0 : n0 + block_n]
+            if tile.any():
+                ragged = n0 + block_n > num_tokens
+                classes[m0 // block_m, n0 // block_n] = "full" if tile.all() and not ragged else "partial"
+    return classes
+
+
+@pytest.mark.parametrize("subtree_end", forests())
+def test_mask_positions_and_pairs_are_those_of_the_ancestor_walk(subtree_end):
+    mask = cases.ancestor_mask(subtree_end)
+    plan = TreePlan.build(torch.from_numpy(subtree_end))
+    assert np.array_equal(reference.dense_mask(plan.subtree_end).numpy(), mask)
+    assert np.array_equal(plan.position.numpy(), mask.sum(1) - 1)
+    assert plan.num_pairs == mask.sum()
+    for window in (1, 2, 5, 1000):
+        near = mask & (plan.position[:, None] - plan.position[None, :] < window).numpy()
+        assert plan.count_pairs(window) == near.sum()
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+def test_tile_lists_cover_exactly_the_visible_tiles(block_m, block_n, window):
+    for param in forests():
+        subtree_end = param.values[0]
+        plan = TreePlan.build(torch.from_numpy(subtree_end))
+        position = plan.position.numpy()
+        mask = cases.ancestor_mask(subtree_end)
+        if window:
+            mask &= position[:, None] - position[None, :] < window
+        expected = tile_classes(mask, block_m, block_n)
+        lists = plan.tile_lists(block_m, block_n, window)
+        found = {}
+        for tile in range(len(lists.q_full)):
+            start, stop = lists.q_offsets[tile].item(), lists.q_offsets[tile + 1].item()
+            full = lists.q_full[tile].item()
+            for rank, kv_tile in enumerate(lists.q_indices[start:stop].tolist()):
+                assert (tile, kv_tile) not in found
+                found[tile, kv_tile] = "full" if rank < full else "partial"
+        if window:
+            # position ranges are per tile, so a window may keep a tile that no pair needs; it must never lose one
+            assert expected.keys() <= found.keys()
+            assert all(expected.get(key) == "full" for key, kind in found.items() if kind == "full")
+        else:
+            assert found == expected
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
+def test_key_tile_ranges_and_orders(block_m, block_n):
+    for param in forests():
+        subtree_end = param.values[0]
+        num_tokens = len(subtree_end)
+        lists = TreePlan.build(torch.from_numpy(subtree_end)).tile_lists(block_m, block_n)
+        mask = cases.ancestor_mask(subtree_end)
+        for tile, (high, low) in enumerate(zip(lists.kv_max.tolist(), lists.kv_min.tolist(), strict=True)):
+            n0, n1 = tile * block_n, min((tile + 1) * block_n, num_tokens)
+            rows = np.flatnonzero(mask[:, n0:n1].any(1))
+            assert (rows[0], rows[-1] + 1, len(rows)) == (n0, high, high - n0)
+            seen_whole = np.flatnonzero(mask[:, n0:n1].all(1))
+            if n1 - n0 == block_n:
+                assert len(seen_whole) == max(0, low - (n1 - 1))
+                assert len(seen_whole) == 0 or seen_whole[0] == n1 - 1
+        lengths = (lists.q_offsets[1:] - lists.q_offsets[:-1])[lists.q_order.long()]
+        assert (lengths[1:] <= lengths[:-1]).all()
+        spans = (lists.kv_max - torch.arange(len(lists.kv_max)) * block_n)[lists.kv_order.long()]
+        assert (spans[1:] <= spans[:-1]).all()
+        assert sorted(lists.q_order.tolist()) == list(range(len(lists.q_order)))
+
+
+def is_forest(end: list[int]) -> int:
+    """First index that is not part of a depth-first forest, by the definition; -1 if none."""
+    for t in range(len(end)):
+        if not t < end[t] <= len(end):
+            return t
+        if any(j < t < end[j] < end[t] for j in range(t)):
+            return t
+    return -1
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.lists(st.integers(0, n + 1), min_size=n, max_size=n)))
+def test_validation_is_the_definition(end):
+    first_bad = is_forest(end)
+    if first_bad < 0:
+        assert TreePlan.build(torch.tensor(end)).num_tokens == len(end)
+    else:
+        with pytest.raises(ValueError, match=r"subtree_end\[\d+\] = .*treegrpo.pack"):
+            TreePlan.build(torch.tensor(end))
+
+
+def test_validation_is_the_definition_for_every_array_of_five():
+    values = np.array(np.meshgrid(*[np.arange(t + 1, 6) for t in range(5)], indexing="ij")).reshape(5, -1).T
+    for end in values.tolist():
+        if is_forest(end) < 0:
+            TreePlan.build(torch.tensor(end))
+        else:
+            with pytest.raises(ValueError, match="crosses the subtree"):
+                TreePlan.build(torch.tensor(end))
+
+
+def test_the_first_bad_index_is_named():
+    with pytest.raises(ValueError, match=r"subtree_end\[2\] = 2 must lie in \(2, 4\]"):
+        TreePlan.build(torch.tensor([4, 3, 2, 9]))
+    with pytest.raises(ValueError, match=r"subtree_end\[2\] = 4 crosses"):
+        TreePlan.build(torch.tensor([5, 3, 4, 4, 5]))
+    with pytest.raises(TypeError, match="integer"):
+        TreePlan.build(torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="one-dimensional"):
+        TreePlan.build(torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="must be positive"):
+        TreePlan.build(torch.tensor([1])).tile_lists(0, 1)
+
+
+def test_empty_plan():
+    plan = TreePlan.build(torch.zeros(0, dtype=torch.int32))
+    assert (plan.num_tokens, plan.num_pairs) == (0, 0)
+    assert plan.tile_lists(16, 16).q_indices.shape == (0,)
+
+
+def test_a_million_tokens_in_half_a_second():
+    tree = cases.balanced_subtree_end(512, 3, 3, 128)
+    row = torch.from_numpy(np.concatenate([tree + i * len(tree) for i in range(182)]))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        plan = TreePlan.build(row)
+        plan.tile_lists(128, 64)
+        seconds.append(time.perf_counter() - start)
+    assert plan.num_tokens > 1_000_000
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.gpu
+def test_plan_on_the_gpu_is_the_plan_on_the_cpu():
+    subtree_end = torch.from_numpy(cases.random_subtree_end(5000, 0))
+    here, there = TreePlan.build(subtree_end), TreePlan.build(subtree_end.cuda())
+    assert there.device.type == "cuda"
+    assert here.num_pairs == there.num_pairs
+    for name, value in vars(here.tile_lists(128, 64)).items():
+        other = getattr(there.tile_lists(128, 64), name)
+        assert torch.equal(value, other.cpu()) if isinstance(value, torch.Tensor) else value == other

@@ -1,0 +1,134 @@
+"""`treegrpo inspect`: a rollout tree in the terminal, and as a picture with its packed row and mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from treegrpo.tree import RolloutTree, Segment
+
+# The mask picture samples this many rows and columns, whatever the number of tokens.
+_CANVAS = 512
+
+
+def tree_lines(tree: RolloutTree, advantages: list[np.ndarray] | None = None):
+    """A rich Tree: one line per segment with its tokens, where it lies and what ends there.
+
+    `advantages`: that of `compute_advantages` for this tree.
+    """
+    from rich.tree import Tree
+
+    share = tree.num_chain_tokens / tree.num_tokens
+    root = Tree(
+        f"[bold]group {_escape(tree.group)}[/bold]  {tree.num_leaves} leaves, {tree.num_tokens:,} unique of {tree.num_chain_tokens:,} tokens"
+        f" ({share:.2f}x), {tree.num_pairs:,} of {tree.num_chain_pairs:,} pairs ({tree.num_chain_pairs / tree.num_pairs:.2f}x)",
+        guide_style="dim",
+    )
+    lines = {}
+    leaves_below = _leaves_below(tree.segments())
+    for index, segment in enumerate(tree.segments()):
+        above = lines[segment.parent] if segment.parent >= 0 else root
+        lines[index] = above.add(_segment_line(tree, segment, leaves_below[index], advantages))
+    return root
+
+
+def _segment_line(tree: RolloutTree, segment: Segment, num_below: int, advantages: list[np.ndarray] | None) -> str:
+    parts = [f"{segment.end - segment.start:,} tokens  [dim]{segment.start:,}..{segment.end:,}[/dim]"]
+    if num_below > 1:
+        parts.append(f"[cyan]shared by {num_below}[/cyan]")
+    for leaf in segment.leaves:
+        trajectory = tree.trajectories[leaf]
+        reward = "unknown" if trajectory.reward is None else f"{trajectory.reward:g}"
+        text = f"[green]leaf {leaf}[/green] reward {reward}"
+        if advantages is not None:
+            text += f" advantage {_brief(advantages[leaf])}"
+        parts.append(text + (f" [dim]tree {trajectory.tree}[/dim]" if trajectory.tree else ""))
+    return "  ".join(parts)
+
+
+def _brief(advantage: np.ndarray) -> str:
+    if np.all(advantage == advantage[0]):
+        return f"{advantage[0]:+.3f}"
+    return f"{len(advantage)} steps {advantage.min():+.3f}..{advantage.max():+.3f}"
+
+
+def _leaves_below(segments: list[Segment]) -> list[int]:
+    counts = [len(segment.leaves) for segment in segments]
+    # Packed order puts parents before children, so the reverse sums every subtree before its parent reads it.
+    for index in range(len(segments) - 1, 0, -1):
+        if segments[index].parent >= 0:
+            counts[segments[index].parent] += counts[index]
+    return counts
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def visible_fraction(subtree_end: np.ndarray, canvas: int = _CANVAS) -> np.ndarray:
+    """Mask `[c, c]` in `[0, 1]`, queries down and keys across, sampled at c = min(T, canvas) evenly spaced tokens."""
+    num_tokens = len(subtree_end)
+    at = np.unique(np.linspace(0, num_tokens - 1, min(num_tokens, canvas)).astype(np.int64))
+    return ((at[None, :] <= at[:, None]) & (at[:, None] < np.asarray(subtree_end)[at][None, :])).astype(np.float32)
+
+
+def draw(tree: RolloutTree, path: str | Path, title: str | None = None) -> None:
+    """Writes a PNG: the tree over depth, the packed row, and the mask (sampled, never T x T)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 7), width_ratios=(1.1, 1), layout="constrained")
+    figure.suptitle(title or f"group {tree.group}: {tree.num_tokens:,} unique tokens of {tree.num_chain_tokens:,}")
+    _draw_tree(left, tree)
+    size = tree.num_tokens
+    right.imshow(visible_fraction(tree.trie.subtree_end), cmap="Blues", vmin=0, vmax=1.3, extent=(0, size, size, 0), interpolation="nearest")
+    right.set(xlabel="key (index in the packed row)", ylabel="query")
+    _draw_row(right, tree)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_tree(axes, tree: RolloutTree) -> None:
+    """Depth in tokens across, one lane per leaf; a segment sits in the middle of its leaves' lanes."""
+    segments = tree.segments()
+    lanes = [0.0] * len(segments)
+    children: dict[int, list[float]] = {index: [] for index in range(len(segments))}
+    num_lanes = sum(not segment.children for segment in segments)
+    free = num_lanes - 1.0
+    for index in range(len(segments) - 1, -1, -1):
+        if segments[index].children:
+            lanes[index] = float(np.mean(children[index]))
+        else:
+            lanes[index], free = free, free - 1.0
+        if segments[index].parent >= 0:
+            children[segments[index].parent].append(lanes[index])
+    below = _leaves_below(segments)
+    for index, segment in enumerate(segments):
+        begin = int(tree.trie.position[segment.start])
+        end = begin + segment.end - segment.start
+        axes.plot([begin, end], [lanes[index]] * 2, color="tab:blue", linewidth=1.5 + 1.5 * np.log2(below[index] + 1), solid_capstyle="butt")
+        if segment.parent >= 0:
+            axes.plot([begin, begin], [lanes[segment.parent], lanes[index]], color="0.6", linewidth=1)
+        if segment.leaves and num_lanes <= 64:
+            rewards = ", ".join("?" if tree.trajectories[i].reward is None else f"{tree.trajectories[i].reward:g}" for i in segment.leaves)
+            axes.annotate(f" {rewards}", (end, lanes[index]), va="center", fontsize=8)
+    axes.set(xlabel="depth in tokens", title=f"{tree.num_leaves} leaves, rewards at their ends", yticks=[], ylim=(num_lanes - 0.5, -0.5))
+    axes.margins(x=0.06)
+
+
+def _draw_row(axes, tree: RolloutTree) -> None:
+    """The packed row above the mask, shaded by how many leaves share each segment."""
+    segments = tree.segments()
+    below = np.array(_leaves_below(segments), dtype=float)
+    shades = below / below.max()
+    strip = axes.inset_axes((0, 1.02, 1, 0.04), sharex=axes)
+    for segment, shade in zip(segments, shades, strict=True):
+        strip.axvspan(segment.start, segment.end, color=(0.1, 0.3, 0.6, 0.15 + 0.85 * shade), linewidth=0)
+    strip.set(yticks=[])
+    strip.tick_params(labelbottom=False, bottom=False)
+    strip.set_title(f"who sees whom: {tree.num_pairs:,} pairs; above, the packed row, darker where more leaves share", fontsize=10, pad=6)

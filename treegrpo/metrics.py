@@ -1,0 +1,100 @@
+"""Numbers of one optimiser step, summed over its batches and processes, and the file they are kept in (TRL's names)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_REDUCTIONS = ("mean", "sum", "min", "max")
+
+
+class StepMetrics:
+    """Collects named numbers; `reduced` gives what one process over one big batch would have seen.
+
+    >>> metrics = StepMetrics()
+    >>> metrics.add("kl", 1.0, weight=1)
+    >>> metrics.add("kl", 4.0, weight=2)
+    >>> metrics.reduced()
+    {'kl': 3.0}
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[tuple[str, str], list[float]] = {}
+
+    def add(self, name: str, value: Any, *, weight: float = 1.0, how: str = "mean") -> None:
+        """`how`: mean (weighted), sum, min or max. `value` may be a 0-d tensor; it is read here."""
+        value = float(value)
+        total = self._values.setdefault((name, how), [0.0, 0.0] if how in ("mean", "sum") else [value, 1.0])
+        if how == "mean":
+            total[0] += value * weight
+            total[1] += weight
+        elif how == "sum":
+            total[0] += value
+        else:
+            total[0] = min(total[0], value) if how == "min" else max(total[0], value)
+
+    def add_loss(self, metrics: dict[str, torch.Tensor], weight: float) -> None:
+        """The metrics of `grpo_loss` for one batch with `weight` trained tokens."""
+        for name, value in metrics.items():
+            how = "min" if name.endswith("min") else "max" if name.endswith("max") else "mean"
+            self.add(name, value, weight=weight, how=how)
+
+    def reduced(self, accelerator=None) -> dict[str, float]:
+        """One number per name, over all processes of `accelerator`; every process must have added the same names."""
+        names = sorted(self._values)
+        table = torch.tensor([self._values[name] for name in names], dtype=torch.float64).reshape(-1, 2)
+        if accelerator is not None and accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            table = torch.stack(gather_object([table]))
+        else:
+            table = table[None]
+        result = {}
+        for row, (name, how) in enumerate(names):
+            values, weights = table[:, row, 0], table[:, row, 1]
+            if how == "mean":
+                result[name] = float(values.sum() / weights.sum()) if weights.sum() else math.nan
+            else:
+                result[name] = float(getattr(values, how)())
+        return result
+
+
+class MetricsFile:
+    """metrics.jsonl of a run: one object per logged step. A resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() and resume_step else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl. ValueError names a line that is no JSON object with a step."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no metrics at {path}: give the output_dir of a run")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}); remove the line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number}: not a row of metrics (no step)")
+        rows.append(row)
+    return rows
