@@ -1,4 +1,4 @@
-"""Tiny random models of many families, shared by tests and benches: two layers, hidden 32, vocabulary 96, no download."""
+"""Tiny random models of many families, for tests and benches: two layers, hidden 32, vocabulary 96, no download."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS["moe_intermediate_size"] = 16
+GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 WINDOW = 5
 
 # every family that computes a packed tree exactly, with what its config needs beyond COMMON
@@ -61,7 +63,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "glm4": {"partial_rotary_factor": 0.5},
     "smollm3": {"use_sliding_window": True, "sliding_window": WINDOW},
     "starcoder2": {"sliding_window": WINDOW, "residual_dropout": 0.0, "embedding_dropout": 0.0},
-    "gpt2": {**GPT2, "resid_pdrop": 0.0},
+    "gpt2": GPT2,
     "gpt_neox": {"hidden_dropout": 0.0},
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0},
     "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
@@ -108,7 +110,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4, "n_layer": 2},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "head_dim": None},
-    "gptj": {**GPT2, "resid_pdrop": 0.0, "rotary_dim": 4},
+    "gptj": {**GPT2, "rotary_dim": 4},
     "stablelm": {},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2},
     "llama4_text": {**EXPERTS, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48},
@@ -122,7 +124,12 @@ def tiny_config(family: str, **overrides: Any) -> Any:
 
 
 def tiny_model(
-    family: str = "qwen3", *, attention: str = "eager", dtype: torch.dtype = torch.float64, seed: int = 0, **overrides: Any
+    family: str = "qwen3",
+    *,
+    attention: str = "eager",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **overrides: Any,
 ) -> nn.Module:
     """A tiny causal LM with weights large enough that attention matters, in eval mode."""
     torch.manual_seed(seed)

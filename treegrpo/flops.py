@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFINITION = """\
 forward FLOPs = linear + attention + head; training = 3 x forward (model FLOPs: no recompute, no masked tile elements)
-  linear     2 x matmul parameters per forwarded token, all layers; no embedding, no norms; MoE: router and active experts
+  linear     2 x matmul parameters per forwarded token, all layers; no embedding, no norms; MoE: router, active experts
   attention  4 x D x Hq per visible (query, key) pair and layer, pairs exact: chain sum n(n+1)/2, tree sum of depth+1;
              in a sliding layer of window W a query sees at most W tokens of its path, itself included
   head       2 x h x V per projected row; a row is a trained token (of every leaf: chain, or unique: tree)
@@ -34,6 +34,8 @@ GATED_MLP = (
     "olmo3", "phi3", "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 PLAIN_MLP = ("gpt2", "gpt_neox", "opt", "starcoder2")
+# These know no grouped queries, whatever their config says.
+MULTI_HEAD = ("gpt2", "gpt_neox", "opt")
 MOE = ("gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
 
@@ -204,7 +206,7 @@ def model_shape(config: Any) -> ModelShape:
         known = ", ".join(sorted(GATED_MLP + PLAIN_MLP + MOE))
         raise ValueError(f"config: the layers of model_type {kind!r} are not known here; known are {known}")
     h, heads, layers = config.hidden_size, config.num_attention_heads, config.num_hidden_layers
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = heads if kind in MULTI_HEAD else getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or h // heads
     if kind == "opt" and config.word_embed_proj_dim != h:
         raise ValueError("config: opt with word_embed_proj_dim != hidden_size projects its embeddings; not known here")

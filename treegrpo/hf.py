@@ -5,9 +5,9 @@ Shape legend: T packed tokens, H heads (Hq query, Hkv key/value), D head dim (Dv
     model = use_tree_attention(AutoModelForCausalLM.from_pretrained(...))     # sets the attention, checks the model
     logits = model(**batch.model_inputs()).logits                             # one row of unique tokens
 
-The plan travels as the keyword ``tree_plan`` of ``model(...)``, never as a global: gradient checkpointing calls the layers
-again in backward and must see the same plan. Without a plan (``generate``) the model computes what it computes with
-``sdpa``, bit for bit. Works with transformers 4.57 and newer.
+The plan travels as the keyword ``tree_plan`` of ``model(...)``, never as a global: gradient checkpointing calls the
+layers again in backward and must see the same plan. Without a plan (``generate``) the model computes what it computes
+with ``sdpa``, bit for bit. Works with transformers 4.57 and newer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import treegrpo_kernels as tk
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import treegrpo_kernels as tk
 
 from .logprobs import row_logprobs, unwrap
 
@@ -99,9 +100,10 @@ def treegrpo_attention(
     """Attention function of the name ``treegrpo`` (transformers' AttentionInterface).
 
     Args:
-        query: [1, Hq, T, D], already rotated with ``position_ids`` = depth in the tree; key [1, Hkv, T, D]; value [1, Hkv, T, Dv].
+        query: [1, Hq, T, D], already rotated with ``position_ids`` = depth in the tree.
+        key, value: [1, Hkv, T, D], [1, Hkv, T, Dv].
         attention_mask: a ``LazyMask`` or None; with a tree, a padding mask is refused.
-        tree_plan: the forest of the row; None: plain causal attention through ``sdpa`` (``eager`` for softcap and sinks).
+        tree_plan: the forest of the row; None: plain causal attention through ``sdpa`` (softcap, sinks: ``eager``).
         tree_backend: ``backend`` of ``treegrpo_kernels.tree_attention``.
         tree_trace: list to which each call appends its module (``check_model`` counts the layers with it).
 
@@ -190,7 +192,7 @@ def _attend_without_tree(
     s_aux: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Plain causal attention, equal to ``sdpa`` bit for bit; to the model's own ``eager`` where sdpa has no softcap or sinks."""
+    """Plain causal attention, ``sdpa`` bit for bit; the model's own ``eager`` where sdpa lacks softcap or sinks."""
     kind = "sdpa" if softcap is None and s_aux is None else "eager"
     if isinstance(mask, LazyMask):
         mask = mask.build(kind)
@@ -214,10 +216,10 @@ register()
 
 
 def use_tree_attention(model: nn.Module, *, check: bool = True) -> nn.Module:
-    """Sets the attention of a loaded transformers model (wrapped by PEFT or not) to ``treegrpo``, checks it, returns it.
+    """Sets the attention of a transformers model (wrapped by PEFT or not) to ``treegrpo``, checks it, returns it.
 
-    Call it before the model is wrapped by DDP or FSDP and never around a training forward: gradient checkpointing uses what
-    is set at backward time. Raises ``ValueError`` for a model that does not run through tree attention.
+    Call it before the model is wrapped by DDP or FSDP and never around a training forward: gradient checkpointing uses
+    what is set at backward time. Raises ``ValueError`` for a model that does not run through tree attention.
     """
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
@@ -226,6 +228,11 @@ def use_tree_attention(model: nn.Module, *, check: bool = True) -> nn.Module:
         base.set_attn_implementation(ATTENTION)
     except (ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{type(base).__name__} does not accept attention {ATTENTION!r}: {error}") from error
+    if base.config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"{type(base).__name__} keeps attention {base.config._attn_implementation!r}: its layers do not go through"
+            " transformers' AttentionInterface; take another model"
+        )
     if check:
         check_model(model)
     return model
@@ -235,9 +242,9 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
     """Raises ``ValueError``, with reason and cure, for a model that would not compute a packed tree exactly.
 
     Checks the configuration, counts the attention calls of one forward over ten tokens, and (``numeric``) compares that
-    forward with each of its four leaves run alone without a tree, and the log-prob head with the model's own logits. No
-    gradients, dropout off, training flags restored; no random numbers drawn. Windows longer than the four-token paths are
-    not exercised here but by the test suite.
+    forward with each of its four leaves run alone without a tree, and the log-prob head with the model's own logits.
+    No gradients, dropout off, training flags restored, no random numbers drawn. The paths are five tokens long: a
+    longer window is not exercised here.
     """
     base = unwrap(model)
     name = type(base).__name__
@@ -251,8 +258,8 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
     foreign = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
     if foreign:
         raise ValueError(
-            f"{name} has layers of type {', '.join(foreign)}, which read the packed row as one sequence and would mix siblings"
-            " (and chains packed in one row, too): take a model whose layers are all attention"
+            f"{name} has layers of type {', '.join(foreign)}, which read the packed row as one sequence and would"
+            " mix siblings (and chains packed in one row, too): take a model whose layers are all attention"
         )
     with _quiet(model):
         logits, plan, ids = _dry_forward(model, base, config)
@@ -287,14 +294,14 @@ def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[
         out = model(**inputs, attention_mask=None, use_cache=False, tree_plan=plan, tree_trace=calls)
     except TypeError as error:
         raise ValueError(
-            f"{name} does not pass keywords of model(...) on to its attention ({error}): train it with --attention chain"
-            " on another attention, or take a newer transformers"
+            f"{name} does not pass keywords of model(...) on to its attention ({error}): take a newer"
+            " transformers or another model"
         ) from error
     layers = config.num_hidden_layers
     if len({id(module) for module in calls}) != layers or len(calls) != layers:
         raise ValueError(
-            f"{len(calls)} of {name}'s {layers} layers ran through tree attention: the others ignore the tree and would mix"
-            " siblings; this architecture is not supported, take a model whose layers use transformers' AttentionInterface"
+            f"{len(calls)} of {name}'s {layers} layers ran through tree attention: the others ignore the tree and would"
+            " mix siblings; take a model all of whose layers go through transformers' AttentionInterface"
         )
     return out.logits[0], plan, ids
 
@@ -313,15 +320,15 @@ def _compare_with_leaves(model: nn.Module, name: str, logits: Tensor, ids: Tenso
     floor = 1e-3 if logits.dtype == torch.float32 and logits.is_cuda else FLOOR[logits.dtype]
     if noise > 10 * floor:
         raise ValueError(
-            f"{name} computes a plain chain differently through {ATTENTION!r} than through sdpa (relative error {noise:.1e}):"
-            " it hands its attention an argument that tree attention does not know"
+            f"{name} computes a plain chain differently through {ATTENTION!r} than through sdpa (relative error"
+            f" {noise:.1e}): it hands its attention an argument that tree attention does not know; take another model"
         )
     # the median, for in low precision one token may be routed to another expert without anything being wrong
     error = float(errors[CHECK_FIRST_FORK:].median())
     if not error <= NOISE * noise + floor:
         raise ValueError(
             f"{name} computes a packed tree differently from its leaves alone (relative error {error:.1e}, rounding"
-            f" {noise:.1e}): some layer mixes siblings; train it with --attention chain"
+            f" {noise:.1e}): some layer mixes siblings; take a model whose layers are all attention"
         )
 
 
@@ -339,7 +346,7 @@ def _relative_error(x: Tensor, reference: Tensor) -> Tensor:
 
 
 def _compare_head(model: nn.Module, logits: Tensor, plan: tk.TreePlan, ids: Tensor) -> None:
-    """The chunked log-prob head against the model's own logits: finds post-processing of logits that it does not know."""
+    """The chunked log-prob head against the model's own logits: finds a logit transform that it does not know."""
     rows = torch.arange(len(ids), device=ids.device)
     ours, _ = row_logprobs(model, ids, plan, rows, ids)
     wide = logits.to(torch.float64)
@@ -349,6 +356,6 @@ def _compare_head(model: nn.Module, logits: Tensor, plan: tk.TreePlan, ids: Tens
     error = float((ours.double() - theirs).abs().max())
     if not error <= bound:
         raise ValueError(
-            f"{type(unwrap(model)).__name__} transforms its logits after the head in a way the log-prob head does not know"
-            f" (log-probs off by {error:.1e}): see treegrpo.logprobs.logit_transform"
+            f"{type(unwrap(model)).__name__} transforms its logits in a way the log-prob head does not know (log-probs"
+            f" off by {error:.1e}): teach treegrpo.logprobs.logit_transform its config, or take another model"
         )

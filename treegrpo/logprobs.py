@@ -2,12 +2,13 @@
 
 Shape legend: T packed tokens, L leaf-stream length, R projected rows, P trained tokens, V vocabulary, E hidden size.
 
-A fork token predicts several next tokens, so labels are not a shifted row: the label of token t is scored by the logits of
-row ``prev[t]``. The head is applied once to each distinct such row, ``chunk_rows`` at a time, and recomputed in backward:
-memory beyond the hidden rows is O(chunk_rows * V + V * E), whatever T.
+A fork token predicts several next tokens, so labels are not a shifted row: the label of token t is scored by the logits
+of row ``prev[t]``. The head is applied once to each distinct such row, ``chunk_rows`` at a time, and recomputed in
+backward: memory beyond the hidden rows is O(chunk_rows * V + V * E), whatever T.
 
-The model is entered through ``model(...)``: for that one call its output head hands the hidden rows on, and the log-probs are
-computed inside it. So DDP's and FSDP's hooks, PEFT and gradient checkpointing see an ordinary forward and backward.
+The model is entered through ``model(...)``: for that one call its output head hands the hidden rows on, and the
+log-probs are computed inside it. So the hooks of DDP and FSDP, PEFT and gradient checkpointing see an ordinary forward
+and backward.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import treegrpo_kernels as tk
 from torch import Tensor, nn
+
+import treegrpo_kernels as tk
 
 if TYPE_CHECKING:
     from .packing import TreeBatch
@@ -31,7 +33,7 @@ CHUNK_ELEMENTS = 2**25
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does to ``head(hidden)``: ``cap * tanh(scale * z / cap)``; the sampling temperature divides after it.
+    """What a family does to ``z = head(hidden)``: ``cap * tanh(scale * z / cap)``; the temperature divides after it.
 
     Example: gemma2 is LogitTransform(1.0, 30.0), cohere LogitTransform(0.0625, 0.0), most are LogitTransform(1.0, 0.0).
     """
@@ -41,7 +43,7 @@ class LogitTransform:
 
 
 def logit_transform(config: Any) -> LogitTransform:
-    """The transform a transformers config asks for. ``hf.check_model`` compares the result with the model's own logits."""
+    """The transform a transformers config asks for. ``hf.check_model`` compares it with the model's own logits."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
@@ -73,7 +75,7 @@ def token_logprobs(
         Both differentiable with respect to all parameters.
 
     Raises:
-        ValueError: temperature not positive, a head that is no plain linear layer, a batch without its predecessor rows.
+        ValueError: temperature not positive, a head that is no plain linear layer, a trained token without predecessor.
     """
     trained = batch.trained.nonzero().squeeze(1)
     return _stream_logprobs(
@@ -100,8 +102,8 @@ def chain_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The flattened baseline: every leaf its own chain, padding-free in one row, through the same attention and head.
 
-    Arguments as ``token_logprobs``. Returns logp [L] (and entropy [L]) on the leaf stream: 0 where ``batch.leaf_mask`` is False.
-    Equal to ``batch.expand(token_logprobs(...))`` at the trained places, at the price of ``batch.num_chain_tokens`` tokens.
+    Arguments as ``token_logprobs``. Returns logp [L] (and entropy [L]) on the leaf stream, 0 where ``batch.leaf_mask``
+    is False. Equal to ``batch.expand(token_logprobs(...))`` at the trained places, at the price of L tokens, not T.
     """
     plan = chain_plan(batch)
     ids = batch.input_ids[batch.leaf_tokens]
@@ -146,7 +148,10 @@ def row_logprobs(
     chunk_rows: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(logp [P], entropy [P]) of ``labels`` [P] under the logits of ``rows`` [P] of the packed row ``ids`` [T]; rows may repeat."""
+    """(logp [P], entropy [P]) of ``labels`` [P] under the logits at ``rows`` [P] of the packed row ``ids`` [T].
+
+    Rows may repeat: each is projected once. The other arguments are those of ``token_logprobs``.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if chunk_rows is not None and chunk_rows < 1:
@@ -257,10 +262,11 @@ def output_head(model: nn.Module) -> nn.Linear:
 
 
 class ChunkedHead(torch.autograd.Function):
-    """(logp [P], entropy [R]) of labels under softmax(transform(hidden @ weight.T + bias) / temperature), a chunk of rows at a time.
+    """(logp [P], entropy [R]) under softmax(transform(hidden @ weight.T + bias) / temperature), by chunks of rows.
 
-    ``row_of`` [P] says which row scores which label. Forward keeps only the log-sum-exp; backward computes each chunk's logits
-    again and writes its part of every gradient, with dW summed in float32. No atomics: the same inputs give the same bits.
+    ``row_of`` [P] says which row scores which of ``labels`` [P]. Forward keeps only the log-sum-exp; backward computes
+    each chunk's logits again and writes its part of every gradient, dW summed in float32. No atomics: the same inputs
+    give the same bits.
     """
 
     @staticmethod
@@ -336,7 +342,7 @@ class ChunkedHead(torch.autograd.Function):
 
 
 class _Head:
-    """The three matrix products of a linear head with inputs in ``compute`` and results in float32 (float64 for float64).
+    """The three products of a linear head, inputs rounded to ``compute``, results in float32 (float64 for float64).
 
     CUDA multiplies low precision into float32 itself; elsewhere the weight is widened once per pass.
     """

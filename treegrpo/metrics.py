@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-_REDUCTIONS = ("mean", "sum", "min", "max")
-
 
 class StepMetrics:
     """Collects named numbers; `reduced` gives what one process over one big batch would have seen.
@@ -45,22 +43,19 @@ class StepMetrics:
             self.add(name, value, weight=weight, how=how)
 
     def reduced(self, accelerator=None) -> dict[str, float]:
-        """One number per name, over all processes of `accelerator`; every process must have added the same names."""
-        names = sorted(self._values)
-        table = torch.tensor([self._values[name] for name in names], dtype=torch.float64).reshape(-1, 2)
+        """One number per name, over all processes of `accelerator` (every process calls it)."""
+        tables = [self._values]
         if accelerator is not None and accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
-            table = torch.stack(gather_object([table]))
-        else:
-            table = table[None]
+            tables = gather_object(tables)
         result = {}
-        for row, (name, how) in enumerate(names):
-            values, weights = table[:, row, 0], table[:, row, 1]
+        for name, how in dict.fromkeys(key for table in tables for key in table):
+            values, weights = zip(*(table[name, how] for table in tables if (name, how) in table), strict=True)
             if how == "mean":
-                result[name] = float(values.sum() / weights.sum()) if weights.sum() else math.nan
+                result[name] = sum(values) / sum(weights) if sum(weights) else math.nan
             else:
-                result[name] = float(getattr(values, how)())
+                result[name] = {"sum": sum, "min": min, "max": max}[how](values)
         return result
 
 

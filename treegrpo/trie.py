@@ -59,8 +59,8 @@ def token_trie(sequences: Sequence[np.ndarray], owners: np.ndarray | None = None
     """The trie of `sequences`: integer [n_i] each, n_i >= 1, 0 <= id <= MAX_TOKEN_ID (checked by Trajectory, not here).
 
     Equal prefixes merge, duplicates and prefixes of one another are legal; the packed row does not depend on the order
-    of the sequences. With `owners` (int [n], never decreasing), only sequences of one owner merge: the result is the tries
-    of the owners side by side, in that order.
+    of the sequences. With `owners` (int [n], never decreasing), only sequences of one owner merge: the result is the
+    tries of the owners side by side, in that order.
 
     O(L log n) time and O(L) memory: sort as big-endian bytes, compare neighbours, and copy what is shared by pointer
     doubling; no Python per token.

@@ -117,7 +117,7 @@ def _dq_tiles(
             if HAS_WINDOW:
                 b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
             m_seen = visible(
-                o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, True, HAS_WINDOW
+                o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, HAS_WINDOW
             )
             b_p = tl.where(m_seen, b_p, 0.0)
         if HAS_CAP:
@@ -227,17 +227,19 @@ def _dkv_tile(
     b_k,
     b_v,
     i_m,
-    p_q,
-    p_dout,
-    p_lse,
-    p_delta,
+    i_head,
+    q,
+    dout,
+    lse2,
+    delta,
     position,
     o_n,
     b_end,
     b_pos_k,
-    stride_q,
-    stride_dout,
+    q_strides,
+    dout_strides,
     num_tokens,
+    num_padded,
     qk_scale,
     cap,
     window,
@@ -249,34 +251,37 @@ def _dkv_tile(
     BN: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
-    DIAGONAL: tl.constexpr,
     FULL: tl.constexpr,
 ):
     """One query tile's part of dK and dV; scores are held transposed, [BN, BM], so that p is an operand as it lies."""
     o_row = tl.arange(0, BM)
     m0 = i_m * BM
-    o_m = m0 + o_row
+    start_m = m0.to(tl.int64)
     num_rows = num_tokens - m0
-    start_m = tl.cast(m0, tl.int64)
-    b_q = load_rows(p_q + start_m * stride_q, o_row, stride_q, num_rows, D, BD, not FULL)
-    b_lse = tl.load(p_lse + o_m)
+    p_q = q + i_head * q_strides[1] + start_m * q_strides[0]
+    p_dout = dout + i_head * dout_strides[1] + start_m * dout_strides[0]
+    p_row = i_head * num_padded + start_m
+    b_q = load_rows(p_q, o_row, q_strides[0], num_rows, D, BD, not FULL)
+    b_lse = tl.load(lse2 + p_row + o_row)
     b_s = capped(dot(b_k, tl.trans(b_q), tl.zeros((BN, BM), tl.float32)), qk_scale, cap, HAS_CAP)
     b_p = tl.exp2(b_s - b_lse[None, :])
     if not FULL:
+        o_m = m0 + o_row
         b_pos_q = o_m
         if HAS_WINDOW:
             b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
         m_seen = visible(
-            o_m[None, :], o_n[:, None], b_end[:, None], b_pos_q[None, :], b_pos_k[:, None], window, DIAGONAL, HAS_WINDOW
+            o_m[None, :], o_n[:, None], b_end[:, None], b_pos_q[None, :], b_pos_k[:, None], window, HAS_WINDOW
         )
         b_p = tl.where(m_seen, b_p, 0.0)
-    b_dout = load_rows(p_dout + start_m * stride_dout, o_row, stride_dout, num_rows, DV, BDV, not FULL)
+    b_dout = load_rows(p_dout, o_row, dout_strides[0], num_rows, DV, BDV, not FULL)
     b_dv = dot(narrow(b_p, b_dout.dtype), b_dout, b_dv)
     if HAS_CAP:
         b_p = b_p * cap_grad(b_s, cap)
-    b_delta = tl.load(p_delta + o_m)
-    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros((BN, BM), tl.float32))
-    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_delta = tl.load(delta + p_row + o_row)
+    # accumulating onto -delta frees its registers before ds is formed
+    b_dp = dot(b_v, tl.trans(b_dout), tl.broadcast_to(-b_delta[None, :], (BN, BM)))
+    b_ds = b_p * b_dp
     b_dk = dot(narrow(b_ds, b_q.dtype), b_q, b_dk)
     return b_dk, b_dv
 
@@ -343,39 +348,37 @@ def tree_attention_bwd_dkv_kernel(
 
     b_dk = tl.zeros((BN, BD), tl.float32)
     b_dv = tl.zeros((BN, BDV), tl.float32)
-    for g in tl.range(0, GROUP):
-        i_q = i_head * GROUP + g
-        p_q = q + i_q * q_strides[1]
-        p_dout = dout + i_q * dout_strides[1]
-        p_lse = lse2 + i_q * num_padded
-        p_delta = delta + i_q * num_padded
-        # fmt: off
-        if HAS_WINDOW:
-            # the window cuts the range by position, which is not monotone over branches: pass over the tiles wholly outside
-            nearest = tl.load(kv_pos_max + i_n) + window
-            for i_m in tl.range(lo, hi):
-                if tl.load(q_pos_min + i_m) < nearest:
-                    b_dk, b_dv = _dkv_tile(
-                        b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
-                        dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, True, True, False,
-                    )
-        else:
-            for i_m in tl.range(lo, a):
+    # one flat loop per class over (query head, query tile): the pipeline never drains between the heads of the group
+    # fmt: off
+    if HAS_WINDOW:
+        # the window cuts the range by position, which is not monotone over branches: pass over the tiles wholly outside
+        nearest = tl.load(kv_pos_max + i_n) + window
+        for e in tl.range(0, GROUP * (hi - lo)):
+            i_m = lo + e % (hi - lo)
+            if tl.load(q_pos_min + i_m) < nearest:
                 b_dk, b_dv = _dkv_tile(
-                    b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
-                    dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, True, False,
+                    b_dk, b_dv, b_k, b_v, i_m, i_head * GROUP + e // (hi - lo), q, dout, lse2, delta, position, o_n, b_end,
+                    b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
+                    HAS_CAP, True, False,
                 )
-            for i_m in tl.range(a, b, num_stages=STAGES):
-                b_dk, b_dv = _dkv_tile(
-                    b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
-                    dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False, True,
-                )
-            for i_m in tl.range(b, hi, num_stages=STAGES):
-                b_dk, b_dv = _dkv_tile(
-                    b_dk, b_dv, b_k, b_v, i_m, p_q, p_dout, p_lse, p_delta, position, o_n, b_end, b_pos_k, q_strides[0],
-                    dout_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False, False,
-                )
-        # fmt: on
+    else:
+        for e in tl.range(0, GROUP * (b - a), num_stages=STAGES):
+            b_dk, b_dv = _dkv_tile(
+                b_dk, b_dv, b_k, b_v, a + e % (b - a), i_head * GROUP + e // (b - a), q, dout, lse2, delta, position, o_n,
+                b_end, b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
+                HAS_CAP, False, True,
+            )
+        # the two partial ranges [lo, a) and [b, hi) share a loop: a third copy of the body costs more registers than a compare
+        num_partial = (a - lo) + (hi - b)
+        for e in tl.range(0, GROUP * num_partial, num_stages=STAGES):
+            i_m = lo + e % num_partial
+            i_m = tl.where(i_m < a, i_m, i_m + (b - a))
+            b_dk, b_dv = _dkv_tile(
+                b_dk, b_dv, b_k, b_v, i_m, i_head * GROUP + e // num_partial, q, dout, lse2, delta, position, o_n, b_end,
+                b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
+                HAS_CAP, False, False,
+            )
+    # fmt: on
     p_dk = dk + start_n * dk_strides[0] + i_head * dk_strides[1]
     p_dv = dv + start_n * dv_strides[0] + i_head * dv_strides[1]
     store_rows(p_dk, b_dk * scale, o_row, dk_strides[0], num_rows, D, BD)

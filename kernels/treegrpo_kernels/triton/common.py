@@ -202,11 +202,9 @@ def _tanh(b_x):
 
 
 @triton.jit
-def visible(o_q, o_k, b_end, b_pos_q, b_pos_k, window, DIAGONAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def visible(o_q, o_k, b_end, b_pos_q, b_pos_k, window, HAS_WINDOW: tl.constexpr):
     """Which elements of a partial tile survive; the operands broadcast, so either side may be the row."""
-    m_seen = o_q < b_end
-    if DIAGONAL:
-        m_seen = m_seen & (o_k <= o_q)
+    m_seen = (o_k <= o_q) & (o_q < b_end)
     if HAS_WINDOW:
         m_seen = m_seen & (b_pos_q - b_pos_k < window)
     return m_seen

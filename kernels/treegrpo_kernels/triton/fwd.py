@@ -83,7 +83,7 @@ def _fwd_tiles(
                 if HAS_WINDOW:
                     b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
                 m_seen = visible(
-                    o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, True, HAS_WINDOW
+                    o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, HAS_WINDOW
                 )
                 b_s = tl.where(m_seen, b_s, float("-inf"))
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1))

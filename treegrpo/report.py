@@ -1,0 +1,133 @@
+"""What a run shows: progress bar and final table in the terminal, `treegrpo report` as PNG curves and a one-page summary."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from treegrpo.metrics import read_metrics
+
+# Curves of the picture, in reading order; those a run has no numbers for are left out.
+_CURVES = (
+    "loss",
+    "reward",
+    "grad_norm",
+    "entropy",
+    "kl",
+    "clip_ratio/region_mean",
+    "ratio/max",
+    "sampling/sampling_logp_difference/mean",
+    "batch/packing_ratio",
+    "step_time",
+    "learning_rate",
+    "completions/mean_length",
+)
+
+
+@contextlib.contextmanager
+def progress_bar(step: int, max_steps: int, enabled: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields `advance(row)`, called once per step with its metrics."""
+    if not enabled:
+        yield lambda row: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns) as progress:
+        task = progress.add_task("train", total=max_steps, completed=step, text="")
+
+        def advance(row: dict[str, Any]) -> None:
+            text = f"loss {row['loss']:+.4f}  reward {row['reward']:.3f}  {row['step_time']:.2f} s"
+            progress.update(task, completed=row["step"], text=text)
+
+        yield advance
+
+
+def final_table(history: list[dict[str, Any]], title: str):
+    """A rich table: first, last and mean of the numbers that matter."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name, justify in (("metric", "left"), ("first", "right"), ("last", "right"), ("mean", "right")):
+        table.add_column(name, justify=justify)
+    for name, first, last, mean in _rows(history):
+        table.add_row(name, number(first), number(last), number(mean))
+    return table
+
+
+def _rows(history: list[dict[str, Any]]) -> list[tuple[str, float, float, float]]:
+    names = dict.fromkeys(name for row in history for name in row if name != "step")
+    rows = []
+    for name in names:
+        values = [row[name] for row in history if row.get(name) is not None]
+        rows.append((name, values[0], values[-1], sum(values) / len(values)))
+    return rows
+
+
+def number(value: float) -> str:
+    """Whole numbers with commas, others with four significant digits."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def write_report(run_dir: str | Path) -> tuple[Path, Path]:
+    """Writes curves.png and report.md into the run's folder and returns their paths.
+
+    Raises:
+        ValueError: no metrics there, or a line that does not read.
+    """
+    run_dir = Path(run_dir)
+    history = read_metrics(run_dir / "metrics.jsonl")
+    if not history:
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty: the run has not finished its first step")
+    picture, page = run_dir / "curves.png", run_dir / "report.md"
+    _draw_curves(history, picture)
+    page.write_text(_page(run_dir, history, picture.name), encoding="utf-8")
+    return picture, page
+
+
+def _draw_curves(history: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [name for name in _CURVES if any(name in row for row in history)]
+    columns = 4
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.8 * lines), layout="constrained", squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+        axis.plot(*zip(*points, strict=True), color="tab:blue", marker="o" if len(points) < 40 else None, markersize=3, linewidth=1.2)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _page(run_dir: Path, history: list[dict[str, Any]], picture: str) -> str:
+    last = history[-1]
+    seconds = sum(row.get("step_time", 0.0) for row in history)
+    lines = [
+        f"# Run {run_dir.name}",
+        "",
+        f"{last['step']} steps, {seconds:.1f} s in the {len(history)} logged ones, {number(last['num_tokens'])} tokens of trajectories.",
+        f"Packed rows held {number(last['tree/unique_tokens'])} unique of {number(last['tree/chain_tokens'])} tokens in the last step"
+        f" ({last['batch/packing_ratio']:.2f}x).",
+        "",
+        f"![curves]({picture})",
+        "",
+        "| metric | first | last | mean |",
+        "| --- | ---: | ---: | ---: |",
+        *(f"| {name} | {number(first)} | {number(last)} | {number(mean)} |" for name, first, last, mean in _rows(history)),
+        "",
+    ]
+    settings = run_dir / "config.yaml"
+    if settings.is_file():
+        lines += ["## Settings", "", "```yaml", settings.read_text(encoding="utf-8").rstrip(), "```", ""]
+    return "\n".join(lines)
