@@ -115,7 +115,7 @@ def test_to_moves_every_tensor_and_drops_the_plan():
 # expand and its adjoint
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", ["worked_example", "prefixes_of_one_another", "duplicates", "binary_depth_4"])
 def test_expand_gradients(name):
     [batch] = pack(forest_of(name))
     x = torch.randn(batch.num_tokens, dtype=torch.float64, requires_grad=True)
@@ -290,7 +290,8 @@ def test_trees_go_where_they_share():
     forest = random_forest(5, num_groups=24, prompts=2, min_size=20, max_size=40)
     batches = pack(forest, token_budget=max(t.num_tokens for t in forest) * 7)
     prompts_in = [{i % 2 for i in b.tree_indices} for b in batches]
-    assert sum(len(p) for p in prompts_in) <= len(batches) + 1
+    assert len(batches) > 1
+    assert sum(len(p) for p in prompts_in) == len(batches)
 
 
 @given(trajectories(), st.integers(0, 20), st.booleans())
@@ -341,9 +342,9 @@ def test_tau_bench_packs_the_system_prompt_once(tau_bench):
 
     [batch] = pack(forest)
     copies = batch.token_offsets.diff()
-    assert int((copies == 200).sum()) == 1270
-    assert copies[:1270].tolist() == [200] * 1270
-    # 1,270 tokens for all groups instead of one copy a group, and what some groups' questions have in common besides
+    # the system message of 1,270 tokens, and the three that open the customer's turn: once for all 200 conversations
+    assert int((copies == 200).sum()) == 1273
+    assert copies[:1273].tolist() == [200] * 1273
     assert batch.num_tokens <= stats["tree_tokens"] - 49 * 1270
     chains = [t.token_ids.tolist() for tree in forest for t in tree.trajectories]
     assert batch.num_tokens == len({hash(tuple(c[:i])) for c in chains for i in range(1270, len(c))}) + 1270

@@ -124,17 +124,16 @@ def treegrpo_attention(
     window = _check_call(module, query, key, attention_mask, dropout, sliding_window, kwargs)
     if tree_trace is not None:
         tree_trace.append(module)
-    out = tk.tree_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        tree_plan,
-        scale=scaling,
-        window=window,
-        softcap=softcap,
-        sinks=s_aux,
-        backend=tree_backend,
-    )
+    device = query.device.type
+    dtype = query.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        # under autocast rotary embeddings leave q and k in float32 beside a v in low precision
+        dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        out = tk.tree_attention(
+            q, k, v, tree_plan, scale=scaling, window=window, softcap=softcap, sinks=s_aux, backend=tree_backend
+        )
     return out.unsqueeze(0), None
 
 

@@ -206,7 +206,8 @@ class Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
         ctx.like = (other.shape, other.dtype, other.device)
-        return x.view_as(x)
+        # not a view: FSDP loses its hook on a view changed in place
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from treegrpo_kernels.plan import TreePlan
 # Evening out the batches repeats the packing this often, so only for as many trees.
 BALANCE_TRIALS = 8
 BALANCE_MAX_TREES = 4096
+# Even batches may hold this much more in all.
+BALANCE_MAX_GROWTH = 1.01
 
 
 class _Expand(torch.autograd.Function):
@@ -316,24 +318,40 @@ def _assign(trees: list[RolloutTree], budget: int, share: bool) -> list[list[int
     sizes = np.array([tree.num_tokens for tree in trees])
     stems = _shared_stems(trees) if share else [[] for _ in trees]
     order = np.lexsort((np.arange(len(trees)), -sizes)).tolist()
-    best = _best_fit(sizes, stems, order, budget, len(trees))
-    if 1 < len(best) < len(trees) <= BALANCE_MAX_TREES:
-        low, high = int(sizes.max()), budget
-        for _ in range(BALANCE_TRIALS):
-            middle = (low + high) // 2
-            if middle >= high:
-                break
-            if tighter := _best_fit(sizes, stems, order, middle, len(best)):
-                best, high = tighter, middle
-            else:
-                low = middle + 1
+    tokens, best = _best_fit(sizes, stems, order, budget, len(trees), 0)
+    num_batches = num_early = len(best)
+    if num_batches == 1 or num_batches == len(trees):
+        return sorted(sorted(batch) for batch in best)
+    # Trees that share nothing with what is packed so far may open one of those batches at once: less is packed twice.
+    early_tokens, early = _best_fit(sizes, stems, order, budget, num_batches, num_early)
+    if early and early_tokens < tokens:
+        tokens, best = early_tokens, early
+    else:
+        num_early = 0
+    low, high = int(sizes.max()), budget
+    for _ in range(BALANCE_TRIALS if len(trees) <= BALANCE_MAX_TREES else 0):
+        middle = (low + high) // 2
+        if middle >= high:
+            break
+        even_tokens, even = _best_fit(sizes, stems, order, middle, num_batches, num_early)
+        if even and even_tokens <= BALANCE_MAX_GROWTH * tokens:
+            best, high = even, middle
+        else:
+            low = middle + 1
     return sorted(sorted(batch) for batch in best)
 
 
 def _best_fit(
-    sizes: np.ndarray, stems: list[list[tuple[int, int]]], order: list[int], budget: int, max_batches: int
-) -> list[list[int]]:
-    """Each tree goes where it adds least, then where most is already; [] if more than `max_batches` were needed.
+    sizes: np.ndarray,
+    stems: list[list[tuple[int, int]]],
+    order: list[int],
+    budget: int,
+    max_batches: int,
+    num_early: int,
+) -> tuple[int, list[list[int]]]:
+    """Each tree goes where it adds least, then where most is already: (tokens of all batches, tree indices of each);
+    no batches if more than `max_batches` were needed. The first `num_early` batches open for any tree that shares
+    nothing with the ones before it, the others only when a tree fits nowhere.
 
     `stems[i]` are tree i's shared beginnings as (node, tokens down to it), shallow first. What a tree adds to a batch
     is its size less the longest of them already there: never less than the true number of new tokens.
@@ -348,8 +366,9 @@ def _best_fit(
             shared[holders.get(node, [])] = depth
         after = used[:num] + sizes[tree] - shared
         fits = np.flatnonzero(after <= budget)
-        if fits.size:
-            fits = fits[shared[fits] == shared[fits].max()]
+        most = shared[fits].max(initial=0)
+        if fits.size and (most > 0 or num >= num_early):
+            fits = fits[shared[fits] == most]
             batch = int(fits[after[fits].argmax()])
             used[batch] = after[batch]
         elif num < max_batches:
@@ -357,13 +376,13 @@ def _best_fit(
             used[batch] = sizes[tree]
             batches.append([])
         else:
-            return []
+            return 0, []
         batches[batch].append(tree)
         for node, _ in stems[tree]:
             held = holders.setdefault(node, [])
             if batch not in held:
                 held.append(batch)
-    return batches
+    return int(used.sum()), batches
 
 
 def _shared_stems(trees: list[RolloutTree]) -> list[list[tuple[int, int]]]:

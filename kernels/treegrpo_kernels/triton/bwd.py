@@ -362,22 +362,30 @@ def tree_attention_bwd_dkv_kernel(
                     HAS_CAP, True, False,
                 )
     else:
-        for e in tl.range(0, GROUP * (b - a), num_stages=STAGES):
+        # counters, for a division in the loop would cost registers
+        i_m = a
+        i_q = i_head * GROUP
+        for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, a + e % (b - a), i_head * GROUP + e // (b - a), q, dout, lse2, delta, position, o_n,
-                b_end, b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
-                HAS_CAP, False, True,
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides, dout_strides,
+                num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, True,
             )
+            i_m += 1
+            i_q = tl.where(i_m == b, i_q + 1, i_q)
+            i_m = tl.where(i_m == b, a, i_m)
         # the two partial ranges [lo, a) and [b, hi) share a loop: a third copy of the body costs more registers than a compare
-        num_partial = (a - lo) + (hi - b)
-        for e in tl.range(0, GROUP * num_partial, num_stages=STAGES):
-            i_m = lo + e % num_partial
-            i_m = tl.where(i_m < a, i_m, i_m + (b - a))
+        first = tl.where(lo == a, b, lo)
+        i_m = first
+        i_q = i_head * GROUP
+        for _ in tl.range(0, GROUP * (a - lo + hi - b), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, i_m, i_head * GROUP + e // num_partial, q, dout, lse2, delta, position, o_n, b_end,
-                b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
-                HAS_CAP, False, False,
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides, dout_strides,
+                num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False,
             )
+            i_m += 1
+            i_m = tl.where(i_m == a, b, i_m)
+            i_q = tl.where(i_m == hi, i_q + 1, i_q)
+            i_m = tl.where(i_m == hi, first, i_m)
     # fmt: on
     p_dk = dk + start_n * dk_strides[0] + i_head * dk_strides[1]
     p_dv = dv + start_n * dv_strides[0] + i_head * dv_strides[1]
