@@ -20,6 +20,8 @@ from treegrpo.logprobs import (
     token_logprobs,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def make_batch(leaves, prompt=1, **options):
     trajectories = [

@@ -291,9 +291,9 @@ def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[
     calls: list[nn.Module] = []
     try:
         out = model(**inputs, attention_mask=None, use_cache=False, tree_plan=plan, tree_trace=calls)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(
-            f"{name} does not pass keywords of model(...) on to its attention ({error}): take a newer"
+            f"{name} does not hand keywords and masks of model(...) through to its attention ({error}): take a newer"
             " transformers or another model"
         ) from error
     layers = config.num_hidden_layers

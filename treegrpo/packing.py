@@ -17,9 +17,10 @@ from treegrpo.tree import RolloutTree
 from treegrpo.trie import Trie, token_trie
 from treegrpo_kernels.plan import TreePlan
 
-# Evening out the batches repeats the packing this often, so only for as many trees.
+# Evening out the batches repeats the packing this often, ...
 BALANCE_TRIALS = 8
-BALANCE_MAX_TREES = 4096
+# ... so more trees than this are packed once: they are small beside the batches anyway.
+REFINE_MAX_TREES = 4096
 # Even batches may hold this much more in all.
 BALANCE_MAX_GROWTH = 1.01
 
@@ -320,7 +321,7 @@ def _assign(trees: list[RolloutTree], budget: int, share: bool) -> list[list[int
     order = np.lexsort((np.arange(len(trees)), -sizes)).tolist()
     tokens, best = _best_fit(sizes, stems, order, budget, len(trees), 0)
     num_batches = num_early = len(best)
-    if num_batches == 1 or num_batches == len(trees):
+    if num_batches in (1, len(trees)) or len(trees) > REFINE_MAX_TREES:
         return sorted(sorted(batch) for batch in best)
     # Trees that share nothing with what is packed so far may open one of those batches at once: less is packed twice.
     early_tokens, early = _best_fit(sizes, stems, order, budget, num_batches, num_early)
@@ -329,7 +330,7 @@ def _assign(trees: list[RolloutTree], budget: int, share: bool) -> list[list[int
     else:
         num_early = 0
     low, high = int(sizes.max()), budget
-    for _ in range(BALANCE_TRIALS if len(trees) <= BALANCE_MAX_TREES else 0):
+    for _ in range(BALANCE_TRIALS):
         middle = (low + high) // 2
         if middle >= high:
             break

@@ -181,7 +181,7 @@ class Trainer:
         mask = batch.leaf_mask
         trained = int(mask.sum())
         metrics.add_loss(loss_metrics, trained)
-        metrics.add("loss", loss / self.accelerator.num_processes, how="sum")
+        metrics.add("loss", loss.detach() / self.accelerator.num_processes, how="sum")
         known = mask & batch.leaf_logp.isfinite()
         if known.any():
             difference = (old_logp - batch.leaf_logp)[known].abs()

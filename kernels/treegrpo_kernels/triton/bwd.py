@@ -279,9 +279,8 @@ def _dkv_tile(
     if HAS_CAP:
         b_p = b_p * cap_grad(b_s, cap)
     b_delta = tl.load(delta + p_row + o_row)
-    # accumulating onto -delta frees its registers before ds is formed
-    b_dp = dot(b_v, tl.trans(b_dout), tl.broadcast_to(-b_delta[None, :], (BN, BM)))
-    b_ds = b_p * b_dp
+    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros((BN, BM), tl.float32))
+    b_ds = b_p * (b_dp - b_delta[None, :])
     b_dk = dot(narrow(b_ds, b_q.dtype), b_q, b_dk)
     return b_dk, b_dv
 

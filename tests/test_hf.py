@@ -1,0 +1,223 @@
+"""Families through tree attention against each leaf alone in eager; silently wrong ones refused; generate(); bad calls."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from cases import NAMED, ancestor_mask, random_subtree_end, trie_subtree_end
+from models import EXACT, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
+
+import treegrpo_kernels as tk
+from treegrpo import hf
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# two trees with forks at several depths; the longest path is three windows long
+FOREST = [*NAMED["two_trees"], list(range(1, 16)), [*range(1, 7), *range(20, 29)], [*range(1, 12), 40, 41]]
+
+
+def packed_inputs(subtree_end, seed=1):
+    """Keywords of model(...) and the leaves' paths (indices into the row)."""
+    plan = tk.TreePlan.build(torch.as_tensor(subtree_end))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (plan.num_tokens,), generator=generator)
+    mask = ancestor_mask(subtree_end)
+    paths = [torch.from_numpy(np.flatnonzero(mask[t])) for t in range(len(subtree_end)) if subtree_end[t] == t + 1]
+    inputs = {"input_ids": ids[None], "position_ids": plan.position[None].long(), "use_cache": False}
+    return {**inputs, "attention_mask": None, "tree_plan": plan}, paths
+
+
+@torch.no_grad()
+def largest_difference(twin, model, inputs, paths):
+    """Largest |log-prob difference| over all tokens of all leaves, all next tokens."""
+    packed = twin(**inputs).logits[0].log_softmax(-1)
+    alone = [model(input_ids=inputs["input_ids"][:, path], use_cache=False).logits[0] for path in paths]
+    assert max(float(x.abs().max()) for x in alone) > 0.5
+    return max(float((packed[path] - x.log_softmax(-1)).abs().max()) for path, x in zip(paths, alone, strict=True))
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_packed_tree_equals_each_leaf_alone_in_eager(family):
+    model = tiny_model(family)
+    inputs, paths = packed_inputs(trie_subtree_end(FOREST))
+    twin = tree_twin(model)
+    assert largest_difference(twin, model, inputs, paths) <= 1e-6
+    # the comparison can fail: siblings made visible
+    causal = tk.TreePlan.build(torch.full_like(inputs["tree_plan"].subtree_end, len(inputs["input_ids"][0])))
+    assert largest_difference(twin, model, {**inputs, "tree_plan": causal}, paths) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss"])
+def test_packed_tree_in_float32(family):
+    model = tiny_model(family, dtype=torch.float32)
+    inputs, paths = packed_inputs(random_subtree_end(60, seed=4))
+    assert largest_difference(tree_twin(model), model, inputs, paths) <= 3e-6
+
+
+REFUSED = r"take another model|take a model|newer transformers"
+
+
+@pytest.mark.parametrize("family", WRONG)
+def test_families_that_would_be_wrong_in_silence_are_refused(family):
+    with pytest.raises(ValueError, match=REFUSED):
+        hf.use_tree_attention(tiny_model(family))
+
+
+@pytest.mark.parametrize("family", WRONG)
+def test_wrong_families_are_refused_when_the_config_names_the_attention(family):
+    if family in ("falcon", "gptj"):
+        # loud by themselves: transformers has no such class
+        with pytest.raises(KeyError, match="treegrpo"):
+            tiny_model(family, attention="treegrpo")
+        return
+    # bloom and mpt report the new name and compute eager attention
+    model = tiny_model(family, attention="treegrpo")
+    with pytest.raises(ValueError, match=REFUSED):
+        hf.check_model(model)
+
+
+def test_check_names_what_is_missing():
+    model = tiny_model("qwen3")
+    with pytest.raises(ValueError, match=r"runs attention 'eager'.*use_tree_attention\(model\)"):
+        hf.check_model(model)
+    assert hf.use_tree_attention(model) is model
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="2 of Qwen3ForCausalLM's 3 layers ran"):
+        hf.check_model(model)
+    with pytest.raises(ValueError, match="Linear is not a transformers model"):
+        hf.use_tree_attention(torch.nn.Linear(2, 2))
+
+
+def test_numeric_check_finds_a_layer_that_mixes_siblings():
+    model = tree_twin(tiny_model("qwen3"))
+    mixer = model.model.layers[1].mlp
+    plain = mixer.forward
+    # a token shift, as short convolutions do: reads the row's neighbour, not the path's
+    mixer.forward = lambda x: plain(x + 0.1 * torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+    with pytest.raises(ValueError, match="differently from its leaves alone"):
+        hf.check_model(model)
+    hf.check_model(model, numeric=False)
+
+
+def test_numeric_check_finds_an_unknown_logit_transform():
+    model = tree_twin(tiny_model("cohere"))
+    hf.check_model(model)
+    model.logit_scale = 0.7
+    with pytest.raises(ValueError, match="transforms its logits in a way"):
+        hf.check_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_check_passes_in_low_precision(dtype):
+    for family in ("qwen3", "gemma2", "mixtral"):
+        hf.check_model(tree_twin(tiny_model(family)).to(dtype))
+
+
+def test_check_restores_modes_and_leaves_random_state():
+    model = tree_twin(tiny_model("gpt2", resid_pdrop=0.5))
+    model.train()
+    model.lm_head.eval()
+    before, state = [m.training for m in model.modules()], torch.get_rng_state()
+    hf.check_model(model)
+    assert [m.training for m in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma3_text", "gemma4_text", "qwen3_moe"])
+def test_without_a_tree_the_model_is_sdpa_bit_for_bit(family):
+    twin = tree_twin(tiny_model(family, dtype=torch.float32))
+    plain = copy.deepcopy(twin)
+    plain.set_attn_implementation("sdpa")
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
+    padded = torch.ones_like(ids)
+    padded[1, :4] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad():
+        for mask in (torch.ones_like(ids), padded):
+            ours, theirs = (m.generate(ids, attention_mask=mask, **options) for m in (twin, plain))
+            assert torch.equal(ours.sequences, theirs.sequences)
+            assert all(torch.equal(a, b) for a, b in zip(ours.logits, theirs.logits, strict=True))
+        # padding-free packing by position_ids, transformers' own convention
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+        ours, theirs = (m(ids[:1], position_ids=positions, use_cache=False).logits for m in (twin, plain))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_without_a_tree_softcap_and_sinks_go_through_eager(family):
+    twin = tree_twin(tiny_model(family, dtype=torch.float32))
+    plain = copy.deepcopy(twin)
+    plain.set_attn_implementation("eager")
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
+    ours, theirs = (m.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (twin, plain))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_tree_forward_builds_no_mask(monkeypatch):
+    def build(self, kind):
+        raise AssertionError("a mask was built")
+
+    monkeypatch.setattr(hf.LazyMask, "build", build)
+    inputs, _ = packed_inputs(trie_subtree_end(FOREST))
+    hf.use_tree_attention(tiny_model("gemma3_text"), check=False)(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tree_plna": 1}, "unknown keyword 'tree_plna'"),
+        ({"attention_mask": torch.ones(1, 6, dtype=torch.long)}, "attention_mask must be None"),
+        ({"attention_mask": torch.zeros(1, 1, 6, 6)}, "attention_mask must be None"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"tree_backend": "fastest"}, "backend 'fastest' is unknown"),
+        ({"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": torch.arange(5)[None]}, "5 tokens"),
+        ({"input_ids": torch.ones(2, 6, dtype=torch.long)}, "2 rows: pack all trees into one row"),
+    ],
+)
+def test_bad_calls(change, message):
+    model = tree_twin(tiny_model("qwen3"))
+    inputs, _ = packed_inputs(trie_subtree_end(NAMED["worked_example"]))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(**{**inputs, **change})
+
+
+def test_cache_and_dropout_are_refused():
+    model = tree_twin(tiny_model("qwen3"))
+    inputs, _ = packed_inputs(trie_subtree_end(NAMED["worked_example"]))
+    cache = model(inputs["input_ids"], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(**{**inputs, "use_cache": True, "past_key_values": cache})
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model(**inputs)
+    model.train()
+    with pytest.raises(ValueError, match="attention_dropout = 0"):
+        model(**inputs)
+
+
+def test_lazy_mask_slices_like_the_mask_it_stands_for():
+    mask = hf.lazy_mask(
+        batch_size=1,
+        q_length=4,
+        kv_length=4,
+        mask_function=transformers.masking_utils.causal_mask_function,
+        attention_mask=None,
+        allow_is_causal_skip=True,
+        dtype=torch.float32,
+        config=tiny_config("qwen3"),
+    )
+    assert mask[:, :, :, :] is mask and mask.window is None and mask.padding is None
+    assert mask[:, :, -2:, :].tolist() == [[[[True, True, True, False], [True, True, True, True]]]]
+
+
+def test_saved_models_name_no_attention(tmp_path):
+    model = tree_twin(tiny_model("qwen3", dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="treegrpo")
+    hf.check_model(again)

@@ -1,0 +1,7 @@
+"""`python -m treegrpo`."""
+
+import sys
+
+from treegrpo.cli import main
+
+sys.exit(main())

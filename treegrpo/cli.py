@@ -1,0 +1,305 @@
+"""Command line: `treegrpo doctor | inspect | flops | train | eval | report | convert | demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from treegrpo.config import TrainConfig, read_config
+
+_File = tyro.conf.Positional[Path]
+
+
+def doctor() -> None:
+    """What this machine can run: versions, compilers, every backend or the reason it is missing, one cure per problem."""
+    from treegrpo.doctor import print_report
+
+    print_report()
+
+
+def inspect(
+    file: _File,
+    /,
+    group: str | None = None,
+    samples: Literal["trajectory", "call"] = "trajectory",
+    advantage_estimator: str = "tree_grpo",
+    max_groups: int = 3,
+    png: Path | None = None,
+) -> None:
+    """Draw rollout trees in the terminal: nodes, lengths, rewards, advantages.
+
+    Args:
+        file: Token trajectories, .jsonl or .jsonl.gz.
+        group: Only this group.
+        samples: Whole trajectories, or one sample per assistant turn.
+        advantage_estimator: tree_grpo, grpo, intra or inter; shown where all rewards are known.
+        max_groups: Draw at most so many groups.
+        png: Also write a picture of the first drawn group: tree, packed row and mask.
+    """
+    from treegrpo.advantages import compute_advantages
+    from treegrpo.inspect import draw, tree_lines
+    from treegrpo.samples import call_trees
+
+    trees = _read_forest(file)
+    if group is not None:
+        chosen = [tree for tree in trees if tree.group == group]
+        if not chosen:
+            raise ValueError(f"group {group!r} is not in {file}; it has {', '.join(tree.group for tree in trees[:8])}, ...")
+        trees = chosen
+    shown = trees[:max_groups]
+    has_rewards = all(t.reward is not None for tree in shown for t in tree.trajectories)
+    advantages = compute_advantages(shown, advantage_estimator) if has_rewards else [None] * len(shown)
+    if samples == "call":
+        empty = [[[0.0]] * tree.num_leaves for tree in shown]
+        shown, calls = call_trees(shown, advantages if has_rewards else empty)
+        advantages = calls if has_rewards else advantages
+    console = _console()
+    for tree, values in zip(shown, advantages, strict=True):
+        console.print(tree_lines(tree, values), soft_wrap=True)
+    if len(trees) > len(shown):
+        console.print(f"{len(trees) - len(shown)} more groups: give --group or --max-groups")
+    if png is not None:
+        draw(shown[0], png)
+        console.print(f"wrote {png}")
+
+
+def flops(
+    file: _File,
+    /,
+    model: str,
+    samples: Literal["trajectory", "call"] = "trajectory",
+    share_across_groups: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Exact tokens, visible pairs and FLOPs of flattened chains against trees, per part.
+
+    Args:
+        file: Token trajectories, .jsonl or .jsonl.gz.
+        model: A model folder or a .json/.yaml config (any transformers decoder; typed numbers are fine).
+        samples: Whole trajectories, or one sample per assistant turn.
+        share_across_groups: Count what several groups begin with once, as one packed batch would.
+        json: Also write the numbers there.
+    """
+    from treegrpo import build_forest, load, split_calls
+    from treegrpo.flops import report
+    from treegrpo.models import read_model_config
+
+    trajectories = load(_existing(file))
+    trees = build_forest(split_calls(trajectories) if samples == "call" else trajectories)
+    result = report(read_model_config(model), trees, share_across_groups=share_across_groups)
+    print(result.table())
+    if json is not None:
+        json.write_text(result.to_json() + "\n", encoding="utf-8")
+        print(f"wrote {json}")
+
+
+def evaluate(
+    model: str,
+    rollouts: str,
+    samples: Literal["trajectory", "call"] = "trajectory",
+    attention: Literal["tree", "chain", "both"] = "both",
+    temperature: float = 1.0,
+    token_budget: int | None = None,
+    backend: str = "auto",
+    seed: int = 42,
+    json: Path | None = None,
+) -> None:
+    """Log-probs and perplexity of a checkpoint on rollouts, rewarded leaves against others, tree against chain.
+
+    Args:
+        model: A checkpoint or model folder, or a config for random weights.
+        rollouts: replay:FILE.
+        samples: Whole trajectories, or one sample per assistant turn.
+        attention: tree, chain, or both: then the largest difference of a token's log-prob is shown.
+        temperature: The logits are divided by it.
+        token_budget: Unique tokens in one packed row.
+        backend: Kernel backend.
+        seed: Seed of random weights.
+        json: Also write the numbers there.
+    """
+    from rich.table import Table
+
+    from treegrpo import load
+    from treegrpo.evaluate import evaluate as run
+    from treegrpo.report import number
+
+    _quiet_transformers()
+    trajectories = load(_existing(Path(rollouts.removeprefix("replay:"))))
+    result = run(
+        model,
+        trajectories,
+        samples=samples,
+        attention=attention,
+        temperature=temperature,
+        token_budget=token_budget,
+        backend=backend,
+        seed=seed,
+    )
+    table = Table(title=f"{model} on {rollouts}", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in result.items():
+        table.add_row(name, number(value))
+    _console().print(table)
+    if json is not None:
+        _write_json(json, result)
+
+
+def report(run_dir: tyro.conf.Positional[Path], /) -> None:
+    """PNG curves and a one-page summary of a run, written into its folder.
+
+    Args:
+        run_dir: output_dir of a training run.
+    """
+    from treegrpo.metrics import read_metrics
+    from treegrpo.report import final_table, write_report
+
+    picture, page = write_report(run_dir)
+    console = _console()
+    console.print(final_table(read_metrics(run_dir / "metrics.jsonl"), str(run_dir)))
+    console.print(f"wrote {page} and {picture}", soft_wrap=True)
+
+
+def convert(
+    file: _File,
+    out: tyro.conf.Positional[Path],
+    /,
+    tokenizer: str,
+    chat_template: Path | None = None,
+    parse_arguments: bool = False,
+) -> None:
+    """Chat-format trajectories (OpenAI messages, or tau-bench's own JSON) to token trajectories.
+
+    Args:
+        file: A .json list or .jsonl of objects with messages (or traj), group (or task_id) and reward; .gz allowed.
+        out: Where to write: .jsonl or .jsonl.gz.
+        tokenizer: A local folder with a tokenizer and its chat template.
+        chat_template: A jinja file to use instead of the tokenizer's.
+        parse_arguments: Give the template tool-call arguments as objects (templates that apply tojson to them need it).
+    """
+    from transformers import AutoTokenizer
+
+    from treegrpo import build_forest, save
+    from treegrpo.convert import convert_records, read_records
+
+    records = read_records(_existing(file))
+    if not Path(tokenizer).is_dir():
+        raise ValueError(f"tokenizer={tokenizer!r}: no such folder; tokenizers are read from disk only")
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    if chat_template is not None:
+        loaded.chat_template = _existing(chat_template).read_text(encoding="utf-8")
+    if not loaded.chat_template:
+        raise ValueError(f"tokenizer {tokenizer} has no chat template: give --chat-template FILE")
+    trajectories = convert_records(records, loaded, parse_arguments=parse_arguments)
+    trees = build_forest(trajectories)
+    save(out, trajectories)
+    num_chain, num_unique = sum(tree.num_chain_tokens for tree in trees), sum(tree.num_tokens for tree in trees)
+    print(f"wrote {out}: {len(trajectories)} trajectories in {len(trees)} groups, {num_chain:,} tokens, {num_unique:,} unique")
+
+
+def demo(
+    steps: int = 20,
+    data: Path | None = None,
+    samples: Literal["both", "trajectory", "call"] = "both",
+    backend: str = "auto",
+) -> None:
+    """Train a small model on real rollouts, tree and chain side by side: tokens, pairs, FLOPs, seconds, differences.
+
+    Args:
+        steps: Optimiser steps of each run.
+        data: Folder with tau_bench_airline/tokens.jsonl.gz; default $TREEGRPO_DATA, then ../shared/data, then scripted rollouts.
+        samples: Whole trajectories, one sample per assistant turn, or both.
+        backend: Kernel backend.
+    """
+    from treegrpo.demo import run
+
+    _quiet_transformers()
+    run(steps=steps, data=data, samples=samples, backend=backend)
+
+
+def train(config: TrainConfig) -> None:
+    """Train on logged rollouts with the tree-grouped GRPO loss, each shared prefix computed once."""
+    from treegrpo.report import final_table
+    from treegrpo.trainer import Trainer
+
+    _quiet_transformers()
+    trainer = Trainer(config)
+    history = trainer.train()
+    if trainer.accelerator.is_main_process:
+        console = _console()
+        console.print(final_table(history, f"{config.output_dir}: {trainer.step} steps"))
+        console.print(f"metrics and checkpoints are in {config.output_dir}; `treegrpo report {config.output_dir}` draws them", soft_wrap=True)
+
+
+def _commands(defaults: TrainConfig) -> dict[str, Callable]:
+    def _train(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults) -> None:
+        train(config)
+
+    _train.__doc__ = train.__doc__
+    named = {"doctor": doctor, "inspect": inspect, "flops": flops, "train": _train, "eval": evaluate}
+    return {**named, "report": report, "convert": convert, "demo": demo}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns 0, or 2 after printing what was wrong with the input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        # The file's values become the defaults of the flags, so it is read before they are parsed.
+        defaults = read_config(path) if (path := _config_flag(argv)) else TrainConfig()
+        tyro.extras.subcommand_cli_from_dict(_commands(defaults), prog="treegrpo", description=_DESCRIPTION, args=argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+_DESCRIPTION = (
+    "Prefix-tree attention for training: GRPO on trees of agent rollouts, every shared prefix computed once."
+    " Start with `treegrpo doctor` and `treegrpo demo`; each command has its own --help."
+)
+
+
+def _config_flag(argv: list[str]) -> str | None:
+    if argv[:1] != ["train"]:
+        return None
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    return path
+
+
+def _read_forest(path: Path):
+    from treegrpo import build_forest, load
+
+    return build_forest(load(_existing(path)))
+
+
+def _write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def _console():
+    from rich.console import Console
+
+    return Console()
+
+
+def _quiet_transformers() -> None:
+    """Its bars would cut through ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,193 @@
+"""`treegrpo demo`: the main job in a few minutes on two CPU cores. Real rollouts, a small model, tree against flattened chains."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from treegrpo import flops, toy
+from treegrpo.config import TrainConfig
+from treegrpo.report import number
+from treegrpo.rollout.replay import Replay
+from treegrpo.samples import split_calls
+from treegrpo.trainer import Trainer
+from treegrpo.tree import RolloutTree, Trajectory, build_forest, load
+
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 16384,
+    "tie_word_embeddings": True,
+}
+# Groups of a step and how many of the smallest groups are trained: chains of calls cost several times their tree.
+_GROUPS = {"trajectory": (2, 20), "call": (1, 10)}
+_WHY = {
+    "trajectory": "Whole trajectories share little: the trials of a task part in the customer's first words, and after them every"
+    " turn is new, so a tree is a common system prompt with long branches. Late tokens also see most pairs, and none of those are shared.",
+    "call": "Calls share a lot: each sample is the conversation so far plus one turn, so n calls of one trajectory are n prefixes of"
+    " one path. Flattened, turn one is computed n times; on the tree once.",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: its metrics, and the gradient of every step as one flat vector."""
+
+    history: list[dict[str, Any]]
+    gradients: list[torch.Tensor]
+
+    @property
+    def seconds(self) -> float:
+        return sum(row["step_time"] for row in self.history)
+
+    def total(self, name: str) -> float:
+        return sum(row[name] for row in self.history)
+
+
+def run(steps: int = 20, data: Path | None = None, samples: str = "both", backend: str = "auto") -> None:
+    """Trains and prints; writes nothing outside a temporary folder. ValueError where `data` has no rollouts."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    trajectories, source = read_rollouts(data)
+    trajectories, vocabulary = renumber(trajectories)
+    model = {**MODEL, "vocab_size": len(vocabulary)}
+    console.print(f"[bold]Rollouts[/bold]: {source}")
+    console.print(
+        f"[bold]Model[/bold]: Qwen3 architecture, {MODEL['num_hidden_layers']} layers, hidden {MODEL['hidden_size']}, random weights. Its"
+        f" vocabulary is the {len(vocabulary):,} token ids that occur, renumbered: most rows of a full one would never be read."
+    )
+    kinds = ("trajectory", "call") if samples == "both" else (samples,)
+    forests = {kind: build_forest(split_calls(trajectories) if kind == "call" else trajectories) for kind in kinds}
+    console.print()
+    console.print(_forest_table(forests, model))
+    with tempfile.TemporaryDirectory(prefix="treegrpo-demo-") as folder:
+        model_file = Path(folder) / "model.json"
+        model_file.write_text(json.dumps(model))
+        for kind in kinds:
+            console.print()
+            chosen = _smallest_groups(forests[kind], trajectories, _GROUPS[kind][1])
+            config = TrainConfig(
+                model=str(model_file),
+                output_dir=folder,
+                overwrite_output_dir=True,
+                samples=kind,
+                backend=backend,
+                groups_per_step=_GROUPS[kind][0],
+                max_steps=steps,
+                learning_rate=1e-4,
+                save_strategy="no",
+            )
+            console.print(f"Training on samples={kind}: {steps} steps of {config.groups_per_step} of the {_GROUPS[kind][1]} smallest groups")
+            runs = {attention: _train(replace(config, attention=attention), chosen) for attention in ("tree", "chain")}
+            console.print(_run_table(runs, config, chosen, model))
+            console.print(f"[dim]{_WHY[kind]}[/dim]")
+
+
+def read_rollouts(data: Path | None = None) -> tuple[list[Trajectory], str]:
+    """tau-bench's trajectories where they are, else those of the scripted agent; and where they come from."""
+    given = data or (Path(os.environ["TREEGRPO_DATA"]) if os.environ.get("TREEGRPO_DATA") else None)
+    folder = given or Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = folder / "tau_bench_airline" / "tokens.jsonl.gz"
+    if path.is_file():
+        return load(path), f"tau-bench airline, 50 tasks x 4 trials of GPT-4o as an agent with tools, real tokenizer ({path})"
+    if given is not None:
+        raise ValueError(f"no rollouts at {path}: --data (or TREEGRPO_DATA) is the folder that holds tau_bench_airline/tokens.jsonl.gz")
+    return toy.sample_groups(24), "a scripted furniture-shop agent with tools, 24 tasks, byte tokens (tau-bench is not at hand)"
+
+
+def renumber(trajectories: list[Trajectory]) -> tuple[list[Trajectory], np.ndarray]:
+    """The same trajectories over the ids that occur, 0 to n-1 in ascending order, and those ids [n]."""
+    vocabulary = np.unique(np.concatenate([t.token_ids for t in trajectories]))
+    return [replace(t, token_ids=np.searchsorted(vocabulary, t.token_ids)) for t in trajectories], vocabulary
+
+
+def _smallest_groups(forest: list[RolloutTree], trajectories: list[Trajectory], count: int) -> list[Trajectory]:
+    sizes = {tree.group: tree.num_chain_tokens for tree in forest}
+    chosen = set(sorted(sizes, key=sizes.__getitem__)[:count])
+    return [t for t in trajectories if t.group in chosen]
+
+
+def _train(config: TrainConfig, trajectories: list[Trajectory]) -> Run:
+    gradients: list[torch.Tensor] = []
+
+    def keep(step: int, model: torch.nn.Module) -> None:
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+    return Run(Trainer(config, trajectories, on_gradients=keep).train(), gradients)
+
+
+def _forest_table(forests: dict[str, list[RolloutTree]], model: dict[str, Any]):
+    """All groups, each on its own: counted, not trained."""
+    table = _table("All groups, each on its own (counted, not trained)", ("samples", "", "chain", "tree", "chain / tree"))
+    for kind, forest in forests.items():
+        result = flops.report(model, forest)
+        for name in ("tokens", "pairs", "training"):
+            _compare(table, kind, _LABELS[name], getattr(result.chain, name), getattr(result.tree, name))
+    return table
+
+
+def _run_table(runs: dict[str, Run], config: TrainConfig, trajectories: list[Trajectory], model: dict[str, Any]):
+    tree, chain = runs["tree"], runs["chain"]
+    table = _table("Trained", ("", "chain", "tree", "chain / tree"))
+    _compare(table, _LABELS["tokens"], tree.total("tree/chain_tokens"), tree.total("tree/unique_tokens"))
+    _compare(table, _LABELS["pairs"], tree.total("tree/chain_pairs"), tree.total("tree/pairs"))
+    counts = [_step_flops(trees, config, model) for trees in _step_trees(config, trajectories)]
+    _compare(table, _LABELS["training"], sum(c.chain.training for c in counts), sum(c.tree.training for c in counts))
+    _compare(table, "seconds", chain.seconds, tree.seconds)
+    _compare(table, "loss of the last step", chain.history[-1]["loss"], tree.history[-1]["loss"], is_ratio=False)
+    losses = [abs(a["loss"] - b["loss"]) for a, b in zip(tree.history, chain.history, strict=True)]
+    table.add_row("largest difference of the loss", "", f"{max(losses):.1e}", "")
+    differences = [float((a - b).abs().max()) for a, b in zip(tree.gradients, chain.gradients, strict=True)]
+    scale = max(float(gradient.abs().max()) for gradient in chain.gradients)
+    text = f"{differences[0]:.1e} at step 1, {max(differences):.1e} over all"
+    table.add_row("largest difference of a gradient", "", text, f"largest {scale:.1e}")
+    return table
+
+
+def _step_trees(config: TrainConfig, trajectories: list[Trajectory]) -> list[list[RolloutTree]]:
+    replay = Replay(trajectories, seed=config.seed, shuffle=config.shuffle)
+    return [[replay.trees[i] for i in replay.read(step, config.groups_per_step)] for step in range(config.max_steps)]
+
+
+def _step_flops(trees: Sequence[RolloutTree], config: TrainConfig, model: dict[str, Any]) -> flops.ChainVsTree:
+    whole = [t for tree in trees for t in tree.trajectories]
+    forest = build_forest(split_calls(whole) if config.samples == "call" else whole)
+    return flops.report(model, forest, share_across_groups=True)
+
+
+_LABELS = {"tokens": "tokens", "pairs": "visible pairs", "training": "training FLOPs"}
+
+
+def _table(title: str, columns: Sequence[str]):
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i >= len(columns) - 3 else "left")
+    return table
+
+
+def _compare(table, *cells: Any, is_ratio: bool = True) -> None:
+    *labels, chain, tree = cells
+    table.add_row(*labels, _amount(chain), _amount(tree), f"{chain / tree:.2f}x" if is_ratio else "")
+
+
+def _amount(value: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return number(value) if value < 1e9 else f"{value:,.0f}"

@@ -1,0 +1,123 @@
+"""`treegrpo eval`: what a model thinks of logged rollouts. Log-probs of the trained tokens, and whether rewarded leaves are likelier."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+
+from treegrpo import models
+from treegrpo.logprobs import chain_logprobs, token_logprobs
+from treegrpo.packing import TreeBatch, pack
+from treegrpo.rollout.replay import check_vocabulary
+from treegrpo.samples import split_calls
+from treegrpo.tree import Trajectory, build_forest
+
+_DEFAULT_BUDGET = 16384
+
+
+@torch.no_grad()
+def evaluate(
+    model_path: str,
+    trajectories: list[Trajectory],
+    *,
+    samples: Literal["trajectory", "call"] = "trajectory",
+    attention: Literal["tree", "chain", "both"] = "tree",
+    temperature: float = 1.0,
+    token_budget: int | None = None,
+    backend: str = "auto",
+    seed: int = 42,
+) -> dict[str, float]:
+    """Statistics over the trained tokens of all leaves, TRL's prefix `eval_`.
+
+    `eval_logp/mean` (and its perplexity) is a mean over tokens; `eval_logp/rewarded` and `.../unrewarded` are means over leaves with
+    a reward above, or not above, the mean of their group, and only there when rewards differ. With attention="both" the chains are
+    run too and `eval_tree_vs_chain/max` is the largest difference of one token's log-prob.
+
+    Raises:
+        ValueError: no trajectories, a token outside the vocabulary, a tree over `token_budget`, an unusable backend.
+    """
+    if samples == "call":
+        trajectories = split_calls(trajectories)
+    trees = build_forest(trajectories)
+    check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(model_path)), str(model_path))
+    budget = token_budget or max(_DEFAULT_BUDGET, max(tree.num_tokens for tree in trees))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = pack(trees, token_budget=budget)
+    model = models.build_model(model_path, seed).to(device).eval()
+    options = {"temperature": temperature, "entropy": True, "backend": backend}
+    sums = _Sums()
+    for batch in batches:
+        batch = batch.to(device)
+        if attention == "chain":
+            logp, entropy = chain_logprobs(model, batch, **options)
+        else:
+            logp, entropy = (batch.expand(x) for x in token_logprobs(model, batch, **options))
+        if attention == "both":
+            chain = chain_logprobs(model, batch, **options)[0]
+            sums.difference = max(sums.difference, float((logp - chain)[batch.leaf_mask].abs().max()))
+        sums.add(batch, logp, entropy)
+    return sums.result(trees, attention)
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.logp = self.entropy = self.difference = 0.0
+        self.num_tokens = self.num_unique = 0
+        self.recorded: list[np.ndarray] = []
+        self.by_outcome: dict[str, list[float]] = {"rewarded": [], "unrewarded": []}
+
+    def add(self, batch: TreeBatch, logp: torch.Tensor, entropy: torch.Tensor) -> None:
+        mask = batch.leaf_mask
+        if not torch.isfinite(logp[mask]).all():
+            raise ValueError(f"log-probs of groups {', '.join(tree.group for tree in batch.trees)} are not finite: the weights are damaged")
+        self.logp += float(logp[mask].double().sum())
+        self.entropy += float(entropy[mask].double().sum())
+        self.num_tokens += int(mask.sum())
+        self.num_unique += batch.num_tokens
+        known = mask & batch.leaf_logp.isfinite()
+        self.recorded.append((logp - batch.leaf_logp)[known].abs().cpu().numpy())
+        offsets = batch.leaf_offsets.tolist()
+        means = [
+            float(logp[a:b][mask[a:b]].mean()) if mask[a:b].any() else math.nan for a, b in zip(offsets, offsets[1:], strict=False)
+        ]
+        place = 0
+        for tree in batch.trees:
+            rewards = [trajectory.reward for trajectory in tree.trajectories]
+            own, place = means[place : place + len(rewards)], place + len(rewards)
+            if None in rewards or min(rewards) == max(rewards):
+                continue
+            middle = float(np.mean(rewards))
+            for reward, mean in zip(rewards, own, strict=True):
+                if not math.isnan(mean):
+                    self.by_outcome["rewarded" if reward > middle else "unrewarded"].append(mean)
+
+    def result(self, trees: list, attention: str) -> dict[str, float]:
+        rewards = [t.reward for tree in trees for t in tree.trajectories if t.reward is not None]
+        if not self.num_tokens:
+            raise ValueError("rollouts: loss_mask is 0 everywhere, there is no token to evaluate")
+        mean = self.logp / self.num_tokens
+        result = {
+            "eval_num_groups": len(trees),
+            "eval_num_leaves": sum(tree.num_leaves for tree in trees),
+            "eval_num_trained_tokens": self.num_tokens,
+            "eval_num_chain_tokens": sum(tree.num_chain_tokens for tree in trees),
+            "eval_num_unique_tokens": self.num_unique,
+            "eval_logp/mean": mean,
+            "eval_perplexity": math.exp(min(-mean, 700.0)),
+            "eval_entropy": self.entropy / self.num_tokens,
+        }
+        if rewards:
+            result["eval_reward"] = float(np.mean(rewards))
+        for outcome, values in self.by_outcome.items():
+            if values:
+                result[f"eval_logp/{outcome}"] = float(np.mean(values))
+        recorded = np.concatenate(self.recorded)
+        if recorded.size:
+            result["eval_sampling_logp_difference/mean"] = float(recorded.mean())
+            result["eval_sampling_logp_difference/max"] = float(recorded.max())
+        if attention == "both":
+            result["eval_tree_vs_chain/max"] = self.difference
+        return result
