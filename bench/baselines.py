@@ -1,9 +1,10 @@
-"""Ways to compute a forest's attention: ours on each backend, and what one does without it. Each says what it cannot do.
+"""Ways to compute a forest's attention: ours on each backend, and what one does without it. Each says what it cannot.
 
-Shape legend: T packed tokens, L leaf-stream length (sum of leaf lengths), B leaves, H heads, D head dim, N longest leaf.
+Shape legend: T packed tokens, L leaf-stream length (sum of leaf lengths), B leaves, H heads, D head dim, N longest
+leaf.
 
-A contender lays its rows out as the packed tree [T] or as the flattened leaves [L], and maps q, k, v of that length to an
-output of that length.
+A contender lays its rows out as the packed tree [T] or as the flattened leaves [L], and maps q, k, v of that length to
+an output of that length.
 """
 
 from __future__ import annotations
@@ -138,6 +139,15 @@ def _padded(forest: Forest, device: torch.device) -> Attend:
         return out.transpose(1, 2)[filled]
 
     return attend
+
+
+def fast_tree_backend(request: Request) -> Contender | str:
+    """The first of our backends that runs here, or why none does (the dense reference does not count)."""
+    reasons = {contender.name: contender.unsupported(request) for contender in TREE_BACKENDS}
+    for contender in TREE_BACKENDS:
+        if reasons[contender.name] is None:
+            return contender
+    return "no fast tree backend runs here: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _always(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Shared measuring: options, the gate (no speed without a passed check), interleaved ratios, the machine's description."""
+"""Shared measuring: options, the gate (no speed without a passed check), interleaved ratios, the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,7 +130,7 @@ def meter(benchmark, device: torch.device, quick: bool) -> Meter:
 
 
 @pytest.fixture(autouse=True)
-def missing_data_skips(request: pytest.FixtureRequest, quick: bool) -> Iterator[None]:
+def missing_data_skips(request: pytest.FixtureRequest, quick: bool) -> None:
     """A workload whose recorded data is not here is skipped with the reason."""
     name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("workload")
     if name in workloads.FULL:
@@ -138,4 +138,3 @@ def missing_data_skips(request: pytest.FixtureRequest, quick: bool) -> Iterator[
             workloads.trajectories(name, quick)
         except workloads.Unavailable as reason:
             pytest.skip(str(reason))
-    yield

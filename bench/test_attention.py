@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import treegrpo_kernels as tk
 from bench import workloads
-from bench.baselines import CONTENDERS, PER_LEAF, TREE_BACKENDS, Contender, Request
+from bench.baselines import CONTENDERS, PER_LEAF, TREE_BACKENDS, Contender, Request, fast_tree_backend
 from treegrpo import build_forest
 
 HEADS, HEAD_DIM = 8, 64
@@ -114,13 +114,10 @@ def skip_unsupported(contender, forest, device, backward, quick):
 
 
 def usable_tree_backend(forest, device, quick):
-    """The first of our backends that runs here."""
-    reasons = {}
-    for contender in TREE_BACKENDS:
-        reasons[contender.name] = contender.unsupported(Request(forest, device, True, quick))
-        if reasons[contender.name] is None:
-            return contender
-    pytest.skip("no tree backend runs here: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
+    contender = fast_tree_backend(Request(forest, device, True, quick))
+    if isinstance(contender, str):
+        pytest.skip(contender)
+    return contender
 
 
 @pytest.mark.parametrize("passes", PASSES)

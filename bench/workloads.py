@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ TAU_BENCH = Path("tau_bench_airline") / "tokens.jsonl.gz"
 
 @dataclass(frozen=True)
 class Forest:
-    """A workload laid out for attention. `subtree_end` int32 [T]; `leaf_tokens` int64 [L], `leaf_offsets` [leaves+1]."""
+    """A workload laid out for attention: subtree_end int32 [T], leaf_tokens int64 [L], leaf_offsets [leaves + 1]."""
 
     name: str
     subtree_end: torch.Tensor
@@ -125,7 +125,7 @@ def data_folder() -> Path:
     return Path(os.environ.get("TREEGRPO_DATA", default))
 
 
-@lru_cache(maxsize=1)
+@cache
 def tau_bench() -> tuple[Trajectory, ...]:
     """All 200 recorded conversations, token ids renumbered densely so that a small vocabulary holds them."""
     path = data_folder() / TAU_BENCH
@@ -163,10 +163,10 @@ FULL: dict[str, Callable[[], list[Trajectory]]] = {
 }
 
 
-def _first(count: int, rows: list[Trajectory], length: int) -> list[Trajectory]:
-    """The first `length` tokens of `count` rows: recorded data cut down for the smoke run."""
+def _cut(rows: list[Trajectory], count: int, start: int, stop: int) -> list[Trajectory]:
+    """Tokens start to stop of `count` rows: recorded data cut down for the smoke run."""
     return [
-        dataclasses.replace(row, token_ids=row.token_ids[:length], loss_mask=row.loss_mask[:length])
+        dataclasses.replace(row, token_ids=row.token_ids[start:stop], loss_mask=row.loss_mask[start:stop])
         for row in rows[:count]
     ]
 
@@ -177,24 +177,24 @@ QUICK: dict[str, Callable[[], list[Trajectory]]] = {
     "search_agent": lambda: search_agent(25, 15, 50, 3),
     "binary": lambda: balanced(4, 2, 4, 4),
     "branching": lambda: balanced(64, 3, 2, 16),
-    "tau_whole": lambda: _first(2, tau_whole(), 1700),
-    "tau_calls": lambda: split_calls(_first(1, tau_whole(), 1700)),
+    "tau_whole": lambda: _cut(tau_whole(), 2, 1150, 1400),
+    "tau_calls": lambda: split_calls(_cut(tau_whole(), 1, 1150, 1550)),
 }
 NAMES = tuple(FULL)
 
 
-@lru_cache(maxsize=None)
+@cache
 def trajectories(name: str, quick: bool = False) -> tuple[Trajectory, ...]:
     """The workload's leaves. Raises Unavailable with the reason where its data is missing."""
     return tuple((QUICK if quick else FULL)[name]())
 
 
-@lru_cache(maxsize=None)
+@cache
 def trees(name: str, quick: bool = False) -> tuple[RolloutTree, ...]:
     return tuple(build_forest(trajectories(name, quick)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def forest(name: str, quick: bool = False) -> Forest:
     return lay_out(name, trees(name, quick))
 

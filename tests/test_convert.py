@@ -19,22 +19,27 @@ needs_data = pytest.mark.skipif(not (DATA / "tau_bench_airline").is_dir(), reaso
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "{% for c in m['tool_calls'] or [] %}<call>{{ c['function']['name'] }}{{ c['function']['arguments'] }}</call>{% endfor %}"
+    "{% for c in m['tool_calls'] or [] %}<call>{{ c['function']['name'] }}{{ c['function']['arguments'] }}</call>{%"
+    " endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Closes a run of tool messages once, as Qwen's own templates do.
 GROUPED_TOOLS = (
-    "{% for m in messages %}{% if m['role'] == 'tool' %}{% if loop.first or messages[loop.index0 - 1]['role'] != 'tool' %}<|im_start|>user"
-    "{% endif %}\n<r>{{ m['content'] }}</r>{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool' %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{% if loop.first or messages[loop.index0 - 1]['role'] !="
+    " 'tool' %}<|im_start|>user"
+    "{% endif %}\n<r>{{ m['content'] }}</r>{% if loop.last or messages[loop.index0 + 1]['role'] != 'tool'"
+    " %}<|im_end|>\n{% endif %}"
     "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Shows the content of the last assistant message only, as templates that drop old reasoning do.
 FORGETFUL = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] != 'assistant' or loop.last %}{{"
+    " m['content'] }}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-HEADLESS = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+HEADLESS = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+HEADLESS += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 TALK = [
     {"role": "system", "content": "be brief"},
@@ -77,7 +82,11 @@ def test_tau_bench_equals_the_shared_tokens_exactly():
     for trajectory, row in zip(converted, expected, strict=True):
         assert trajectory.token_ids.tolist() == row["token_ids"]
         assert trajectory.loss_mask.astype(int).tolist() == row["loss_mask"]
-        assert (trajectory.group, trajectory.reward, trajectory.info["trial"]) == (row["group"], row["reward"], row["trial"])
+        assert (trajectory.group, trajectory.reward, trajectory.info["trial"]) == (
+            row["group"],
+            row["reward"],
+            row["trial"],
+        )
     assert [t.token_ids.tolist() for t in load(folder / "tokens.jsonl.gz")] == [row["token_ids"] for row in expected]
 
 
@@ -96,14 +105,21 @@ def test_trains_what_the_assistant_sampled(template):
 def test_equal_messages_give_equal_tokens():
     tokenizer = byte_tokenizer(CHATML)
     other = [*TALK[:5], {"role": "assistant", "content": "it is 4"}]
-    a, b = (tokenize_conversation([{**m, "content": m["content"] or ""} for m in talk], tokenizer)[0] for talk in (TALK, other))
+    a, b = (
+        tokenize_conversation([{**m, "content": m["content"] or ""} for m in talk], tokenizer)[0]
+        for talk in (TALK, other)
+    )
     shared = len(tokenize_conversation([{**m, "content": m["content"] or ""} for m in TALK[:5]], tokenizer)[0])
     assert a[:shared] == b[:shared] and a != b
 
 
 def test_opening_assistant_message_is_context():
     tokenizer = byte_tokenizer(CHATML)
-    messages = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    messages = [
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+    ]
     token_ids, mask = tokenize_conversation(messages, tokenizer)
     assert trained_text(tokenizer, token_ids, mask) == ["yes<|im_end|>"]
 
@@ -155,7 +171,11 @@ def test_bad_records(record, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"a": 1}\n{"a": \n', "line 2: not valid JSON"), ('[{"a": 1},', "not a valid JSON list"), ("[3]", "record 0: a trajectory is a JSON object")],
+    [
+        ('{"a": 1}\n{"a": \n', "line 2: not valid JSON"),
+        ('[{"a": 1},', "not a valid JSON list"),
+        ("[3]", "record 0: a trajectory is a JSON object"),
+    ],
 )
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "x.jsonl"

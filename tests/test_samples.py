@@ -23,12 +23,24 @@ def ratios(trajectories):
 
 def test_each_turn_becomes_one_sample():
     logp = [np.nan, np.nan, -1.0, -2.0, np.nan, -3.0, np.nan]
-    whole = Trajectory([1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 1, 0], reward=1.0, logprobs=logp, group="g", tree=3, info={"trial": 1})
+    whole = Trajectory(
+        [1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 1, 0, 1, 0], reward=1.0, logprobs=logp, group="g", tree=3, info={"trial": 1}
+    )
     first, second = split_calls([whole])
     assert first.token_ids.tolist() == [1, 2, 3, 4] and first.loss_mask.astype(int).tolist() == [0, 0, 1, 1]
-    assert second.token_ids.tolist() == [1, 2, 3, 4, 5, 6] and second.loss_mask.astype(int).tolist() == [0, 0, 0, 0, 0, 1]
+    assert second.token_ids.tolist() == [1, 2, 3, 4, 5, 6] and second.loss_mask.astype(int).tolist() == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]
     assert second.logprobs[5] == -3.0 and (second.reward, second.group, second.tree) == (1.0, "g", 3)
-    assert [s.info for s in (first, second)] == [{"trial": 1, "trajectory": 0, "step": 0}, {"trial": 1, "trajectory": 0, "step": 1}]
+    assert [s.info for s in (first, second)] == [
+        {"trial": 1, "trajectory": 0, "step": 0},
+        {"trial": 1, "trajectory": 0, "step": 1},
+    ]
 
 
 def test_steps_cut_turns_that_touch():
@@ -78,4 +90,5 @@ def test_tau_bench_calls_share_and_whole_trajectories_hardly():
     tokens, pairs = ratios(trajectories)
     assert (round(tokens, 1), round(pairs, 2)) == (1.3, 1.07)
     tokens, pairs = ratios(split_calls(trajectories))
-    assert (round(tokens, 1), round(pairs, 1)) == (12.5, 8.2)
+    # 12.48 and 8.20 over the tree of whole trajectories: the calls' own tree lacks what follows the last turn.
+    assert (round(tokens, 2), round(pairs, 2)) == (12.56, 8.28)

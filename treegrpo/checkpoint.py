@@ -1,11 +1,11 @@
 """Checkpoints that are whole or not there: written under a temporary name with a list of file sizes, then renamed.
 
-    checkpoint-40/
-        config.json, model.safetensors | adapter_config.json, adapter_model.safetensors    (from_pretrained reads it)
-        optimizer.pt                 AdamW's state and the schedule's, read with weights_only=True
-        old_logprobs-<rank>.pt       old log-probs of the groups in use, one file per process
-        trainer_state.json           step, the settings that decide the order of the data
-        manifest.json                size of every file above
+checkpoint-40/
+    config.json, model.safetensors | adapter_config.json, adapter_model.safetensors    (from_pretrained reads it)
+    optimizer.pt                 AdamW's state and the schedule's, read with weights_only=True
+    old_logprobs-<rank>.pt       old log-probs of the groups in use, one file per process
+    trainer_state.json           step, the settings that decide the order of the data
+    manifest.json                size of every file above
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def check(path: Path) -> None:
 
 
 def load_state(path: Path, accelerator) -> tuple[dict[str, Any], dict[str, Any], list[torch.Tensor]]:
-    """`(trainer state, {"optimizer", "schedule"}, old log-probs of this process)`; ValueError where a file does not read."""
+    """`(trainer state, {"optimizer", "schedule"}, old log-probs of this process)`; ValueError where a file does not
+    read."""
     try:
         state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)

@@ -16,10 +16,10 @@ _File = tyro.conf.Positional[Path]
 
 
 def doctor() -> None:
-    """What this machine can run: versions, compilers, every backend or the reason it is missing, one cure per problem."""
+    """What this machine can run: versions, compilers, every backend or why it is missing, one cure per problem."""
     from treegrpo.doctor import print_report
 
-    print_report()
+    print_report(_console())
 
 
 def inspect(
@@ -49,7 +49,9 @@ def inspect(
     if group is not None:
         chosen = [tree for tree in trees if tree.group == group]
         if not chosen:
-            raise ValueError(f"group {group!r} is not in {file}; it has {', '.join(tree.group for tree in trees[:8])}, ...")
+            raise ValueError(
+                f"group {group!r} is not in {file}; it has {', '.join(tree.group for tree in trees[:8])}, ..."
+            )
         trees = chosen
     shown = trees[:max_groups]
     has_rewards = all(t.reward is not None for tree in shown for t in tree.trajectories)
@@ -60,7 +62,7 @@ def inspect(
         advantages = calls if has_rewards else advantages
     console = _console()
     for tree, values in zip(shown, advantages, strict=True):
-        console.print(tree_lines(tree, values), soft_wrap=True)
+        console.print(tree_lines(tree, values))
     if len(trees) > len(shown):
         console.print(f"{len(trees) - len(shown)} more groups: give --group or --max-groups")
     if png is not None:
@@ -199,7 +201,10 @@ def convert(
     trees = build_forest(trajectories)
     save(out, trajectories)
     num_chain, num_unique = sum(tree.num_chain_tokens for tree in trees), sum(tree.num_tokens for tree in trees)
-    print(f"wrote {out}: {len(trajectories)} trajectories in {len(trees)} groups, {num_chain:,} tokens, {num_unique:,} unique")
+    print(
+        f"wrote {out}: {len(trajectories)} trajectories in {len(trees)} groups, {num_chain:,} tokens, {num_unique:,}"
+        " unique"
+    )
 
 
 def demo(
@@ -212,14 +217,15 @@ def demo(
 
     Args:
         steps: Optimiser steps of each run.
-        data: Folder with tau_bench_airline/tokens.jsonl.gz; default $TREEGRPO_DATA, then ../shared/data, then scripted rollouts.
+        data: Folder with tau_bench_airline/tokens.jsonl.gz; default $TREEGRPO_DATA, then ../shared/data, then scripted
+            rollouts.
         samples: Whole trajectories, one sample per assistant turn, or both.
         backend: Kernel backend.
     """
     from treegrpo.demo import run
 
     _quiet_transformers()
-    run(steps=steps, data=data, samples=samples, backend=backend)
+    run(_console(), steps=steps, data=data, samples=samples, backend=backend)
 
 
 def train(config: TrainConfig) -> None:
@@ -233,7 +239,10 @@ def train(config: TrainConfig) -> None:
     if trainer.accelerator.is_main_process:
         console = _console()
         console.print(final_table(history, f"{config.output_dir}: {trainer.step} steps"))
-        console.print(f"metrics and checkpoints are in {config.output_dir}; `treegrpo report {config.output_dir}` draws them", soft_wrap=True)
+        console.print(
+            f"metrics and checkpoints are in {config.output_dir}; `treegrpo report {config.output_dir}` draws them",
+            soft_wrap=True,
+        )
 
 
 def _commands(defaults: TrainConfig) -> dict[str, Callable]:
@@ -295,7 +304,9 @@ def _write_json(path: Path, values: dict) -> None:
 def _console():
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    # A pipe has no width: 80 columns would fold the tables.
+    return console if console.is_terminal else Console(width=140)
 
 
 def _quiet_transformers() -> None:

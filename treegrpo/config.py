@@ -16,9 +16,11 @@ class TrainConfig:
     """Train a model on logged rollouts with the tree-grouped GRPO loss, each shared prefix computed once."""
 
     rollouts: str = ""
-    """Where rollouts come from: replay:FILE, a .jsonl or .jsonl.gz of token trajectories (make one with `treegrpo convert`)."""
+    """Where rollouts come from: replay:FILE, a .jsonl or .jsonl.gz of token trajectories (make one with `treegrpo
+    convert`)."""
     model: str = ""
-    """A local folder that from_pretrained reads, or a .json/.yaml model config (a dict with model_type) for random weights."""
+    """A local folder that from_pretrained reads, or a .json/.yaml model config (a dict with model_type) for random
+    weights."""
     config: Path | None = None
     """A YAML file with any of these settings; flags on the command line win."""
     output_dir: str = "runs/train"
@@ -33,7 +35,8 @@ class TrainConfig:
     attention: Literal["tree", "chain"] = "tree"
     """tree: shared prefixes once, through the tree-attention kernel. chain: the flattened baseline, same loss."""
     backend: str = "auto"
-    """Kernel backend for attention=tree: auto, reference, cpu, triton, cuda or gather (`treegrpo doctor` says which work here)."""
+    """Kernel backend for attention=tree: auto, reference, cpu, triton, cuda or gather (`treegrpo doctor` says which
+    work here)."""
     token_budget: int | None = None
     """Unique tokens in one packed row; None puts all groups of a step in one row. Bounds memory, changes no result."""
     share_across_groups: bool = True
@@ -125,7 +128,9 @@ class TrainConfig:
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= low):
                 raise ValueError(f"{name}={value!r}: must be a finite number, at least {low}")
         if self.temperature == 0:
-            raise ValueError("temperature=0 has no log-probabilities: give the temperature the rollouts were sampled with")
+            raise ValueError(
+                "temperature=0 has no log-probabilities: give the temperature the rollouts were sampled with"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
@@ -151,10 +156,24 @@ class TrainConfig:
 
 
 _AT_LEAST = {
-    **dict.fromkeys(("token_budget", "groups_per_step", "gradient_accumulation_steps", "max_steps", "num_iterations", "logging_steps"), 1),
+    **dict.fromkeys(
+        (
+            "token_budget",
+            "groups_per_step",
+            "gradient_accumulation_steps",
+            "max_steps",
+            "num_iterations",
+            "logging_steps",
+        ),
+        1,
+    ),
     **dict.fromkeys(("save_total_limit", "max_completion_length"), 1),
-    **dict.fromkeys(("epsilon", "epsilon_high", "delta", "beta", "temperature", "learning_rate", "weight_decay", "max_grad_norm"), 0),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lora_r", "lora_alpha", "save_steps", "seed"), 0),
+    **dict.fromkeys(
+        ("epsilon", "epsilon_high", "delta", "beta", "temperature", "learning_rate", "weight_decay", "max_grad_norm"), 0
+    ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "lora_r", "lora_alpha", "save_steps", "seed"), 0
+    ),
 }
 _CHOICES = {
     "samples": ("trajectory", "call"),
@@ -174,7 +193,8 @@ def read_config(path: str | Path) -> TrainConfig:
     """A TrainConfig from a YAML file of its fields.
 
     Raises:
-        ValueError: no such file, not a mapping, an unknown setting (the nearest name is suggested) or a value of the wrong type.
+        ValueError: no such file, not a mapping, an unknown setting (the nearest name is suggested) or a value of the
+            wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -189,7 +209,7 @@ def read_config(path: str | Path) -> TrainConfig:
 
 
 def _typed(path: Path, name: str, value: Any) -> Any:
-    """YAML reads 1e-6 as text and a list where a tuple is meant; everything else must already fit the field's default."""
+    """YAML reads 1e-6 as text and a list where a tuple is meant; everything else must fit the field's default."""
     import difflib
 
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}

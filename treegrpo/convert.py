@@ -1,11 +1,12 @@
 """Chat-format trajectories to token trajectories, with any chat template.
 
-The tau-bench trajectories this was written against are public: sierra-research/tau-bench, historical_trajectories/gpt-4o-airline.json.
+The tau-bench trajectories this was written against are public: sierra-research/tau-bench,
+historical_trajectories/gpt-4o-airline.json.
 
-Turns are differences of the template's output on longer and longer prefixes of the conversation, tokenised one by one, so
-conversations that begin with equal messages begin with equal tokens: the tree is found in the ids. What a model served with this
-template would have been given (other roles, the generation prompt) gets loss mask 0; what it would have sampled (content, tool calls
-and the special token that ends the turn) gets 1.
+Turns are differences of the template's output on longer and longer prefixes of the conversation, tokenised one by one,
+so conversations that begin with equal messages begin with equal tokens: the tree is found in the ids. What a model
+served with this template would have been given (other roles, the generation prompt) gets loss mask 0; what it would
+have sampled (content, tool calls and the special token that ends the turn) gets 1.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def convert_records(records: list[dict[str, Any]], tokenizer, *, parse_arguments
     """One token trajectory per record, in order.
 
     Args:
-        records: dicts with `messages` (tau-bench: `traj`) in the OpenAI format, `group` (tau-bench: `task_id`) and optionally
+        records: dicts with `messages` (tau-bench: `traj`) in the OpenAI format, `group` (tau-bench: `task_id`) and
+            optionally
             `reward`, `trial`, `tree`, `tools`.
         tokenizer: a transformers tokenizer with a chat template.
-        parse_arguments: give the template a tool call's `arguments` as an object, not as the OpenAI format's JSON string.
+        parse_arguments: give the template a tool call's `arguments` as an object, not as the OpenAI format's JSON
+            string.
 
     Raises:
         ValueError: naming the record, the field or message, and the cure.
@@ -63,13 +66,16 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def tokenize_conversation(messages: list[dict[str, Any]], tokenizer, *, tools: list | None = None) -> tuple[list[int], list[int]]:
+def tokenize_conversation(
+    messages: list[dict[str, Any]], tokenizer, *, tools: list | None = None
+) -> tuple[list[int], list[int]]:
     """Token ids and loss mask of one conversation, tokenised turn by turn: two lists of one length.
 
     An assistant message that opens the conversation was written, not sampled: it is context, mask 0.
 
     Raises:
-        ValueError: the template refuses the conversation, or is not prefix-stable (it rewrites earlier turns when later ones are
+        ValueError: the template refuses the conversation, or is not prefix-stable (it rewrites earlier turns when later
+            ones are
             added), so that what the model was given at a turn is not a prefix of the whole.
     """
     ends = _turn_ends(messages, tokenizer, tools)
@@ -81,7 +87,8 @@ def tokenize_conversation(messages: list[dict[str, Any]], tokenizer, *, tools: l
         header = _render(messages[:count], tokenizer, tools, prompt=True) if is_sampled else rendered
         if not (header.startswith(text) and rendered.startswith(header)):
             raise ValueError(
-                f"messages[{end - 1}] does not begin with the template's generation prompt, so a served model was given other text;"
+                f"messages[{end - 1}] does not begin with the template's generation prompt, so a served model was"
+                " given other text;"
                 " use the template the model is served with"
             )
         for piece, sampled in ((header[len(text) :], False), (rendered[len(header) :], True)):
@@ -93,10 +100,11 @@ def tokenize_conversation(messages: list[dict[str, Any]], tokenizer, *, tools: l
 
 
 def _turn_ends(messages: list[dict], tokenizer, tools: list | None) -> list[tuple[int, str]]:
-    """`(end, text of messages[:end])` for every turn, ascending; the text of each turn extends the text of the one before.
+    """`(end, text of messages[:end])` for every turn, ascending; the text of each turn extends the text of the one
+    before.
 
-    Some templates close a run of tool messages only after its last one, or cannot render a lone system message: neighbours that no
-    assistant wrote may form one turn.
+    Some templates close a run of tool messages only after its last one, or cannot render a lone system message:
+    neighbours that no assistant wrote may form one turn.
     """
     ends = [(len(messages), _render(messages, tokenizer, tools))]
     for end in range(len(messages) - 1, 0, -1):
@@ -111,8 +119,10 @@ def _turn_ends(messages: list[dict], tokenizer, tools: list | None) -> list[tupl
             ends.append((end, text))
         elif not may_merge:
             raise ValueError(
-                f"the chat template is not prefix-stable: adding messages[{end}] changes the text of messages[:{end}] (templates that"
-                " drop earlier reasoning do this); give --chat-template one that only appends, or split the record at that message"
+                f"the chat template is not prefix-stable: adding messages[{end}] changes the text of messages[:{end}]"
+                " (templates that"
+                " drop earlier reasoning do this); give --chat-template one that only appends, or split the record at"
+                " that message"
             )
     return ends[::-1]
 
@@ -128,7 +138,9 @@ def _render(messages: list[dict], tokenizer, tools: list | None, prompt: bool = 
 
 def _sampled_mask(ids: list[int], tokenizer) -> list[int]:
     """1 up to the special token that ends the turn; white space the template adds after it was not sampled."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
     end = max((i + 1 for i, token in enumerate(ids) if token in special), default=len(ids))
     if tokenizer.decode(ids[end:]).strip():
         end = len(ids)
@@ -163,7 +175,9 @@ def _field(record: dict[str, Any], names: tuple[str, ...], index: int) -> Any:
     for name in names:
         if record.get(name) is not None:
             return record[name]
-    raise ValueError(f"record {index} has none of the fields {', '.join(names)}; it has {', '.join(record) or 'nothing'}")
+    raise ValueError(
+        f"record {index} has none of the fields {', '.join(names)}; it has {', '.join(record) or 'nothing'}"
+    )
 
 
 def _clean_message(index: int, message: dict[str, Any], parse_arguments: bool) -> dict[str, Any]:
@@ -174,7 +188,9 @@ def _clean_message(index: int, message: dict[str, Any], parse_arguments: bool) -
         try:
             clean["tool_calls"] = [_parse_call(call) for call in clean["tool_calls"]]
         except json.JSONDecodeError as error:
-            raise ValueError(f"messages[{index}]: a tool call's arguments are not JSON ({error}); leave out --parse-arguments") from error
+            raise ValueError(
+                f"messages[{index}]: a tool call's arguments are not JSON ({error}); leave out --parse-arguments"
+            ) from error
     return clean
 
 

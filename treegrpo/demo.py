@@ -1,4 +1,5 @@
-"""`treegrpo demo`: the main job in a few minutes on two CPU cores. Real rollouts, a small model, tree against flattened chains."""
+"""`treegrpo demo`: the main job in a few minutes on two CPU cores. Real rollouts, a small model, tree against flattened
+chains."""
 
 from __future__ import annotations
 
@@ -33,11 +34,14 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 # Groups of a step and how many of the smallest groups are trained: chains of calls cost several times their tree.
-_GROUPS = {"trajectory": (2, 20), "call": (1, 10)}
+GROUPS = {"trajectory": (2, 20), "call": (1, 10)}
 _WHY = {
-    "trajectory": "Whole trajectories share little: the trials of a task part in the customer's first words, and after them every"
-    " turn is new, so a tree is a common system prompt with long branches. Late tokens also see most pairs, and none of those are shared.",
-    "call": "Calls share a lot: each sample is the conversation so far plus one turn, so n calls of one trajectory are n prefixes of"
+    "trajectory": "Whole trajectories share little: the trials of a task part in the customer's first words, and"
+    " after them every"
+    " turn is new, so a tree is a common system prompt with long branches. Late tokens also see most pairs, and none"
+    " of those are shared.",
+    "call": "Calls share a lot: each sample is the conversation so far plus one turn, so n calls of one trajectory"
+    " are n prefixes of"
     " one path. Flattened, turn one is computed n times; on the tree once.",
 }
 
@@ -57,18 +61,17 @@ class Run:
         return sum(row[name] for row in self.history)
 
 
-def run(steps: int = 20, data: Path | None = None, samples: str = "both", backend: str = "auto") -> None:
-    """Trains and prints; writes nothing outside a temporary folder. ValueError where `data` has no rollouts."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=True)
+def run(console, steps: int = 20, data: Path | None = None, samples: str = "both", backend: str = "auto") -> None:
+    """Trains and prints to a rich Console; writes only to a temporary folder. ValueError where `data` has none."""
     trajectories, source = read_rollouts(data)
     trajectories, vocabulary = renumber(trajectories)
     model = {**MODEL, "vocab_size": len(vocabulary)}
     console.print(f"[bold]Rollouts[/bold]: {source}")
     console.print(
-        f"[bold]Model[/bold]: Qwen3 architecture, {MODEL['num_hidden_layers']} layers, hidden {MODEL['hidden_size']}, random weights. Its"
-        f" vocabulary is the {len(vocabulary):,} token ids that occur, renumbered: most rows of a full one would never be read."
+        f"[bold]Model[/bold]: Qwen3 architecture, {MODEL['num_hidden_layers']} layers, hidden {MODEL['hidden_size']},"
+        " random weights. Its"
+        f" vocabulary is the {len(vocabulary):,} token ids that occur, renumbered: most rows of a full one would"
+        " never be read."
     )
     kinds = ("trajectory", "call") if samples == "both" else (samples,)
     forests = {kind: build_forest(split_calls(trajectories) if kind == "call" else trajectories) for kind in kinds}
@@ -79,19 +82,23 @@ def run(steps: int = 20, data: Path | None = None, samples: str = "both", backen
         model_file.write_text(json.dumps(model))
         for kind in kinds:
             console.print()
-            chosen = _smallest_groups(forests[kind], trajectories, _GROUPS[kind][1])
+            chosen = _smallest_groups(forests[kind], trajectories, GROUPS[kind][1])
             config = TrainConfig(
                 model=str(model_file),
                 output_dir=folder,
                 overwrite_output_dir=True,
                 samples=kind,
                 backend=backend,
-                groups_per_step=_GROUPS[kind][0],
+                advantage_estimator="grpo",
+                groups_per_step=GROUPS[kind][0],
                 max_steps=steps,
                 learning_rate=1e-4,
                 save_strategy="no",
             )
-            console.print(f"Training on samples={kind}: {steps} steps of {config.groups_per_step} of the {_GROUPS[kind][1]} smallest groups")
+            console.print(
+                f"Training on samples={kind}: {steps} steps of {config.groups_per_step} of the {GROUPS[kind][1]}"
+                " smallest groups"
+            )
             runs = {attention: _train(replace(config, attention=attention), chosen) for attention in ("tree", "chain")}
             console.print(_run_table(runs, config, chosen, model))
             console.print(f"[dim]{_WHY[kind]}[/dim]")
@@ -103,10 +110,17 @@ def read_rollouts(data: Path | None = None) -> tuple[list[Trajectory], str]:
     folder = given or Path(__file__).resolve().parents[2] / "shared" / "data"
     path = folder / "tau_bench_airline" / "tokens.jsonl.gz"
     if path.is_file():
-        return load(path), f"tau-bench airline, 50 tasks x 4 trials of GPT-4o as an agent with tools, real tokenizer ({path})"
+        return load(
+            path
+        ), f"tau-bench airline, 50 tasks x 4 trials of GPT-4o as an agent with tools, real tokenizer ({path})"
     if given is not None:
-        raise ValueError(f"no rollouts at {path}: --data (or TREEGRPO_DATA) is the folder that holds tau_bench_airline/tokens.jsonl.gz")
-    return toy.sample_groups(24), "a scripted furniture-shop agent with tools, 24 tasks, byte tokens (tau-bench is not at hand)"
+        raise ValueError(
+            f"no rollouts at {path}: --data (or TREEGRPO_DATA) is the folder that holds"
+            " tau_bench_airline/tokens.jsonl.gz"
+        )
+    return toy.sample_groups(
+        24
+    ), "a scripted furniture-shop agent with tools, 24 tasks, byte tokens (tau-bench is not at hand)"
 
 
 def renumber(trajectories: list[Trajectory]) -> tuple[list[Trajectory], np.ndarray]:
@@ -132,7 +146,9 @@ def _train(config: TrainConfig, trajectories: list[Trajectory]) -> Run:
 
 def _forest_table(forests: dict[str, list[RolloutTree]], model: dict[str, Any]):
     """All groups, each on its own: counted, not trained."""
-    table = _table("All groups, each on its own (counted, not trained)", ("samples", "", "chain", "tree", "chain / tree"))
+    table = _table(
+        "All groups, each on its own (counted, not trained)", ("samples", "", "chain", "tree", "chain / tree")
+    )
     for kind, forest in forests.items():
         result = flops.report(model, forest)
         for name in ("tokens", "pairs", "training"):

@@ -18,11 +18,12 @@ _PACKAGES = {
     "peft": "pip install 'treegrpo[train]' (needed for LoRA only)",
     "numpy": "pip install numpy",
 }
+_NEEDS_GPU = ("triton", "cuda", "gather")
 _CURES = {
-    "cpu": "install a C++17 compiler (g++ or clang++) and reinstall: TREEGRPO_BUILD=cpu pip install --no-build-isolation -e .",
-    "triton": "run on an NVIDIA GPU of compute capability 8.0 or newer (CPU tensors: TRITON_INTERPRET=1, for tests)",
-    "cuda": "install a CUDA toolkit (nvcc) and reinstall: TREEGRPO_BUILD=cuda pip install --no-build-isolation -e .",
-    "gather": "run on an NVIDIA GPU; flash-attn is used when installed (pip install 'treegrpo[flash]')",
+    "cpu": "install a C++17 compiler (g++ or clang++), then: make setup",
+    "triton": "pip install triton (Linux), on a GPU of compute capability 8.0 or newer",
+    "cuda": "install a CUDA toolkit (nvcc), then: make setup",
+    "gather": "pip install torch>=2.11 with CUDA; flash-attn is used when installed (pip install 'treegrpo[flash]')",
     "reference": "pip install torch",
 }
 
@@ -41,8 +42,8 @@ def examine() -> list[Finding]:
     return [_python(), *_packages(), *_compilers(), *_devices(), *_backends()]
 
 
-def print_report() -> None:
-    from rich.console import Console
+def print_report(console) -> None:
+    """Prints the findings as a table, then a cure for each problem, to a rich Console."""
     from rich.table import Table
 
     findings = examine()
@@ -50,14 +51,19 @@ def print_report() -> None:
     table.add_column("part", no_wrap=True)
     table.add_column("state", overflow="fold")
     for finding in findings:
-        table.add_row(finding.part, finding.state if finding.cure is None else f"[yellow]{_escape(finding.state)}[/yellow]")
-    console = Console(soft_wrap=False)
+        table.add_row(
+            finding.part, finding.state if finding.cure is None else f"[yellow]{_escape(finding.state)}[/yellow]"
+        )
     console.print(table)
     problems = [finding for finding in findings if finding.cure]
     for finding in problems:
         console.print(f"[yellow]{finding.part}[/yellow]: {_escape(finding.cure)}", soft_wrap=True)
-    usable = [finding.part.split()[-1] for finding in findings if finding.part.startswith("backend") and finding.cure is None]
-    console.print(f"Usable here: {', '.join(usable) or 'nothing'}. Backends listed above as missing are optional.", soft_wrap=True)
+    usable = [
+        finding.part.split()[-1] for finding in findings if finding.part.startswith("backend") and finding.cure is None
+    ]
+    console.print(
+        f"Usable here: {', '.join(usable) or 'nothing'}. Backends listed above as missing are optional.", soft_wrap=True
+    )
 
 
 def _escape(text: str | None) -> str:
@@ -67,7 +73,9 @@ def _escape(text: str | None) -> str:
 
 
 def _python() -> Finding:
-    return Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
+    return Finding(
+        "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    )
 
 
 def _packages() -> list[Finding]:
@@ -88,14 +96,26 @@ def _packages() -> list[Finding]:
 def _compilers() -> list[Finding]:
     findings = []
     for part, names, cure in (
-        ("C++ compiler", (os.environ.get("CXX"), "g++", "clang++"), "apt install g++ (needed to build the cpu backend)"),
-        ("nvcc", (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"), "install a CUDA toolkit (cuda backend only)"),
+        (
+            "C++ compiler",
+            (os.environ.get("CXX"), "g++", "clang++"),
+            "apt install g++ (needed to build the cpu backend)",
+        ),
+        (
+            "nvcc",
+            (os.environ.get("CUDACXX"), "nvcc", "/usr/local/cuda/bin/nvcc"),
+            "install a CUDA toolkit (cuda backend only)",
+        ),
     ):
         path = next((found for name in names if name and (found := shutil.which(name))), None)
         if path is None:
             findings.append(Finding(part, "not found", cure))
             continue
-        lines = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout.strip().splitlines()
+        lines = (
+            subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
+            .stdout.strip()
+            .splitlines()
+        )
         # nvcc's first line is its name; the release is on a later one.
         line = next((line for line in lines if "release" in line), lines[0] if lines else "prints no version")
         findings.append(Finding(part, f"{line.strip()} ({path})"))
@@ -110,7 +130,9 @@ def _devices() -> list[Finding]:
     if not torch.cuda.is_available():
         return [Finding("GPU", "none seen by torch")]
     return [
-        Finding(f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}")
+        Finding(
+            f"GPU {i}", f"{torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}"
+        )
         for i in range(torch.cuda.device_count())
     ]
 
@@ -119,15 +141,31 @@ def _backends() -> list[Finding]:
     try:
         import treegrpo_kernels
     except ImportError as error:
-        return [Finding("backends", f"treegrpo_kernels does not import: {error}", "pip install -e . in the repository's root")]
+        return [
+            Finding(
+                "backends", f"treegrpo_kernels does not import: {error}", "pip install -e . in the repository's root"
+            )
+        ]
+    import torch
+
     findings = []
     for name, reason in treegrpo_kernels.backends().items():
         if reason is None:
             state = f"usable, {_cpu_info()}" if name == "cpu" else "usable"
             findings.append(Finding(f"backend {name}", state))
+        elif name in _NEEDS_GPU and not torch.cuda.is_available():
+            findings.append(Finding(f"backend {name}", reason, "run on a machine with an NVIDIA GPU"))
+        elif name == "cpu" and torch.cuda.is_available() and _cpu_reason() is None:
+            findings.append(Finding(f"backend {name}", f"usable on CPU tensors, {_cpu_info()}"))
         else:
             findings.append(Finding(f"backend {name}", reason, _CURES.get(name, "see the reason")))
     return findings
+
+
+def _cpu_reason() -> str | None:
+    from treegrpo_kernels import native
+
+    return native.cpu_reason()
 
 
 def _cpu_info() -> str:

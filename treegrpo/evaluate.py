@@ -1,4 +1,5 @@
-"""`treegrpo eval`: what a model thinks of logged rollouts. Log-probs of the trained tokens, and whether rewarded leaves are likelier."""
+"""`treegrpo eval`: what a model thinks of logged rollouts. Log-probs of the trained tokens, and whether rewarded leaves
+are likelier."""
 
 from __future__ import annotations
 
@@ -32,9 +33,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Statistics over the trained tokens of all leaves, TRL's prefix `eval_`.
 
-    `eval_logp/mean` (and its perplexity) is a mean over tokens; `eval_logp/rewarded` and `.../unrewarded` are means over leaves with
-    a reward above, or not above, the mean of their group, and only there when rewards differ. With attention="both" the chains are
-    run too and `eval_tree_vs_chain/max` is the largest difference of one token's log-prob.
+    `eval_logp/mean` (and its perplexity) is a mean over tokens; `eval_logp/rewarded` and `.../unrewarded` are means
+    over leaves with a reward above, or not above, the mean of their group, and only there when rewards differ. With
+    attention="both" the chains are run too and `eval_tree_vs_chain/max` is the largest difference of one token's
+    log-prob.
 
     Raises:
         ValueError: no trajectories, a token outside the vocabulary, a tree over `token_budget`, an unusable backend.
@@ -72,7 +74,10 @@ class _Sums:
     def add(self, batch: TreeBatch, logp: torch.Tensor, entropy: torch.Tensor) -> None:
         mask = batch.leaf_mask
         if not torch.isfinite(logp[mask]).all():
-            raise ValueError(f"log-probs of groups {', '.join(tree.group for tree in batch.trees)} are not finite: the weights are damaged")
+            raise ValueError(
+                f"log-probs of groups {', '.join(tree.group for tree in batch.trees)} are not finite: the weights are"
+                " damaged"
+            )
         self.logp += float(logp[mask].double().sum())
         self.entropy += float(entropy[mask].double().sum())
         self.num_tokens += int(mask.sum())
@@ -81,7 +86,8 @@ class _Sums:
         self.recorded.append((logp - batch.leaf_logp)[known].abs().cpu().numpy())
         offsets = batch.leaf_offsets.tolist()
         means = [
-            float(logp[a:b][mask[a:b]].mean()) if mask[a:b].any() else math.nan for a, b in zip(offsets, offsets[1:], strict=False)
+            float(logp[a:b][mask[a:b]].mean()) if mask[a:b].any() else math.nan
+            for a, b in zip(offsets, offsets[1:], strict=False)
         ]
         place = 0
         for tree in batch.trees:

@@ -7,7 +7,7 @@ Shape legend: T packed tokens, H heads (Hq query, Hkv key/value), D head dim (Dv
 
 The plan travels as the keyword ``tree_plan`` of ``model(...)``, never as a global: gradient checkpointing calls the
 layers again in backward and must see the same plan. Without a plan (``generate``) the model computes what it computes
-with ``sdpa``, bit for bit. Works with transformers 4.57 and newer.
+with ``sdpa``, bit for bit. Works with transformers 4.57 and newer; a family that does not, ``check_model`` refuses.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class LazyMask:
         return self.arguments.get("local_size")
 
     @property
-    def padding(self) -> Tensor | None:
-        """The 2D padding mask given to the model, if any."""
-        return self.arguments.get("attention_mask")
+    def hides_tokens(self) -> bool:
+        """Whether the model was given a padding mask that is not all ones (some models make one of ones themselves)."""
+        padding = self.arguments.get("attention_mask")
+        return padding is not None and not bool(padding.all())
 
     def build(self, kind: str) -> Tensor | None:
         """The mask as ``sdpa`` or ``eager`` would have got it; built once for all layers."""
@@ -102,7 +103,7 @@ def treegrpo_attention(
     Args:
         query: [1, Hq, T, D], already rotated with ``position_ids`` = depth in the tree.
         key, value: [1, Hkv, T, D], [1, Hkv, T, Dv].
-        attention_mask: a ``LazyMask`` or None; with a tree, a padding mask is refused.
+        attention_mask: a ``LazyMask`` or None; with a tree, a mask that hides tokens is refused.
         tree_plan: the forest of the row; None: plain causal attention through ``sdpa`` (softcap, sinks: ``eager``).
         tree_backend: ``backend`` of ``treegrpo_kernels.tree_attention``.
         tree_trace: list to which each call appends its module (``check_model`` counts the layers with it).
@@ -162,8 +163,7 @@ def _check_call(
     if isinstance(mask, Tensor):
         raise ValueError("attention_mask must be None with tree_plan: the plan is the mask")
     if isinstance(mask, LazyMask):
-        padding = mask.padding
-        if padding is not None:
+        if mask.hides_tokens:
             raise ValueError("attention_mask must be None with tree_plan: a packed row has no padding")
         # eager and sdpa take the window from the mask alone, flash kernels from the keyword: the mask decides
         if mask.window is not None and sliding_window is not None and mask.window != sliding_window:

@@ -19,17 +19,23 @@ def tree_lines(tree: RolloutTree, advantages: list[np.ndarray] | None = None):
     """
     from rich.tree import Tree
 
+    segments = tree.segments()
     share = tree.num_chain_tokens / tree.num_tokens
     root = Tree(
-        f"[bold]group {_escape(tree.group)}[/bold]  {tree.num_leaves} leaves, {tree.num_tokens:,} unique of {tree.num_chain_tokens:,} tokens"
-        f" ({share:.2f}x), {tree.num_pairs:,} of {tree.num_chain_pairs:,} pairs ({tree.num_chain_pairs / tree.num_pairs:.2f}x)",
+        f"[bold]group {_escape(tree.group)}[/bold]  {tree.num_leaves} leaves, {tree.num_tokens:,} unique of"
+        f" {tree.num_chain_tokens:,} tokens"
+        f" ({share:.2f}x), {tree.num_pairs:,} of {tree.num_chain_pairs:,} pairs"
+        f" ({tree.num_chain_pairs / tree.num_pairs:.2f}x)",
         guide_style="dim",
     )
     lines = {}
-    leaves_below = _leaves_below(tree.segments())
-    for index, segment in enumerate(tree.segments()):
-        above = lines[segment.parent] if segment.parent >= 0 else root
-        lines[index] = above.add(_segment_line(tree, segment, leaves_below[index], advantages))
+    leaves_below = _leaves_below(segments)
+    for index, segment in enumerate(segments):
+        branch = lines[segment.parent] if segment.parent >= 0 else root
+        # Samples that end on one path, call after call, stand below one another, not ever further to the right.
+        continues = segment.parent >= 0 and len(segments[segment.parent].children) == 1
+        line = branch.add(("↓ " if continues else "") + _segment_line(tree, segment, leaves_below[index], advantages))
+        lines[index] = branch if len(segment.children) == 1 else line
     return root
 
 
@@ -82,13 +88,22 @@ def draw(tree: RolloutTree, path: str | Path, title: str | None = None) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 7), width_ratios=(1.1, 1), layout="constrained")
+    figure, axes = plt.subplot_mosaic(
+        [["tree", "row"], ["tree", "mask"]],
+        figsize=(14, 7),
+        width_ratios=(1.1, 1),
+        height_ratios=(1, 20),
+        layout="constrained",
+    )
     figure.suptitle(title or f"group {tree.group}: {tree.num_tokens:,} unique tokens of {tree.num_chain_tokens:,}")
-    _draw_tree(left, tree)
+    _draw_tree(axes["tree"], tree)
+    _draw_row(axes["row"], tree)
     size = tree.num_tokens
-    right.imshow(visible_fraction(tree.trie.subtree_end), cmap="Blues", vmin=0, vmax=1.3, extent=(0, size, size, 0), interpolation="nearest")
-    right.set(xlabel="key (index in the packed row)", ylabel="query")
-    _draw_row(right, tree)
+    mask = visible_fraction(tree.trie.subtree_end)
+    axes["mask"].imshow(
+        mask, cmap="Blues", vmin=0, vmax=1.3, extent=(0, size, size, 0), interpolation="nearest", aspect="auto"
+    )
+    axes["mask"].set(xlabel=f"key; {tree.num_pairs:,} visible pairs", ylabel="query (index in the packed row)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -111,24 +126,36 @@ def _draw_tree(axes, tree: RolloutTree) -> None:
     for index, segment in enumerate(segments):
         begin = int(tree.trie.position[segment.start])
         end = begin + segment.end - segment.start
-        axes.plot([begin, end], [lanes[index]] * 2, color="tab:blue", linewidth=1.5 + 1.5 * np.log2(below[index] + 1), solid_capstyle="butt")
+        axes.plot(
+            [begin, end],
+            [lanes[index]] * 2,
+            color="tab:blue",
+            linewidth=1.5 + 1.5 * np.log2(below[index] + 1),
+            solid_capstyle="butt",
+        )
         if segment.parent >= 0:
             axes.plot([begin, begin], [lanes[segment.parent], lanes[index]], color="0.6", linewidth=1)
-        if segment.leaves and num_lanes <= 64:
-            rewards = ", ".join("?" if tree.trajectories[i].reward is None else f"{tree.trajectories[i].reward:g}" for i in segment.leaves)
+        if segment.leaves and not segment.children and num_lanes <= 64:
+            rewards = ", ".join(
+                "?" if tree.trajectories[i].reward is None else f"{tree.trajectories[i].reward:g}"
+                for i in segment.leaves
+            )
             axes.annotate(f" {rewards}", (end, lanes[index]), va="center", fontsize=8)
-    axes.set(xlabel="depth in tokens", title=f"{tree.num_leaves} leaves, rewards at their ends", yticks=[], ylim=(num_lanes - 0.5, -0.5))
+    axes.set(
+        xlabel="depth in tokens",
+        title=f"{tree.num_leaves} leaves, rewards at their ends",
+        yticks=[],
+        ylim=(num_lanes - 0.5, -0.5),
+    )
     axes.margins(x=0.06)
 
 
 def _draw_row(axes, tree: RolloutTree) -> None:
-    """The packed row above the mask, shaded by how many leaves share each segment."""
+    """The packed row, shaded by how many leaves share each segment."""
     segments = tree.segments()
     below = np.array(_leaves_below(segments), dtype=float)
     shades = below / below.max()
-    strip = axes.inset_axes((0, 1.02, 1, 0.04), sharex=axes)
     for segment, shade in zip(segments, shades, strict=True):
-        strip.axvspan(segment.start, segment.end, color=(0.1, 0.3, 0.6, 0.15 + 0.85 * shade), linewidth=0)
-    strip.set(yticks=[])
-    strip.tick_params(labelbottom=False, bottom=False)
-    strip.set_title(f"who sees whom: {tree.num_pairs:,} pairs; above, the packed row, darker where more leaves share", fontsize=10, pad=6)
+        axes.axvspan(segment.start, segment.end, color=(0.1, 0.3, 0.6, 0.15 + 0.85 * shade), linewidth=0)
+    axes.set(yticks=[], xticks=[], xlim=(0, tree.num_tokens))
+    axes.set_title("the packed row, darker where more leaves share; below, who sees whom", fontsize=10)

@@ -64,7 +64,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() and resume_step else []
+        kept = (
+            [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() and resume_step else []
+        )
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
         os.replace(temporary, path)

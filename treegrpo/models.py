@@ -1,4 +1,4 @@
-"""Models for training: from a local folder or a config file, float32, with tree attention, LoRA and a frozen reference."""
+"""Models for training: from a local folder or a config file, float32, with tree attention, LoRA, a frozen reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ def read_model_config(path: str | Path) -> Any:
     try:
         if path.is_dir():
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix in (".yaml", ".yml") else json.loads(path.read_text())
+        values = (
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+            if path.suffix in (".yaml", ".yml")
+            else json.loads(path.read_text())
+        )
         return AutoConfig.for_model(**values)
     except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"model {path}: not a model folder or a config with model_type: {error}") from error
@@ -46,7 +50,15 @@ def build_model(path: str | Path, seed: int) -> torch.nn.Module:
     from treegrpo.hf import ATTENTION, use_tree_attention
 
     config = read_model_config(path)
-    for name in ("attention_dropout", "attn_pdrop", "attn_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout"):
+    for name in (
+        "attention_dropout",
+        "attn_pdrop",
+        "attn_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "hidden_dropout",
+        "dropout",
+    ):
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     options = {"attn_implementation": ATTENTION, "dtype": torch.float32}
@@ -56,7 +68,9 @@ def build_model(path: str | Path, seed: int) -> torch.nn.Module:
                 path, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
             )
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"model {path}: cannot load its weights ({error}); give a folder with whole .safetensors files") from error
+            raise ValueError(
+                f"model {path}: cannot load its weights ({error}); give a folder with whole .safetensors files"
+            ) from error
     else:
         with seeded(seed):
             model = AutoModelForCausalLM.from_config(config, **options)
@@ -82,7 +96,10 @@ def _with_adapters(model: torch.nn.Module, config: TrainConfig, checkpoint: Path
 
     if checkpoint is not None:
         if not (checkpoint / "adapter_config.json").exists():
-            raise ValueError(f"checkpoint {checkpoint} has no adapter, but lora_r={config.lora_r}; resume with the settings it was made with")
+            raise ValueError(
+                f"checkpoint {checkpoint} has no adapter, but lora_r={config.lora_r}; resume with the settings it was"
+                " made with"
+            )
         return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
     modules = config.lora_target_modules
     lora = LoraConfig(

@@ -1,4 +1,5 @@
-"""What a run shows: progress bar and final table in the terminal, `treegrpo report` as PNG curves and a one-page summary."""
+"""What a run shows: progress bar and final table in the terminal, `treegrpo report` as PNG curves and a one-page
+summary."""
 
 from __future__ import annotations
 
@@ -34,7 +35,13 @@ def progress_bar(step: int, max_steps: int, enabled: bool = True) -> Iterator[Ca
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     with Progress(*columns) as progress:
         task = progress.add_task("train", total=max_steps, completed=step, text="")
 
@@ -101,7 +108,13 @@ def _draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.8 * lines), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-        axis.plot(*zip(*points, strict=True), color="tab:blue", marker="o" if len(points) < 40 else None, markersize=3, linewidth=1.2)
+        axis.plot(
+            *zip(*points, strict=True),
+            color="tab:blue",
+            marker="o" if len(points) < 40 else None,
+            markersize=3,
+            linewidth=1.2,
+        )
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:
@@ -116,15 +129,20 @@ def _page(run_dir: Path, history: list[dict[str, Any]], picture: str) -> str:
     lines = [
         f"# Run {run_dir.name}",
         "",
-        f"{last['step']} steps, {seconds:.1f} s in the {len(history)} logged ones, {number(last['num_tokens'])} tokens of trajectories.",
-        f"Packed rows held {number(last['tree/unique_tokens'])} unique of {number(last['tree/chain_tokens'])} tokens in the last step"
+        f"{last['step']} steps, {seconds:.1f} s in the {len(history)} logged ones, {number(last['num_tokens'])}"
+        " tokens of trajectories.",
+        f"Packed rows held {number(last['tree/unique_tokens'])} unique of {number(last['tree/chain_tokens'])} tokens"
+        " in the last step"
         f" ({last['batch/packing_ratio']:.2f}x).",
         "",
         f"![curves]({picture})",
         "",
         "| metric | first | last | mean |",
         "| --- | ---: | ---: | ---: |",
-        *(f"| {name} | {number(first)} | {number(last)} | {number(mean)} |" for name, first, last, mean in _rows(history)),
+        *(
+            f"| {name} | {number(first)} | {number(last)} | {number(mean)} |"
+            for name, first, last, mean in _rows(history)
+        ),
         "",
     ]
     settings = run_dir / "config.yaml"

@@ -1,7 +1,7 @@
 """Whole trajectories, or one sample per model call.
 
-Many agent stacks log one sample per model call: the context so far, and the turn the model added. On a tree these samples are
-prefixes of one another and cost almost nothing; flattened, every call pays for its whole context again.
+Many agent stacks log one sample per model call: the context so far, and the turn the model added. On a tree these
+samples are prefixes of one another and cost almost nothing; flattened, every call pays for its whole context again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from treegrpo.tree import RolloutTree, Trajectory, build_tree
 def split_calls(trajectories: list[Trajectory]) -> list[Trajectory]:
     """One trajectory per assistant turn of each trajectory, in order.
 
-    A turn is one entry of `steps`, or without `steps` a maximal run of trained tokens; turns without a trained token are no
-    call. Each sample is the prefix up to the turn's last trained token, and only the turn is trained. `info["trajectory"]` is the
-    index of the source, `info["step"]` the index of its turn. Trajectory [s u a a u a], mask [0 0 1 1 0 1] gives [s u a a] with
-    mask [0 0 1 1] and [s u a a u a] with mask [0 0 0 0 0 1].
+    A turn is one entry of `steps`, or without `steps` a maximal run of trained tokens; turns without a trained token
+    are no call. Each sample is the prefix up to the turn's last trained token, and only the turn is trained.
+    `info["trajectory"]` is the index of the source, `info["step"]` the index of its turn. Trajectory [s u a a u a],
+    mask [0 0 1 1 0 1] gives [s u a a] with mask [0 0 1 1] and [s u a a u a] with mask [0 0 0 0 0 1].
     """
     calls = []
     for index, trajectory in enumerate(trajectories):
@@ -44,7 +44,7 @@ def split_calls(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def turn_spans(trajectory: Trajectory) -> list[tuple[int, int]]:
-    """`[begin, end)` of each assistant turn with what follows it, from `steps` or else from the runs of the loss mask."""
+    """`[begin, end)` of each assistant turn with what follows it, from `steps` or else from the loss mask's runs."""
     if trajectory.steps is not None:
         begins = [int(step) for step in trajectory.steps]
     else:
@@ -53,7 +53,9 @@ def turn_spans(trajectory: Trajectory) -> list[tuple[int, int]]:
     return list(zip(begins, [*begins[1:], len(trajectory.token_ids)], strict=True))
 
 
-def call_trees(trees: list[RolloutTree], advantages: list[list[np.ndarray]]) -> tuple[list[RolloutTree], list[list[np.ndarray]]]:
+def call_trees(
+    trees: list[RolloutTree], advantages: list[list[np.ndarray]]
+) -> tuple[list[RolloutTree], list[list[np.ndarray]]]:
     """The trees of all calls of `trees`, and the advantage of each call: that of its turn in the whole trajectory.
 
     Advantages compare whole trajectories, so they are computed before the split; comparing calls would count long

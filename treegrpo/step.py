@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treegrpo import flops
 from treegrpo.advantages import compute_advantages
 from treegrpo.config import TrainConfig
 from treegrpo.logprobs import chain_logprobs, token_logprobs
@@ -28,6 +29,8 @@ class Row:
     advantages: Tensor
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
+    cost: flops.ChainVsTree | None = None
+    """FLOPs as chains and as a tree; None for a family whose formulas are not known."""
 
 
 @dataclass
@@ -43,8 +46,10 @@ class StepData:
     """This process's packed rows."""
 
 
-def read_step(replay: Replay, number: int, config: TrainConfig, rank: int, world: int, device: torch.device) -> StepData:
-    """Groups of step data `number` (optimiser steps share it num_iterations times); this process packs every world-th."""
+def read_step(
+    replay: Replay, number: int, config: TrainConfig, rank: int, world: int, device: torch.device
+) -> StepData:
+    """Groups of step data `number` (used num_iterations times); this process packs every world-th."""
     reads = [
         replay.read(number * config.gradient_accumulation_steps + i, config.groups_per_step)
         for i in range(config.gradient_accumulation_steps)
@@ -64,24 +69,30 @@ def _packed_rows(
 ) -> list[Row]:
     if config.samples == "call":
         trees, advantages = call_trees(trees, advantages)
-    batches = pack(trees, token_budget=config.token_budget, share_across_groups=config.share_across_groups, device=device)
+    batches = pack(
+        trees, token_budget=config.token_budget, share_across_groups=config.share_across_groups, device=device
+    )
     return [Row(batch, batch.leaf_stream(advantages)) for batch in batches]
 
 
 def policy_logprobs(model: torch.nn.Module, batch: TreeBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """`(log-probs, entropies)` on the leaf stream `[L]`, through the tree or through flattened chains."""
     options = {"temperature": config.temperature, "entropy": True, "backend": config.backend}
-    if config.attention == "chain":
-        return chain_logprobs(model, batch, **options)
-    logp, entropy = token_logprobs(model, batch, **options)
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
+        if config.attention == "chain":
+            return chain_logprobs(model, batch, **options)
+        logp, entropy = token_logprobs(model, batch, **options)
     return batch.expand(logp), batch.expand(entropy)
 
 
 @torch.no_grad()
-def freeze_logprobs(data: StepData, model: torch.nn.Module, policy: torch.nn.Module, reference: Reference | None, config: TrainConfig) -> None:
+def freeze_logprobs(
+    data: StepData, model: torch.nn.Module, policy: torch.nn.Module, reference: Reference | None, config: TrainConfig
+) -> None:
     """Fills `old_logp` and `ref_logp` from before the first update on these groups.
 
-    `policy` is the unwrapped `model`. With one iteration the old log-probs are those of the update itself, so no extra pass is
+    `policy` is the unwrapped `model`. With one iteration the old log-probs are those of the update itself, so no extra
+    pass is
     made: they stay None.
     """
     for row in data.rows:
@@ -92,6 +103,17 @@ def freeze_logprobs(data: StepData, model: torch.nn.Module, policy: torch.nn.Mod
         if reference is not None:
             with reference.of(policy) as frozen:
                 row.ref_logp = policy_logprobs(frozen, row.batch, config)[0]
+
+
+def count_flops(data: StepData, model_config: object, config: TrainConfig) -> None:
+    """Fills `cost` of every row."""
+    for row in data.rows:
+        share = config.share_across_groups and len(row.batch.trees) > 1
+        try:
+            row.cost = flops.report(model_config, row.batch.trees, share_across_groups=share)
+        except ValueError:
+            # The metric is left out for families without formulas; training does not depend on it.
+            return
 
 
 def normalizers(rows: Sequence[Row], config: TrainConfig, device: torch.device) -> Tensor:
@@ -115,19 +137,27 @@ def blame(row: Row, logp: Tensor) -> str:
     """Names the group whose numbers are not finite, for the message that stops the step."""
     batch = row.batch
     groups = [tree.group for tree in batch.trees for _ in tree.trajectories]
-    streams = {"log-prob": logp, "old log-prob": row.old_logp, "advantage": row.advantages, "reference log-prob": row.ref_logp}
+    streams = {
+        "log-prob": logp,
+        "old log-prob": row.old_logp,
+        "advantage": row.advantages,
+        "reference log-prob": row.ref_logp,
+    }
     for name, stream in streams.items():
         if stream is None:
             continue
         bad = (~torch.isfinite(stream) & batch.leaf_mask).nonzero().flatten()
         if bad.numel():
             leaf = int(torch.searchsorted(batch.leaf_offsets, bad[0], right=True)) - 1
-            return f"group {groups[leaf]!r}: {name} of token {int(bad[0] - batch.leaf_offsets[leaf])} of its leaf is {float(stream[bad[0]])}"
+            place = int(bad[0] - batch.leaf_offsets[leaf])
+            value = float(stream[bad[0]].detach())
+            return f"group {groups[leaf]!r}: {name} of token {place} of its leaf is {value}"
     return f"groups {', '.join(dict.fromkeys(map(repr, groups)))}: all log-probs are finite, so a ratio overflowed"
 
 
 def reward_summary(trees: Sequence[RolloutTree]) -> dict[str, float]:
-    """Rewards and completion lengths of the step's whole trajectories (TRL's names; reward_std is the mean over groups)."""
+    """Rewards and completion lengths of the step's whole trajectories (TRL's names; reward_std is the mean over
+    groups)."""
     rewards = [np.array([trajectory.reward for trajectory in tree.trajectories]) for tree in trees]
     stds = np.array([group.std(ddof=1) if group.size > 1 else 0.0 for group in rewards])
     lengths = np.array([trajectory.loss_mask.sum() for tree in trees for trajectory in tree.trajectories])

@@ -1,8 +1,10 @@
-"""Tree-shaped rollouts of a small scripted agent with tools: data for the demo and the tests where no real rollouts are at hand.
+"""Tree-shaped rollouts of a small scripted agent with tools: data for the demo and the tests where no real rollouts are
+at hand.
 
-A customer asks what a basket costs; the agent looks prices up, calculates and answers, and sometimes errs. Every group is sampled
-as Tree-GRPO samples: a few whole chains, then branches from random steps of each (initialise, then expand). Tokens are the bytes of
-the conversation in ChatML plus two special tokens; the same seed gives the same rollouts on every machine.
+A customer asks what a basket costs; the agent looks prices up, calculates and answers, and sometimes errs. Every group
+is sampled as Tree-GRPO samples: a few whole chains, then branches from random steps of each (initialise, then expand).
+Tokens are the bytes of the conversation in ChatML plus two special tokens; the same seed gives the same rollouts on
+every machine.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Step:
 def sample_groups(
     num_groups: int, *, num_trees: int = 2, num_expansions: int = 3, seed: int = 0, num_items: int = 3
 ) -> list[Trajectory]:
-    """`num_trees * (1 + num_expansions)` trajectories for each of `num_groups` prompts, with reward 1.0 for the right total, else 0.0."""
+    """`num_trees * (1 + num_expansions)` trajectories for each of `num_groups` prompts, with reward 1.0 for the right
+    total, else 0.0."""
     trajectories = []
     for group in range(num_groups):
         rng = random.Random(f"{seed}/{group}")

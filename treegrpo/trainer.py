@@ -1,7 +1,7 @@
 """`treegrpo train`: logged trajectories -> forest -> packed rows -> log-probs -> advantages -> loss -> AdamW.
 
-One process or many (accelerate): every process takes whole trees of each step, gradients are averaged, and the loss is normalised by
-what all processes hold together, so the result does not depend on how many there are.
+One process or many (accelerate): every process takes whole trees of each step, gradients are averaged, and the loss is
+normalised by what all processes hold together, so the result does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+import treegrpo_kernels
 from treegrpo import checkpoint as checkpoints
 from treegrpo import models, step
 from treegrpo.config import TrainConfig
@@ -27,11 +28,20 @@ from treegrpo.rollout.replay import Replay, check_recorded, check_vocabulary
 from treegrpo.tree import Trajectory
 
 # A resumed run reads the same groups in the same order only if these stay as they were.
-_ORDER_SETTINGS = ("seed", "shuffle", "groups_per_step", "gradient_accumulation_steps", "num_iterations", "samples", "lora_r")
+_ORDER_SETTINGS = (
+    "seed",
+    "shuffle",
+    "groups_per_step",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "samples",
+    "lora_r",
+)
 
 
 class Trainer:
-    """Holds the model, the optimiser and the rollouts of one run; `train()` runs it. Nothing is written before `train()`.
+    """Holds the model, the optimiser and the rollouts of one run; `train()` runs it. Nothing is written before
+    `train()`.
 
     Args:
         config: the settings.
@@ -68,12 +78,12 @@ class Trainer:
                 " --resume-from-checkpoint latest"
             )
 
-        self.accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no")
+        # bf16 is our own autocast in step.py: the frozen reference, which accelerate does not wrap, must compute alike.
+        self.accelerator = Accelerator(mixed_precision="no")
         self._check_processes()
         self.device = self.accelerator.device
         model = models.build_policy(config, self.checkpoint)
         self.reference = models.Reference(config, self.device) if config.beta else None
-        self.model_config = model.config
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -92,7 +102,8 @@ class Trainer:
             self._restore(self.checkpoint, optimizer)
 
     def train(self) -> list[dict[str, Any]]:
-        """Runs up to max_steps and returns the logged rows. ValueError on a loss that is not finite; the last checkpoint stays."""
+        """Runs up to max_steps and returns the logged rows. ValueError on a loss that is not finite; the last
+        checkpoint stays."""
         config, main = self.config, self.accelerator.is_main_process
         metrics_file = self._open_output() if main else None
         history = []
@@ -120,6 +131,7 @@ class Trainer:
             self.data = step.read_step(
                 self.replay, number, self.config, accelerator.process_index, accelerator.num_processes, self.device
             )
+            step.count_flops(self.data, self.policy.config, self.config)
             step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
 
     def _update(self) -> dict[str, float]:
@@ -140,7 +152,10 @@ class Trainer:
         grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm or math.inf)
         if not torch.isfinite(grad_norm):
             groups = ", ".join(dict.fromkeys(repr(tree.group) for tree in self.data.trees))
-            raise ValueError(f"step {self.step + 1}: the gradient is {float(grad_norm)}, stopped before the update; its groups: {groups}")
+            raise ValueError(
+                f"step {self.step + 1}: the gradient is {float(grad_norm)}, stopped before the update; its groups:"
+                f" {groups}"
+            )
         if self.on_gradients is not None:
             self.on_gradients(self.step, self.policy)
         learning_rate = self.schedule.get_last_lr()[0]
@@ -150,7 +165,9 @@ class Trainer:
         metrics.add("perf/fwd_bwd_s", time.perf_counter() - began, how="max")
         return self._summary(metrics, float(grad_norm), learning_rate)
 
-    def _row_loss(self, row: step.Row, normalizer: torch.Tensor, entropy_normalizer: torch.Tensor, metrics: StepMetrics) -> torch.Tensor:
+    def _row_loss(
+        self, row: step.Row, normalizer: torch.Tensor, entropy_normalizer: torch.Tensor, metrics: StepMetrics
+    ) -> torch.Tensor:
         config, batch = self.config, row.batch
         logp, entropy = step.policy_logprobs(self.model, batch, config)
         old_logp = logp.detach() if row.old_logp is None else row.old_logp
@@ -177,7 +194,8 @@ class Trainer:
             max_completion_length=config.max_completion_length,
         )
         if not torch.isfinite(loss):
-            raise ValueError(f"step {self.step + 1}: the loss is {float(loss)}, stopped before the update; {step.blame(row, logp)}")
+            value, blamed = float(loss.detach()), step.blame(row, logp)
+            raise ValueError(f"step {self.step + 1}: the loss is {value}, stopped before the update; {blamed}")
         mask = batch.leaf_mask
         trained = int(mask.sum())
         metrics.add_loss(loss_metrics, trained)
@@ -192,6 +210,9 @@ class Trainer:
         metrics.add("tree/pairs", batch.num_pairs, how="sum")
         metrics.add("tree/chain_pairs", batch.num_chain_pairs, how="sum")
         metrics.add("tree/rows", 1, how="sum")
+        if row.cost is not None:
+            metrics.add("tree/chain_flops", row.cost.chain.training, how="sum")
+            metrics.add("tree/flops", row.cost.tree.training, how="sum")
         metrics.add("tree/trained_tokens", int(batch.trained.sum()), how="sum")
         return loss
 
@@ -205,6 +226,7 @@ class Trainer:
         values = metrics.reduced(self.accelerator)
         forwarded = values["tree/chain_tokens" if is_chain else "tree/unique_tokens"]
         self.num_tokens += int(values["tree/chain_tokens"])
+        longest, trained = values.pop("batch/longest_row"), values.pop("tree/trained_tokens")
         return {
             "loss": values.pop("loss"),
             "grad_norm": grad_norm,
@@ -212,10 +234,13 @@ class Trainer:
             **step.reward_summary(self.data.trees),
             **values,
             "num_tokens": self.num_tokens,
+            **(
+                {"tree/flop_ratio": values["tree/chain_flops"] / values["tree/flops"]} if "tree/flops" in values else {}
+            ),
             "batch/packing_ratio": values["tree/chain_tokens"] / values["tree/unique_tokens"],
-            "batch/row_imbalance": values.pop("batch/longest_row") * values["tree/rows"] / forwarded,
+            "batch/row_imbalance": longest * values["tree/rows"] / forwarded,
             "batch/forwarded_tokens_per_step": forwarded,
-            "batch/masked_token_frac": 1 - values.pop("tree/trained_tokens") / values["tree/unique_tokens"],
+            "batch/masked_token_frac": 1 - trained / values["tree/unique_tokens"],
             "perf/forwarded_tok_s_fwd_bwd": forwarded / values["perf/fwd_bwd_s"],
         }
 
@@ -225,28 +250,38 @@ class Trainer:
         iteration = self.step % self.config.num_iterations
         old = [row.old_logp for row in self.data.rows] if iteration and self.config.old_logprobs == "computed" else []
         state = {"step": self.step, "num_tokens": self.num_tokens, "num_groups": len(self.replay.trees)}
-        state |= {name: getattr(self.config, name) for name in _ORDER_SETTINGS} | {"num_processes": self.accelerator.num_processes}
+        state |= {name: getattr(self.config, name) for name in _ORDER_SETTINGS} | {
+            "num_processes": self.accelerator.num_processes
+        }
         checkpoints.save(self.accelerator, self.model, self.optimizer, self.schedule.state_dict(), old, state, path)
         if self.accelerator.is_main_process:
             checkpoints.remove_old(self.output_dir, self.config.save_total_limit)
         return path
 
     def _restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Step, optimiser, schedule and, in the middle of num_iterations, the groups in use with their old log-probs."""
+        """Step, optimiser, schedule and, in the middle of num_iterations, the groups in use and their old log-probs."""
         state, saved, old = checkpoints.load_state(path, self.accelerator)
         now = {name: getattr(self.config, name) for name in _ORDER_SETTINGS} | {"num_groups": len(self.replay.trees)}
         now["num_processes"] = self.accelerator.num_processes
         for name, value in now.items():
             if state.get(name) != value:
-                raise ValueError(f"checkpoint {path} was made with {name}={state.get(name)}, this run has {value}; resume with the same")
+                raise ValueError(
+                    f"checkpoint {path} was made with {name}={state.get(name)}, this run has {value}; resume with the"
+                    " same"
+                )
         try:
             optimizer.load_state_dict(saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"checkpoint {path}: its optimiser does not fit this model ({error}); resume with the same settings") from error
+            raise ValueError(
+                f"checkpoint {path}: its optimiser does not fit this model ({error}); resume with the same settings"
+            ) from error
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         if self.step >= self.config.max_steps:
-            raise ValueError(f"checkpoint {path} is at step {self.step}, max_steps={self.config.max_steps}: nothing left; raise max_steps")
+            raise ValueError(
+                f"checkpoint {path} is at step {self.step}, max_steps={self.config.max_steps}: nothing left; raise"
+                " max_steps"
+            )
         if self.step % self.config.num_iterations:
             self._next_data()
             for row, old_logp in zip(self.data.rows, old, strict=False):
@@ -257,7 +292,10 @@ class Trainer:
 
         config = self.config
         return get_scheduler(
-            config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
         )
 
     def _check_rollouts(self, trajectories: list[Trajectory]) -> None:
@@ -268,7 +306,8 @@ class Trainer:
         for tree in self.replay.trees:
             if config.token_budget is not None and tree.num_tokens > config.token_budget:
                 raise ValueError(
-                    f"group {tree.group!r}: its tree has {tree.num_tokens} unique tokens, over token_budget={config.token_budget}; raise the"
+                    f"group {tree.group!r}: its tree has {tree.num_tokens} unique tokens, over"
+                    f" token_budget={config.token_budget}; raise the"
                     " budget, or split or drop the group"
                 )
 
@@ -278,10 +317,18 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         kind = accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise ValueError(f"{kind.value} shards the optimiser, which these checkpoints do not hold; launch with plain data parallelism")
+            raise ValueError(
+                f"{kind.value} shards the optimiser, which these checkpoints do not hold; launch with plain data"
+                " parallelism"
+            )
+        if config.backend != "auto" and (reason := treegrpo_kernels.backends(accelerator.device)[config.backend]):
+            raise ValueError(
+                f"backend {config.backend!r} does not work here: {reason}; `treegrpo doctor` shows which do"
+            )
         if config.groups_per_step % accelerator.num_processes:
             raise ValueError(
-                f"groups_per_step={config.groups_per_step} does not divide among {accelerator.num_processes} processes; give a multiple"
+                f"groups_per_step={config.groups_per_step} does not divide among {accelerator.num_processes}"
+                " processes; give a multiple"
             )
 
     def _open_output(self) -> MetricsFile:

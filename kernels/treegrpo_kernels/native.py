@@ -1,4 +1,8 @@
-"""Loads the two shared objects, `_C` (CPU) and `_C_cuda`, and says why one is not usable."""
+"""Loads the two shared objects, `_C` (CPU) and `_C_cuda`, and says why one is not usable.
+
+Both are built from csrc/ and register operators under `torch.ops.treegrpo_native`: the schema in `_C`, its CPU kernels there, its
+CUDA kernels in `_C_cuda`.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +11,56 @@ from pathlib import Path
 
 import torch
 
-# a kernel that never ran on a GPU stays out of "auto"
+# the CUDA kernel has not run on a GPU yet: it is never chosen by "auto"
 CUDA_VERIFIED = False
 
-
-@cache
-def _load(name: str) -> str | None:
-    """None if the object was loaded, else the reason."""
-    found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
-    if not found:
-        return "not built: run TREEGRPO_BUILD=auto python setup.py build_ext --inplace"
-    try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:
-        return f"{found[0].name} does not load: {error}"
-    return None
+_CURE = "run `pip install --no-build-isolation -e .` with a C++ compiler (csrc needs no network)"
 
 
 def load() -> None:
-    """Load what is there; idempotent."""
-    if _load("_C") is None:
-        _load("_C_cuda")
+    """Load what was built; idempotent."""
+    if _failure("_C") is None:
+        _failure("_C_cuda")
 
 
 def cpu_reason() -> str | None:
-    return _load("_C")
+    """None if the CPU kernel is usable, else why not."""
+    return _failure("_C")
 
 
 def cuda_reason() -> str | None:
-    return _load("_C") or _load("_C_cuda")
+    """None if the CUDA kernel is usable, else why not."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return _failure("_C") or _failure("_C_cuda")
 
 
 def cpu_info() -> str:
-    return "unknown"
+    """Instruction set and threads of the CPU kernel, for people."""
+    reason = cpu_reason()
+    return reason or f"{isa()}, {torch.get_num_threads()} threads"
+
+
+def isa() -> str:
+    """Instruction set in use: avx512, avx2 or portable."""
+    load()
+    return torch.ops.treegrpo_native.isa()
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set this machine has ("" for the best); for tests. RuntimeError if it has not."""
+    load()
+    torch.ops.treegrpo_native.set_isa(name)
+
+
+@cache
+def _failure(name: str) -> str | None:
+    """Loads one object: None if that worked, else the reason."""
+    found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
+    if not found:
+        return f"{name} was not built: {_CURE}"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load ({error}): built for another torch? {_CURE}"
+    return None

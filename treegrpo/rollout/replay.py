@@ -12,8 +12,8 @@ from treegrpo.tree import RolloutTree, Trajectory, build_forest
 class Replay:
     """The groups of a file, epoch after epoch.
 
-    Read number n is groups `[n * count, (n + 1) * count)` of the endless sequence of shuffled epochs: a resumed run needs no state.
-    With 3 groups, count 2 and no shuffling the reads are [0, 1], [2, 0], [1, 2], ...
+    Read number n is groups `[n * count, (n + 1) * count)` of the endless sequence of shuffled epochs: a resumed run
+    needs no state. With 3 groups, count 2 and no shuffling the reads are [0, 1], [2, 0], [1, 2], ...
     """
 
     def __init__(self, trajectories: list[Trajectory], *, seed: int = 0, shuffle: bool = True) -> None:
@@ -47,10 +47,13 @@ def check_rewards(trajectories: list[Trajectory]) -> None:
     for index, trajectory in enumerate(trajectories):
         if trajectory.reward is None:
             raise ValueError(
-                f"trajectory {index} (group {trajectory.group!r}): reward is missing; training needs one for every trajectory"
+                f"trajectory {index} (group {trajectory.group!r}): reward is missing; training needs one for every"
+                " trajectory"
             )
         if not math.isfinite(trajectory.reward):
-            raise ValueError(f"trajectory {index} (group {trajectory.group!r}): reward is {trajectory.reward}; it must be finite")
+            raise ValueError(
+                f"trajectory {index} (group {trajectory.group!r}): reward is {trajectory.reward}; it must be finite"
+            )
         trained[trajectory.group] = trained.get(trajectory.group, False) or bool(np.any(trajectory.loss_mask))
     for group, is_trained in trained.items():
         if not is_trained:
@@ -64,8 +67,10 @@ def check_vocabulary(trajectories: list[Trajectory], vocab_size: int, model: str
         bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         if bad.size:
             raise ValueError(
-                f"trajectory {index} (group {trajectory.group!r}): token_ids[{bad[0]}] = {ids[bad[0]]} is outside {model}'s vocabulary of"
-                f" {vocab_size}; use the model the rollouts were sampled from, or convert the messages with its tokenizer"
+                f"trajectory {index} (group {trajectory.group!r}): token_ids[{bad[0]}] = {ids[bad[0]]} is outside"
+                f" {model}'s vocabulary of"
+                f" {vocab_size}; use the model the rollouts were sampled from, or convert the messages with its"
+                " tokenizer"
             )
 
 
@@ -74,5 +79,6 @@ def check_recorded(trajectories: list[Trajectory]) -> None:
     for index, trajectory in enumerate(trajectories):
         if trajectory.logprobs is None:
             raise ValueError(
-                f"trajectory {index} (group {trajectory.group!r}): logprobs is missing; use --old-logprobs computed, or record them"
+                f"trajectory {index} (group {trajectory.group!r}): logprobs is missing; use --old-logprobs computed,"
+                " or record them"
             )

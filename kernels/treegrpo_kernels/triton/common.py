@@ -70,27 +70,31 @@ def config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Conf
     width = max(padded(head_dim), padded(value_dim))
     if dtype == torch.float32:
         # IEEE fp32 runs on the FMA units, and its operands take twice the room: accuracy is the point here, not speed
-        tile = TileConfig(32, 32, 4, 1) if width <= 64 else TileConfig(16, 16, 4, 1)
+        tile = TileConfig(32, 32, 8, 1) if width <= 64 else TileConfig(16, 16, 8 if width > 128 else 4, 1)
         return Config(fwd=tile, dq=tile, dkv=tile)
-    if arch >= 90:
-        return _sm90(width)
-    return _sm80(width)
+    # sm_120 has the 99 KiB of shared memory of sm_86 and sm_89; the tiles for sm_80 stay below that
+    return _sm90(width) if 90 <= arch < 120 else _sm80(width)
 
 
+# chosen by aot.py's table: the largest tiles that leave no register spill with any feature on; not yet timed on a GPU
 def _sm90(width: int) -> Config:
     if width <= 64:
-        return Config(fwd=TileConfig(128, 128, 4, 3), dq=TileConfig(64, 128, 4, 3), dkv=TileConfig(64, 128, 8, 3))
-    if width <= 128:
+        # dkv: 64 query rows keep both operands of every wgmma fed from shared memory
         return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(128, 64, 8, 3), dkv=TileConfig(64, 128, 8, 3))
-    return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(64, 32, 4, 2), dkv=TileConfig(32, 64, 8, 1))
+    if width <= 128:
+        # dkv: dk and dv alone take 128 of 255 registers, so 32 query rows at a time (64 spill 440 bytes)
+        return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(128, 64, 8, 3), dkv=TileConfig(32, 128, 8, 3))
+    # dkv: 64 key rows, the least for wgmma, would spill; 32 run on the older mma
+    return Config(fwd=TileConfig(128, 32, 8, 2), dq=TileConfig(64, 32, 8, 1), dkv=TileConfig(64, 32, 8, 2))
 
 
 def _sm80(width: int) -> Config:
     if width <= 64:
-        return Config(fwd=TileConfig(128, 64, 4, 3), dq=TileConfig(64, 64, 4, 2), dkv=TileConfig(64, 64, 4, 2))
+        # fwd: two blocks of 4 warps share an SM and hide each other's softmax
+        return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(128, 64, 8, 2), dkv=TileConfig(32, 128, 8, 3))
     if width <= 128:
-        return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(64, 64, 8, 2), dkv=TileConfig(64, 64, 8, 2))
-    return Config(fwd=TileConfig(64, 32, 8, 2), dq=TileConfig(32, 32, 8, 1), dkv=TileConfig(32, 32, 8, 1))
+        return Config(fwd=TileConfig(128, 64, 8, 2), dq=TileConfig(64, 64, 8, 2), dkv=TileConfig(64, 64, 8, 2))
+    return Config(fwd=TileConfig(64, 32, 8, 2), dq=TileConfig(32, 32, 4, 2), dkv=TileConfig(32, 32, 8, 1))
 
 
 def arch_of(device: torch.device) -> int:

@@ -1,0 +1,180 @@
+"""Every command end to end on tiny files, and the error a user sees for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from test_convert import CHATML, TALK, byte_tokenizer
+
+from treegrpo import demo, load
+from treegrpo.cli import main
+from treegrpo.config import TrainConfig, read_config
+from treegrpo.flops import model_shape
+from treegrpo.metrics import read_metrics
+from treegrpo.models import read_model_config
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_help_lists_every_command_and_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("doctor", "inspect", "flops", "train", "eval", "report", "convert", "demo"))
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in TrainConfig.__dataclass_fields__)
+
+
+def test_python_m_runs():
+    done = subprocess.run([sys.executable, "-m", "treegrpo", "--help"], capture_output=True, text=True, check=True)
+    assert "Prefix-tree attention for training" in done.stdout
+
+
+def test_train_report_eval(tmp_path, capsys):
+    rollouts, model = tiny.write(tmp_path)
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        f"rollouts: replay:{rollouts}\nmodel: {model}\nlearning_rate: 1e-3\nmax_steps: 5\nsamples: call\n"
+    )
+    out = tmp_path / "out"
+    flags = ["--config", str(settings), "--output_dir", str(out), "--max-steps", "2", "--groups_per_step", "2"]
+    assert main(["train", *flags, "--disable-tqdm"]) == 0
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[0]["learning_rate"] == 1e-3
+    assert "tree/unique_tokens" in capsys.readouterr().out
+    resolved = read_config(out / "config.yaml")
+    assert (resolved.max_steps, resolved.samples, resolved.groups_per_step) == (2, "call", 2)
+
+    assert main(["report", str(out)]) == 0
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert "| loss |" in (out / "report.md").read_text()
+
+    numbers = tmp_path / "eval.json"
+    command = ["eval", "--model", str(out / "checkpoint-2"), "--rollouts", f"replay:{rollouts}", "--json", str(numbers)]
+    assert main(command) == 0
+    result = json.loads(numbers.read_text())
+    assert result["eval_tree_vs_chain/max"] < 1e-4 and result["eval_logp/mean"] < 0 and "eval_logp/rewarded" in result
+    assert result["eval_num_unique_tokens"] < result["eval_num_chain_tokens"]
+
+
+def test_inspect_draws_nodes_rewards_and_picture(tmp_path, capsys):
+    rollouts, _ = tiny.write(tmp_path)
+    picture = tmp_path / "tree.png"
+    assert main(["inspect", str(rollouts), "--group", "g1", "--png", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert "group g1" in text and "5 leaves" in text and "shared by 5" in text
+    assert all(f"leaf {leaf}" in text for leaf in range(5)) and "advantage" in text
+    assert picture.stat().st_size > 10_000
+    assert main(["inspect", str(rollouts), "--samples", "call", "--max-groups", "1"]) == 0
+    assert "3 more groups" in capsys.readouterr().out
+
+
+def test_flops_prints_a_table_and_writes_json(tmp_path, capsys):
+    rollouts, model = tiny.write(tmp_path)
+    numbers = tmp_path / "flops.json"
+    assert main(["flops", str(rollouts), "--model", str(model), "--json", str(numbers)]) == 0
+    result = json.loads(numbers.read_text())
+    assert result["chain"]["tokens"] > result["tree"]["tokens"] and result["flop_ratio"] > 1
+    assert "attention FLOPs" in capsys.readouterr().out
+
+
+def test_convert_reads_messages_and_writes_tokens(tmp_path, capsys):
+    byte_tokenizer(CHATML).save_pretrained(tmp_path / "tokenizer")
+    source, out = tmp_path / "chat.jsonl", tmp_path / "tokens.jsonl.gz"
+    records = [{"messages": TALK, "group": "g", "reward": 1, "trial": trial} for trial in range(2)]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main(["convert", str(source), str(out), "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    assert "2 trajectories in 1 groups" in capsys.readouterr().out
+    assert [t.tree for t in load(out)] == [0, 1]
+    source.write_text(source.read_text() + '{"messages": [')
+    again = tmp_path / "again.jsonl"
+    assert main(["convert", str(source), str(again), "--tokenizer", str(tmp_path / "tokenizer")]) == 2
+    assert "line 3: not valid JSON" in capsys.readouterr().err and not again.exists()
+
+
+def test_doctor_names_every_backend(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"backend {name}" in text for name in ("reference", "cpu", "triton", "cuda", "gather"))
+    assert "torch" in text and "transformers" in text and "nvcc" in text
+
+
+def test_demo_compares_tree_and_chain(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        demo, "MODEL", {**demo.MODEL, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    )
+    monkeypatch.setattr(demo, "read_rollouts", lambda data: (tiny.trajectories(2), "tiny"))
+    monkeypatch.setattr(demo, "GROUPS", {"trajectory": (2, 2), "call": (1, 2)})
+    assert main(["demo", "--steps", "2"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("visible pairs", "training FLOPs", "seconds", "largest difference of the loss", "share little"):
+        assert expected in text
+    monkeypatch.undo()
+    assert main(["demo", "--data", str(tmp_path)]) == 2
+    assert "no rollouts at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "error: rollouts='': give replay:FILE"),
+        (["train", "--config", "nothing.yaml"], "error: config: no such file: nothing.yaml"),
+        (["train", "--backend", "magic"], "error: backend='magic': choose one of"),
+        (["inspect", "nothing.jsonl"], "error: no such file: nothing.jsonl"),
+        (["report", "nothing"], "error: no metrics at"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown setting 'learning_rat'; did you mean learning_rate"),
+        ("max_steps: many", "max_steps='many'"),
+        ("bf16: 1", "write true or false"),
+        ("max_steps: 1.5", "max_steps=1.5"),
+        ("- 1", "must be a mapping"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(path)
+
+
+def test_yaml_values_take_their_types(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "learning_rate: 1e-5\ntoken_budget: 4096\nlora_target_modules: [q_proj, v_proj]\nepsilon_high: null\n"
+    )
+    config = read_config(path)
+    assert (config.learning_rate, config.token_budget, config.epsilon_high) == (1e-5, 4096, None)
+    assert config.lora_target_modules == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_valid_settings(path):
+    config = read_config(path)
+    assert not config.model or read_model_config(EXAMPLES.parent / config.model).model_type == "qwen3"
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "models").glob("*.yaml")), ids=lambda path: path.stem)
+def test_example_models_have_known_costs(path):
+    assert model_shape(read_model_config(path)).linear_parameters > 0

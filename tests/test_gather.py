@@ -1,0 +1,164 @@
+"""backend="gather": its layout, and its numbers with a plain varlen attention in the kernel's place (the kernels need a GPU)."""
+
+import cases
+import pytest
+import torch
+
+from treegrpo_kernels import gather, reference
+from treegrpo_kernels.plan import TreePlan
+
+FORESTS = {name: cases.named_subtree_end(name) for name in cases.NAMED} | {
+    f"random_{seed}": cases.random_subtree_end(90, seed, branch=0.1) for seed in range(4)
+}
+
+
+def varlen(q, k, v, layout, scale, window, softcap, deterministic):
+    """Bottom-right causal attention of each segment to its path, one by one."""
+    outs, lses = [], []
+    bounds_q, bounds_k = layout.cu_q.tolist(), layout.cu_k.tolist()
+    assert max(b - a for a, b in zip(bounds_q, bounds_q[1:])) == layout.max_q
+    assert max(b - a for a, b in zip(bounds_k, bounds_k[1:])) == layout.max_k
+    group = q.shape[1] // k.shape[1]
+    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
+        scores = scale * torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1].repeat_interleave(group, 1))
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        behind = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)[None, :]
+        seen = (behind >= 0) & (behind < (window or k1 - k0))
+        scores = scores.masked_fill(~seen, float("-inf"))
+        outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[k0:k1].repeat_interleave(group, 1)))
+        lses.append(scores.logsumexp(-1).T)
+    return torch.cat(outs), torch.cat(lses)
+
+
+@pytest.mark.parametrize("name", FORESTS)
+def test_layout_is_every_segment_and_its_path(name):
+    subtree_end = FORESTS[name]
+    layout = gather.layout_of(TreePlan.build(torch.from_numpy(subtree_end)))
+    mask = cases.ancestor_mask(subtree_end)
+    starts = layout.cu_q.tolist()
+    assert starts[0] == 0 and starts[-1] == len(subtree_end)
+    for s in range(len(starts) - 1):
+        own = layout.path[layout.cu_k[s] : layout.cu_k[s + 1]].tolist()
+        assert own == mask[starts[s + 1] - 1].nonzero()[0].tolist()
+        # unbranched: each token of the segment is the parent of the next
+        for t in range(starts[s], starts[s + 1] - 1):
+            assert mask[t + 1].sum() == mask[t].sum() + 1 and mask[t + 1, t]
+    assert layout.cu_q.dtype == layout.cu_k.dtype == torch.int32
+
+
+def test_worked_example_of_the_docstring():
+    layout = gather.layout_of(TreePlan.build(torch.tensor([6, 6, 5, 4, 5, 6])))
+    assert layout.cu_q.tolist() == [0, 2, 3, 4, 5, 6] and layout.cu_k.tolist() == [0, 2, 5, 9, 13, 16]
+    assert layout.path.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 4, 0, 1, 5]
+
+
+def test_layout_is_built_once_per_plan():
+    plan = TreePlan.build(torch.tensor([3, 3, 3]))
+    assert gather.layout_of(plan) is gather.layout_of(plan)
+    assert gather.layout_of(TreePlan.build(torch.tensor([3, 3, 3]))) is not gather.layout_of(plan)
+
+
+@pytest.mark.parametrize("name", ["worked_example", "ragged_turns", "comb_depth_50", "two_trees", "random_0"])
+@pytest.mark.parametrize(
+    ("heads", "dims", "window", "softcap"),
+    [((4, 2), (8, 8), 0, 0.0), ((4, 1), (6, 10), 0, 0.0), ((2, 2), (12, 5), 3, 0.0), ((4, 4), (8, 8), 2, 1.5)],
+)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_equals_the_oracle(name, heads, dims, window, softcap, deterministic):
+    subtree_end = torch.from_numpy(FORESTS[name])
+    plan = TreePlan.build(subtree_end)
+    gen = torch.Generator().manual_seed(0)
+    shapes = (heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1])
+    *inputs, dout = [torch.randn(plan.num_tokens, *s, generator=gen, dtype=torch.float64) for s in shapes]
+    inputs = [x.requires_grad_() for x in inputs]
+    got, lse = gather.attend(*inputs, plan, 0.4, window, softcap, None, deterministic, True, varlen=varlen)
+    want, want_lse = reference.tree_attention(
+        *inputs, subtree_end, scale=0.4, window=window or None, softcap=softcap or None, return_lse=True
+    )
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(lse, want_lse.detach(), rtol=1e-11, atol=1e-11)
+    assert not lse.requires_grad
+    for mine, theirs in zip(
+        torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_no_tokens():
+    plan = TreePlan.build(torch.empty(0, dtype=torch.int32))
+    q, k, v = (torch.randn(0, h, d, requires_grad=True) for h, d in ((4, 8), (2, 8), (2, 6)))
+    out, lse = gather.attend(q, k, v, plan, 1.0, 0, 0.0, None, True, True, varlen=varlen)
+    assert out.shape == (0, 4, 6) and lse.shape == (0, 4)
+    out.sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape and v.grad.shape == v.shape
+
+
+def test_fixed_order_switches_determinism_on_for_the_backward_only():
+    seen = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return dy
+
+    def call(q, k, v):
+        return Probe.apply(q * k + v), q.detach().sum(-1)
+
+    q, k, v = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out, lse = gather._FixedOrder.apply(call, q, k, v)
+    assert not lse.requires_grad
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+    for mine, theirs in zip(grads, (dout * k, dout * q, dout), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.autograd.grad(out, (q, k, v), dout)
+
+
+def test_says_what_it_cannot_do():
+    q, k, v = (torch.zeros(4, 2, 8, dtype=torch.bfloat16) for _ in range(3))
+    assert "GPU" in gather.reason(torch.device("cpu"))
+    assert "sinks" in gather.refusal(q, k, v, None, None, torch.zeros(2))
+    for dtype in (torch.float32, torch.float64):
+        assert str(dtype) in gather.refusal(q.to(dtype), k.to(dtype), v.to(dtype), None, None, None)
+    assert "one dtype" in gather.refusal(q, k.half(), v, None, None, None)
+    assert "256" in gather.refusal(q, k, torch.zeros(4, 2, 257, dtype=torch.bfloat16), None, None, None)
+    assert gather.refusal(q, k, v, 7, None, None) is None
+    if gather._import("flash_attn", "flash_attn_varlen_func")[1]:
+        assert "flash-attn" in gather.refusal(q, k, v, None, 30.0, None)
+    with pytest.raises(ValueError, match="sinks"):
+        gather.attend(q, k, v, TreePlan.build(torch.tensor([4, 4, 4, 4])), 1.0, 0, 0.0, torch.zeros(2), True, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the varlen kernels need a GPU")
+@pytest.mark.parametrize(("heads", "dims", "window"), [((8, 8), (64, 64), 0), ((8, 2), (128, 128), 0), ((4, 2), (40, 64), 9)])
+def test_kernel_equals_the_oracle(heads, dims, window):
+    """bf16 through the installed kernel: within twice the error of the same gather in plain bf16 torch; repeatable bit for bit."""
+    subtree_end = torch.from_numpy(cases.random_subtree_end(700, 5, branch=0.02)).cuda()
+    plan = TreePlan.build(subtree_end)
+    gen = torch.Generator("cuda").manual_seed(0)
+    shapes = (heads[0], dims[0]), (heads[1], dims[0]), (heads[1], dims[1]), (heads[0], dims[1])
+    *inputs, dout = [
+        torch.randn(700, *s, generator=gen, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes
+    ]
+
+    def run(x, dy, kernel):
+        out = gather.attend(*x, plan, 0.2, window, 0.0, None, True, False, varlen=kernel)
+        return out, *torch.autograd.grad(out, x, dy)
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = reference.tree_attention(*exact, subtree_end, scale=0.2, window=window or None)
+    want = want, *torch.autograd.grad(want, exact, dout.double())
+    with torch.device("cuda"):
+        eager = run(inputs, dout, varlen)
+    got, again = run(inputs, dout, None), run(inputs, dout, None)
+    for name, x, y, low, ref in zip(("out", "dq", "dk", "dv"), got, again, eager, want, strict=True):
+        assert torch.equal(x, y), name
+        error, allowed = (x.double() - ref).abs().max(), (low.double() - ref).abs().max()
+        assert error <= 2 * allowed + 1e-3, (name, float(error), float(allowed))

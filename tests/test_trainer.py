@@ -1,0 +1,373 @@
+"""The training loop: tree equals chain, cut and resumed equals uncut, accumulated equals whole, and bad input changes
+nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from treegrpo import Trajectory, checkpoint
+from treegrpo.config import TrainConfig
+from treegrpo.metrics import read_metrics
+from treegrpo.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> tuple[Path, Path]:
+    return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+def settings(files, folder, **changes) -> TrainConfig:
+    rollouts, model = files
+    base = {
+        "rollouts": f"replay:{rollouts}",
+        "model": str(model),
+        "output_dir": str(folder),
+        "groups_per_step": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+def run(files, folder, **changes):
+    """`(logged rows, parameters by name)` of one run."""
+    trainer = Trainer(settings(files, folder, **changes))
+    history = trainer.train()
+    return history, {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+
+def largest_difference(a, b) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"samples": "call", "num_iterations": 2, "beta": 0.1, "loss_type": "grpo", "epsilon": 0.02},
+        {
+            "loss_type": "dr_grpo",
+            "lora_r": 2,
+            "beta": 0.1,
+            "gradient_checkpointing": True,
+            "shared_tokens": "mean",
+            "token_budget": 60,
+        },
+        {
+            "loss_type": "cispo",
+            "importance_sampling_level": "sequence",
+            "entropy_coef": 0.01,
+            "num_iterations": 3,
+            "temperature": 0.7,
+        },
+    ],
+    ids=["default", "call_grpo_kl", "lora_checkpointing", "cispo_sequence_entropy"],
+)
+def test_tree_and_chain_give_the_same_curves(files, tmp_path, changes):
+    tree, tree_weights = run(files, tmp_path / "tree", **changes)
+    chain, chain_weights = run(files, tmp_path / "chain", attention="chain", **changes)
+    for a, b in zip(tree, chain, strict=True):
+        for name in ("loss", "grad_norm", "reward", "entropy", "ratio/mean", "learning_rate"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
+        assert a["batch/forwarded_tokens_per_step"] < b["batch/forwarded_tokens_per_step"]
+    # Adam divides by the gradient's size: a rounding of a tiny gradient becomes a visible part of a step of 0.01.
+    assert largest_difference(tree_weights, chain_weights) < 1e-3
+    assert tree[-1]["loss"] != 0
+
+
+def test_same_seed_same_bits(files, tmp_path):
+    first, weights = run(files, tmp_path / "a", num_iterations=2)
+    second, again = run(files, tmp_path / "b", num_iterations=2)
+    assert largest_difference(weights, again) == 0.0
+    assert [row["loss"] for row in first] == [row["loss"] for row in second]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_iterations": 2, "beta": 0.1}, {"lora_r": 2, "num_iterations": 2, "beta": 0.1}],
+    ids=["plain", "mid_iteration_kl", "lora"],
+)
+def test_resume_is_bit_exact(files, tmp_path, changes):
+    changes = {"max_steps": 5, "lr_scheduler_type": "cosine", "warmup_steps": 2, **changes}
+    whole, weights = run(files, tmp_path / "whole", **changes)
+    cut = tmp_path / "cut"
+    Trainer(settings(files, cut, save_strategy="steps", save_steps=3, **changes)).train()
+    # As if it had been stopped after step 3: later checkpoints gone, later metrics still there.
+    for path in checkpoint.listed(cut)[1:]:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    resumed, again = run(files, cut, resume_from_checkpoint="latest", **changes)
+    assert largest_difference(weights, again) == 0.0
+    assert [row["step"] for row in resumed] == [4, 5]
+    timed = ("step_time", "perf/")
+    for a, b in zip(whole[3:], resumed, strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(timed)} == {
+            k: v for k, v in b.items() if not k.startswith(timed)
+        }
+    assert [row["step"] for row in read_metrics(cut / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("shared_tokens", ["per_leaf", "once"])
+def test_budget_and_accumulation_change_no_result(files, tmp_path, loss_type, shared_tokens):
+    options = {
+        "loss_type": loss_type,
+        "shared_tokens": shared_tokens,
+        "shuffle": False,
+        "max_steps": 2,
+        "entropy_coef": 0.01,
+    }
+    whole, weights = run(files, tmp_path / "a", groups_per_step=4, **options)
+    budget, budget_weights = run(files, tmp_path / "b", groups_per_step=4, token_budget=40, **options)
+    accumulated, accumulated_weights = run(
+        files, tmp_path / "c", groups_per_step=2, gradient_accumulation_steps=2, **options
+    )
+    assert budget[0]["tree/rows"] == 4 and whole[0]["tree/rows"] == 1 and accumulated[0]["tree/rows"] == 2
+    for other in (budget, accumulated):
+        assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in whole], rel=1e-4, abs=1e-7)
+        assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in whole], rel=1e-4)
+    assert largest_difference(weights, budget_weights) < 1e-3
+    assert largest_difference(weights, accumulated_weights) < 1e-3
+
+
+def test_recorded_logprobs_are_used(tmp_path):
+    files = tiny.write(tmp_path, tiny.trajectories(logprobs=True))
+    recorded, _ = run(files, tmp_path / "a", old_logprobs="recorded", max_steps=1)
+    computed, _ = run(files, tmp_path / "b", max_steps=1)
+    assert recorded[0]["ratio/max"] != 1.0 and computed[0]["ratio/max"] == 1.0
+    assert recorded[0]["sampling/sampling_logp_difference/mean"] == 0.0
+    assert computed[0]["sampling/sampling_logp_difference/mean"] > 0.1
+    plain = tiny.write(tmp_path)
+    with pytest.raises(ValueError, match=r"trajectory 0 .*logprobs is missing"):
+        run(plain, tmp_path / "c", old_logprobs="recorded")
+
+
+def test_bf16_stays_near_float32(files, tmp_path):
+    exact, _ = run(files, tmp_path / "a", max_steps=1)
+    low, weights = run(files, tmp_path / "b", max_steps=1, bf16=True)
+    assert low[0]["entropy"] == pytest.approx(exact[0]["entropy"], rel=0.02)
+    assert low[0]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.1)
+    assert all(p.dtype == torch.float32 for p in weights.values())
+
+
+def test_training_raises_the_probability_of_rewarded_leaves(files, tmp_path):
+    from treegrpo.evaluate import evaluate
+
+    rows = tiny.trajectories()
+    before = evaluate(str(files[1]), rows, attention="both")
+    Trainer(settings(files, tmp_path, max_steps=20, groups_per_step=4, save_strategy="steps")).train()
+    after = evaluate(str(checkpoint.listed(tmp_path)[-1]), rows, attention="both")
+    gap = [result["eval_logp/rewarded"] - result["eval_logp/unrewarded"] for result in (before, after)]
+    assert gap[1] > gap[0] + 0.1
+    assert before["eval_tree_vs_chain/max"] < 1e-4
+
+
+def test_checkpoint_loads_anywhere_and_metrics_have_trl_names(files, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    history, weights = run(files, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1, beta=0.1)
+    (path,) = checkpoint.listed(tmp_path)
+    assert path.name == "checkpoint-3"
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert largest_difference(weights, dict(loaded.named_parameters())) == 0.0
+    assert load_file(path / "model.safetensors").keys() >= {"model.embed_tokens.weight"}
+    names = "loss grad_norm learning_rate reward reward_std frac_reward_zero_std kl entropy"
+    names += " clip_ratio/low_mean clip_ratio/low_min"
+    names += (
+        " clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean completions/mean_length num_tokens step_time"
+    )
+    names += " tree/unique_tokens tree/chain_tokens tree/depth_max tree/forks tree/flop_ratio"
+    names += " batch/packing_ratio batch/row_imbalance"
+    names += " batch/masked_token_frac batch/forwarded_tokens_per_step perf/fwd_bwd_s perf/forwarded_tok_s_fwd_bwd"
+    assert set(names.split()) <= set(history[0])
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == history and all(isinstance(json.dumps(row), str) for row in rows)
+    first = history[0]
+    assert first["tree/unique_tokens"] < first["tree/chain_tokens"] and first["tree/flop_ratio"] > 1
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_cut_checkpoint_is_refused_and_nothing_changes(files, tmp_path):
+    run(files, tmp_path, save_strategy="steps")
+    path = checkpoint.listed(tmp_path)[-1]
+    for name in ("model.safetensors", "optimizer.pt"):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[: len(whole) // 2])
+        before = listing(tmp_path)
+        with pytest.raises(ValueError, match=rf"checkpoint-3 is damaged: {name} has .* bytes instead of"):
+            Trainer(settings(files, tmp_path, max_steps=6, resume_from_checkpoint="latest"))
+        assert listing(tmp_path) == before
+        (path / name).write_bytes(whole)
+    (path / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"optimizer.pt is missing"):
+        Trainer(settings(files, tmp_path, max_steps=6, resume_from_checkpoint=str(path)))
+
+
+def test_other_order_settings_are_refused_on_resume(files, tmp_path):
+    run(files, tmp_path, save_strategy="steps")
+    with pytest.raises(ValueError, match="made with seed=42, this run has 7"):
+        Trainer(settings(files, tmp_path, max_steps=6, seed=7, resume_from_checkpoint="latest"))
+    with pytest.raises(ValueError, match="nothing left"):
+        Trainer(settings(files, tmp_path, resume_from_checkpoint="latest"))
+
+
+def test_old_run_is_not_overwritten_unasked(files, tmp_path):
+    run(files, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="already holds a run"):
+        Trainer(settings(files, tmp_path))
+    run(files, tmp_path, max_steps=2, overwrite_output_dir=True)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    rows = tiny.trajectories(logprobs=True)
+    # A log-prob this low is legal, but its ratio overflows; the reward makes the advantage negative.
+    low = np.where(rows[5].loss_mask, np.float32(-1000.0), np.float32(np.nan))
+    rows[5] = dataclasses.replace(rows[5], logprobs=low, reward=-9.0)
+    files = tiny.write(tmp_path, rows)
+    options = {
+        "old_logprobs": "recorded",
+        "groups_per_step": 1,
+        "shuffle": False,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    trainer = Trainer(settings(files, tmp_path / "out", **options))
+    with pytest.raises(
+        ValueError, match=r"step 2: the loss is inf, stopped before the update; groups 'g1': .*overflowed"
+    ):
+        trainer.train()
+    (last,) = checkpoint.listed(tmp_path / "out")
+    assert last.name == "checkpoint-1"
+    checkpoint.check(last)
+    saved = load_file(last / "model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in trainer.policy.state_dict().items() if name in saved)
+
+
+def test_log_prob_that_is_not_finite_names_group_and_token(files, tmp_path):
+    trainer = Trainer(settings(files, tmp_path / "out", groups_per_step=1, shuffle=False))
+    trainer.policy.get_input_embeddings().weight.data[2] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"step 1: the loss is nan.* group 'g0': log-prob of token 8 of its leaf is nan"
+    ):
+        trainer.train()
+
+
+def bad_rows(kind: str) -> list[Trajectory]:
+    rows = tiny.trajectories()
+    if kind == "reward missing":
+        rows[7] = dataclasses.replace(rows[7], reward=None)
+    elif kind == "token outside":
+        ids = rows[6].token_ids.copy()
+        ids[3] = tiny.VOCAB
+        rows[6] = dataclasses.replace(rows[6], token_ids=ids)
+    elif kind == "nothing trained":
+        rows[5:10] = [
+            dataclasses.replace(row, loss_mask=np.zeros_like(row.loss_mask), steps=None) for row in rows[5:10]
+        ]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("reward missing", {}, r"trajectory 7 \(group 'g1'\): reward is missing"),
+        ("token outside", {}, r"trajectory 6 \(group 'g1'\): token_ids\[3\] = 48 is outside .*vocabulary of 48"),
+        ("nothing trained", {}, r"group 'g1': loss_mask is 0 everywhere"),
+        ("good", {"token_budget": 10}, r"group 'g0': its tree has \d+ unique tokens, over token_budget=10"),
+        ("good", {"model": "no/such/folder"}, "no such folder or config file"),
+        ("good", {"rollouts": "replay:nothing.jsonl"}, "no such file: nothing.jsonl"),
+        ("good", {"rollouts": "vllm:host"}, "give replay:FILE"),
+        ("good", {"resume_from_checkpoint": "latest"}, "no checkpoint-"),
+        ("good", {"lr_scheduler_type": "sideways"}, "sideways"),
+    ],
+)
+def test_bad_input_writes_nothing(tmp_path, kind, changes, message):
+    files = tiny.write(tmp_path, bad_rows(kind))
+    before = listing(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Trainer(settings(files, tmp_path / "out", **changes)).train()
+    assert listing(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"token_ids": [1, 2], "loss_mask": [0, 1], "reward": NaN, "group": "g"}', "reward"),
+        ('{"token_ids": [1, 2], "loss_mask": [0, 1, 1], "reward": 1, "group": "g"}', "loss_mask"),
+        ('{"token_ids": [1, 2], "loss_mask": [0, 1], "reward": 1, "gro', "line"),
+        ("", "no traject|holds no"),
+    ],
+    ids=["nan_reward", "mask_length", "corrupt_line", "empty_file"],
+)
+def test_bad_rollout_files_write_nothing(tmp_path, line, message):
+    files = tiny.write(tmp_path)
+    files[0].write_text(line + "\n" if line else "")
+    with pytest.raises(ValueError, match=message):
+        Trainer(settings(files, tmp_path / "out")).train()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "magic"}, "backend='magic': choose one of auto, reference"),
+        ({"loss_type": "ppo"}, "loss_type='ppo'"),
+        ({"temperature": 0.0}, "temperature=0"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"groups_per_step": 0}, "groups_per_step=0"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_unusable_backend_writes_nothing(files, tmp_path):
+    with pytest.raises(ValueError, match="backend 'cuda'"):
+        Trainer(settings(files, tmp_path / "out", backend="cuda")).train()
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_give_the_curve_of_one(files, tmp_path):
+    """Three rows on one process, one on the other, gradients averaged by DDP over gloo."""
+    changes = {"groups_per_step": 4, "token_budget": 40, "num_iterations": 2, "max_steps": 3, "save_strategy": "steps"}
+    config = settings(files, tmp_path / "two", loss_type="grpo", **changes)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "treegrpo"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    # The sources tested here, whatever is installed.
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [*command, "train", "--config", str(tmp_path / "two.yaml")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, weights = run(files, tmp_path / "one", loss_type="grpo", **changes)
+    two = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "reward", "tree/unique_tokens", "tree/rows", "ratio/max"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
+    saved = load_file(tmp_path / "two" / "checkpoint-3" / "model.safetensors")
+    assert largest_difference({name: weights[name] for name in saved}, saved) < 1e-3

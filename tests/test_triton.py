@@ -1,0 +1,379 @@
+"""backend="triton": forward and every gradient against the float64 oracle; on the CPU through Triton's interpreter.
+
+Tolerance (FlashAttention's): the kernel may err twice as much as the same computation in plain torch of the same dtype, plus a
+rounding band. Tiles are pinned small, so that small forests meet every tile class.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+
+from treegrpo_kernels import reference
+from treegrpo_kernels import triton as backend
+from treegrpo_kernels.plan import TreePlan
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from treegrpo_kernels.triton.bwd import dkv_bounds
+from treegrpo_kernels.triton.common import Config, TileConfig, config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(
+        backend.reason(torch.device(DEVICE)) is not None, reason=f"Triton: {backend.reason(torch.device(DEVICE))}"
+    ),
+    # the interpreter indexes with one-element arrays
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")]
+
+
+def tiles(fwd, dq, dkv):
+    return Config(*(TileConfig(m, n, 4, 1) for m, n in (fwd, dq, dkv)))
+
+
+SQUARE = tiles((16, 16), (16, 16), (16, 16))
+TALL = tiles((32, 16), (32, 16), (32, 16))
+WIDE = tiles((16, 32), (16, 32), (16, 32))
+# relative to the largest value: half a unit in the last place; in fp32 16 units, for plain torch may be exact by luck
+BAND = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-19}
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def inputs(num_tokens, hq=2, hkv=1, d=16, dv=16, dtype=torch.float32, seed=0):
+    """q, k, v, dout and sinks."""
+    gen = torch.Generator(DEVICE).manual_seed(seed)
+    shapes = (hq, d), (hkv, d), (hkv, dv), (hq, dv)
+    q, k, v, dout = (torch.randn(num_tokens, *s, generator=gen, device=DEVICE).to(dtype) for s in shapes)
+    return q, k, v, dout, torch.linspace(-1, 2, hq, device=DEVICE)
+
+
+def kernels(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, softcap=0.0, pinned=SQUARE, mutate=None):
+    """(out, lse, dq, dk, dv) of the kernels. ``mutate`` may spoil (subtree_end, tile tensors) first."""
+    plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+    lists, end = backend.tile_tensors(plan, q, v, window, pinned), plan.subtree_end
+    if mutate:
+        end, lists = mutate(end, lists)
+    rest = plan.position, lists, scale, window, softcap, True
+    out, lse = backend.forward(q, k, v, sinks, end, *rest)
+    return out, lse, *backend.backward(dout, q, k, v, out, lse, end, *rest)
+
+
+def oracle(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, softcap=0.0):
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    out, lse = reference.tree_attention(
+        *leaves,
+        torch.as_tensor(subtree_end, device=DEVICE),
+        scale=scale,
+        window=window or None,
+        softcap=softcap or None,
+        sinks=None if sinks is None else sinks.double(),
+        return_lse=True,
+    )
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.double())
+
+
+def eager(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, softcap=0.0):
+    """The same in plain torch of the inputs' dtype, log-sum-exp in fp32: what sets the tolerance."""
+    q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    group = q.shape[1] // k.shape[1]
+    scores = scale * torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1))
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    mask = reference.dense_mask(torch.as_tensor(subtree_end, device=DEVICE), window or None)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(q.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : k.shape[0]]
+    out = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
+    return out.detach(), scores.float().logsumexp(-1).T.detach(), *torch.autograd.grad(out, leaves, dout)
+
+
+def excess(got, subtree_end, *args, **options):
+    """For each result how far its worst error lies above what is allowed; negative passes."""
+    over = {}
+    for name, mine, low, want in zip(
+        NAMES, got, eager(subtree_end, *args, **options), oracle(subtree_end, *args, **options), strict=True
+    ):
+        assert mine.shape == want.shape and mine.dtype == low.dtype, name
+        error, allowed = (mine.double() - want).abs().amax(), 2 * (low.double() - want).abs().amax()
+        allowed += BAND[mine.dtype] * want.abs().amax().clamp(min=1)
+        over[name] = float("inf") if torch.isnan(error) else float(error - allowed)
+    return over
+
+
+def check(subtree_end, *args, pinned=SQUARE, **options):
+    over = excess(kernels(subtree_end, *args, pinned=pinned, **options), subtree_end, *args, **options)
+    assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize("name", cases.NAMED)
+def test_named_forests(name, poisoned_empty):
+    subtree_end = cases.named_subtree_end(name)
+    check(subtree_end, *inputs(len(subtree_end))[:4])
+
+
+@pytest.mark.parametrize("pinned", [SQUARE, TALL, WIDE], ids=["16x16", "32x16", "16x32"])
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 47, 81])
+def test_random_forests_of_ragged_length(num_tokens, pinned, poisoned_empty):
+    subtree_end = cases.random_subtree_end(num_tokens, num_tokens, branch=0.06)
+    check(subtree_end, *inputs(num_tokens)[:4], pinned=pinned)
+
+
+@pytest.mark.parametrize("pinned", [TALL, WIDE], ids=["32x16", "16x32"])
+@pytest.mark.parametrize("residue", range(16))
+def test_a_branch_may_start_anywhere_in_a_tile(residue, pinned, poisoned_empty):
+    subtree_end = cases.residue_subtree_end(residue, 16)
+    check(subtree_end, *inputs(len(subtree_end), hq=1)[:4], pinned=pinned)
+
+
+FEATURES = {
+    "sinks": (TALL, {"sinks": True}),
+    "softcap": (WIDE, {"softcap": 1.5}),
+    "window_1": (TALL, {"window": 1}),
+    "window_9_tall": (TALL, {"window": 9}),
+    "window_9_wide": (WIDE, {"window": 9}),
+    "window_40": (WIDE, {"window": 40}),
+    "all_tall": (TALL, {"window": 21, "softcap": 2.0, "sinks": True}),
+    "all_wide": (WIDE, {"window": 21, "softcap": 2.0, "sinks": True}),
+    "scale_negative": (TALL, {"scale": -0.4}),
+    "scale_zero": (WIDE, {"scale": 0.0}),
+    "softcap_negative_scale": (TALL, {"scale": -0.4, "softcap": 2.0}),
+    "gqa_4_by_2": (TALL, {"hq": 4, "hkv": 2}),
+    "mha": (WIDE, {"hq": 2, "hkv": 2}),
+    "d_1": (WIDE, {"d": 1, "dv": 1}),
+    "d_20_dv_33": (TALL, {"d": 20, "dv": 33}),
+    "d_64_dv_16": (WIDE, {"d": 64}),
+    "d_16_dv_96": (TALL, {"dv": 96}),
+    "d_256": (WIDE, {"d": 256, "dv": 256, "scale": 0.06}),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(name, poisoned_empty):
+    pinned, options = FEATURES[name]
+    shape = {key: value for key, value in options.items() if key in ("hq", "hkv", "d", "dv")}
+    rest = {key: value for key, value in options.items() if key in ("scale", "window", "softcap")}
+    subtree_end = cases.random_subtree_end(70, 11, branch=0.05)
+    *args, sinks = inputs(70, **shape)
+    check(subtree_end, *args, sinks if "sinks" in options else None, pinned=pinned, **rest)
+
+
+def test_eight_query_heads_share_a_key_head(poisoned_empty):
+    subtree_end = cases.random_subtree_end(35, 1, branch=0.1)
+    check(subtree_end, *inputs(35, hq=8)[:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_low_precision(dtype, name, poisoned_empty):
+    subtree_end = cases.random_subtree_end(60, 4, branch=0.05)
+    *args, sinks = inputs(60, hq=2, dtype=dtype)
+    if name == "all":
+        check(subtree_end, *args, sinks, pinned=WIDE, window=30, softcap=4.0)
+    else:
+        check(subtree_end, *args, pinned=TALL)
+
+
+@pytest.mark.parametrize("layout", ["fused_qkv", "heads_first", "last_dim_strided", "expanded_dout"])
+def test_strided_inputs(layout):
+    subtree_end = cases.random_subtree_end(40, 2, branch=0.08)
+    q, k, v, dout, _ = inputs(40, hq=4, hkv=2)
+    want = kernels(subtree_end, q, k, v, dout)
+    if layout == "fused_qkv":
+        q, k, v = torch.cat([q, k, v], 1).split([4, 2, 2], 1)
+    elif layout == "heads_first":
+        q, k, v, dout = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, dout))
+    elif layout == "last_dim_strided":
+        q, k, v, dout = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout))
+    else:
+        dout = dout[:1].expand(40, -1, -1)
+        want = kernels(subtree_end, q, k, v, dout.contiguous())
+    for name, mine, theirs in zip(NAMES, kernels(subtree_end, q, k, v, dout), want, strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_no_tokens():
+    q, k, v, dout, _ = inputs(0)
+    out, lse, *grads = kernels(torch.empty(0, dtype=torch.int32), q, k, v, dout)
+    assert out.shape == dout.shape and lse.shape == q.shape[:2]
+    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_the_same_bits_twice_and_whatever_the_neighbours():
+    """A tree's results do not depend on what else is in the row, when its tiles fall alike."""
+    subtree_end = cases.random_subtree_end(64, 7, branch=0.08)
+    q, k, v, dout, _ = inputs(128)
+    alone = kernels(subtree_end, q[:64], k[:64], v[:64], dout[:64])
+    pair = torch.cat([torch.from_numpy(subtree_end), torch.from_numpy(subtree_end) + 64])
+    for name, one, two, again in zip(
+        NAMES, alone, kernels(pair, q, k, v, dout), kernels(pair, q, k, v, dout), strict=True
+    ):
+        assert torch.equal(two, again) and torch.equal(one, two[:64]), name
+
+
+def _plain_causal(end, lists):
+    plan = TreePlan.build(torch.full_like(end, len(end)))
+    q = torch.empty(len(end), 2, 16, device=DEVICE)
+    return plan.subtree_end, backend.tile_tensors(plan, q, q, 0, SQUARE)
+
+
+def _partial_as_full(end, lists):
+    lists = list(lists)
+    for offset in (0, 5):
+        lists[offset + 3] = lists[offset + 1].diff()
+    lists[12] = lists[11]
+    return end, lists
+
+
+def _last_tile_dropped(end, lists):
+    lists = list(lists)
+    for offset in (0, 5):
+        # keep the first tile of every list alone
+        lists[offset + 3] = lists[offset + 3].clamp(max=1)
+        lists[offset + 1] = lists[offset + 1].clone()
+        lists[offset + 1][-1] -= 1
+    lists[11] = (lists[11] - 16).clamp(min=1)
+    return end, lists
+
+
+@pytest.mark.parametrize("mutate", [_plain_causal, _partial_as_full, _last_tile_dropped])
+def test_a_wrong_mask_is_noticed(mutate):
+    subtree_end = cases.residue_subtree_end(5, 16)
+    args = inputs(len(subtree_end))[:4]
+    over = excess(kernels(subtree_end, *args, mutate=mutate), subtree_end, *args)
+    assert min(over[name] for name in ("out", "dq", "dk", "dv")) > 1e-3, over
+
+
+@triton.jit
+def _bounds_kernel(kv_max, kv_min, out, num_tokens, BM: tl.constexpr, BN: tl.constexpr):
+    i_n = tl.program_id(0)
+    lo, a, b, hi = dkv_bounds(i_n * BN, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
+    tl.store(out + i_n * 4, lo)
+    tl.store(out + i_n * 4 + 1, a)
+    tl.store(out + i_n * 4 + 2, b)
+    tl.store(out + i_n * 4 + 3, hi)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(4, 4), (8, 4), (4, 8), (16, 2), (2, 16)])
+@pytest.mark.parametrize("num_tokens", [1, 37, 64])
+def test_counted_ranges_against_brute_force(block_m, block_n, num_tokens):
+    """[lo, hi) is exactly the visible query tiles, and every tile of [a, b) is wholly visible and not ragged; the rest are not."""
+    for seed in range(6):
+        subtree_end = cases.random_subtree_end(num_tokens, seed, branch=[0.02, 0.1, 0.5][seed % 3])
+        lists = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE)).tile_lists(block_m, block_n)
+        num_kv = len(lists.kv_max)
+        out = torch.empty(num_kv, 4, dtype=torch.int32, device=DEVICE)
+        _bounds_kernel[(num_kv,)](lists.kv_max, lists.kv_min, out, num_tokens, BM=block_m, BN=block_n)
+        mask = cases.ancestor_mask(subtree_end)
+        for i_n, (lo, a, b, hi) in enumerate(out.tolist()):
+            columns = mask[:, i_n * block_n : (i_n + 1) * block_n]
+            assert lo <= a <= b <= hi
+            for i_m in range(-(-num_tokens // block_m)):
+                tile = columns[i_m * block_m : (i_m + 1) * block_m]
+                assert tile.any() == (lo <= i_m < hi)
+                assert (tile.all() and tile.size == block_m * block_n) == (a <= i_m < b)
+
+
+def test_config_is_a_pure_function_within_limits():
+    for arch in (0, 80, 86, 89, 90, 100, 120):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for d in (1, 16, 64, 80, 128, 192, 256):
+                chosen = config(d, d, dtype, arch)
+                assert chosen == config(d, d, dtype, arch)
+                for tile in (chosen.fwd, chosen.dq, chosen.dkv):
+                    assert min(tile.block_m, tile.block_n) >= 16 and tile.num_warps in (4, 8)
+
+
+def test_says_what_it_cannot_do():
+    q, k, v, _, _ = inputs(4)
+    assert backend.refusal(q, k, v, 3, 2.0, torch.zeros(2)) is None
+    assert "float64" in backend.refusal(q.double(), k.double(), v.double(), None, None, None)
+    assert "one dtype" in backend.refusal(q, k.half(), v, None, None, None)
+    assert "256" in backend.refusal(q, k, torch.zeros(4, 1, 257), None, None, None)
+
+
+COMPILED = """
+import torch
+from treegrpo_kernels.triton import aot, common, reason
+assert "GPU" in reason(torch.device("cpu"))
+tiles = common.config(64, 64, torch.bfloat16, 90)
+keys = {
+    tuple(aot.specialization_key(x, 90) for x in aot.launches(64, 64, torch.bfloat16, tiles, num_tokens=n, window=w).values())
+    for n, w in ((1, 16), (2, 1), (16, 16), (17, 7), (250, 100), (4096, 4096))
+}
+assert len(keys) == 1, f"{len(keys)} compilations for six lengths"
+ok = aot.compile_case(aot.Case("fwd", 90, 64, "bf16", "plain"))
+assert ok.error is None and ok.wgmma, ok
+aot.SHARED_LIMIT[90] = 1024
+wide = common.TileConfig(128, 128, 4, 3)
+bad = aot.compile_case(aot.Case("fwd", 90, 64, "bf16", "plain"), common.Config(wide, wide, wide))
+assert "spills" in bad.error and "shared" in bad.error, bad
+"""
+
+
+def test_compiles_without_a_gpu_once_for_all_lengths(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are not interpreted here")
+def test_ahead_of_time_compilation_refuses_the_interpreter(capsys):
+    from treegrpo_kernels.triton import aot
+
+    assert aot.main([]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+class TestOnGpu:
+    """The launcher's own tiles at real sizes."""
+
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("d", [64, 128, 80, 256])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("name", ["plain", "all"])
+    def test_large_forests(self, d, dtype, name, poisoned_empty):
+        subtree_end = cases.random_subtree_end(2777, 3, branch=0.004)
+        *args, sinks = inputs(2777, hq=8, hkv=2, d=d, dv=d, dtype=dtype)
+        if name == "all":
+            check(subtree_end, *args, sinks, pinned=None, scale=d**-0.5, window=700, softcap=20.0)
+        else:
+            check(subtree_end, *args, pinned=None, scale=d**-0.5)
+
+    @pytest.mark.parametrize("residue", range(0, 128, 7))
+    def test_a_branch_may_start_anywhere_in_a_tile(self, residue):
+        subtree_end = cases.residue_subtree_end(residue, 128)
+        args = inputs(len(subtree_end), hq=2, hkv=1, d=128, dv=128, dtype=torch.bfloat16)[:4]
+        check(subtree_end, *args, pinned=None, scale=128**-0.5)
+
+    def test_the_same_bits_a_hundred_times(self):
+        subtree_end = cases.random_subtree_end(4000, 3, branch=0.01)
+        args = inputs(4000, hq=8, hkv=2, d=128, dv=128, dtype=torch.bfloat16)[:4]
+        first = kernels(subtree_end, *args, pinned=None)
+        for _ in range(100):
+            again = kernels(subtree_end, *args, pinned=None)
+            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+    def test_offsets_beyond_32_bits(self):
+        """q of more than 2^31 elements: a row of many small trees, the last of which must be right."""
+        num_tokens, tree, hq, d = 2**17 + 64, 96, 136, 128
+        end = (torch.arange(num_tokens) // tree + 1) * tree
+        args = inputs(num_tokens, hq=hq, hkv=1, d=d, dv=d, dtype=torch.bfloat16)[:4]
+        assert args[0].numel() > 2**31
+        got = kernels(end.clamp(max=num_tokens), *args, pinned=None, scale=d**-0.5)
+        tail = num_tokens - num_tokens % tree
+        rest = [x[tail:] for x in args]
+        subtree_end = torch.full((num_tokens - tail,), num_tokens - tail)
+        over = excess([x[tail:] for x in got], subtree_end, *rest, scale=d**-0.5)
+        assert max(over.values()) <= 0, over
