@@ -5,8 +5,8 @@ TREEGRPO_BUILD=cpu    the CPU object or an error
 TREEGRPO_BUILD=cuda   both objects or an error
 TREEGRPO_BUILD=none   nothing
 
-Both objects use the LibTorch stable ABI: one build serves torch >= 2.10, and the CUDA one needs nvcc but no GPU and no CUDA
-build of torch. MAX_JOBS caps the parallel compilations; TORCH_CUDA_ARCH_LIST is not read, see CUDA_ARCHS.
+Both objects use the LibTorch stable ABI: one build serves torch >= 2.10, and the CUDA one needs nvcc but no GPU and no
+CUDA build of torch. MAX_JOBS caps the parallel compilations; TORCH_CUDA_ARCH_LIST is not read, see CUDA_ARCHS.
 """
 
 import os

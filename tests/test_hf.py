@@ -12,6 +12,7 @@ from models import EXACT, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
 
 import treegrpo_kernels as tk
 from treegrpo import hf
+from treegrpo_kernels import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,18 +169,18 @@ def test_a_tree_forward_builds_no_mask(monkeypatch):
     hf.use_tree_attention(tiny_model("gemma3_text"), check=False)(**inputs)
 
 
+@torch.no_grad()
 def test_compiles_into_one_graph_for_all_lengths():
+    if native.cpu_reason() is not None:
+        pytest.skip(native.cpu_reason())
     torch.compiler.reset()
-    model = tree_twin(tiny_model("qwen3", dtype=torch.float32))
+    model = tree_twin(tiny_model("qwen3", dtype=torch.float32, num_hidden_layers=1, layer_types=["full_attention"]))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (40, 50, 60):
         inputs, _ = packed_inputs(random_subtree_end(length, seed=length))
-        with torch.compiler.set_stance("default" if length < 60 else "fail_on_recompile"):
-            logits = compiled(**inputs, tree_backend="reference").logits
-        expected = model(**inputs, tree_backend="reference").logits
-        ours, theirs = (torch.autograd.grad(x.square().sum(), model.lm_head.weight)[0] for x in (logits, expected))
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        with torch.compiler.set_stance("fail_on_recompile" if length == 60 else "default"):
+            logits = compiled(**inputs, tree_backend="cpu").logits
+        torch.testing.assert_close(logits, model(**inputs).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The chunked head against the model's own logits: values, gradients, families, wrappers, memory, bad input."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -248,11 +247,8 @@ def test_lora_on_the_head_is_refused_and_modules_to_save_works(batch):
 
 
 @pytest.fixture
-def process_group():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -292,5 +288,7 @@ def test_bad_input(model, batch):
         token_logprobs(model, batch, chunk_rows=0)
     with pytest.raises(ValueError, match="no output head: load it as AutoModelForCausalLM"):
         token_logprobs(model.model, batch)
+    with pytest.raises(ValueError, match=r"'eager', which ignores trees: call treegrpo.hf.use_tree_attention"):
+        token_logprobs(tiny_model("qwen3"), batch)
     with pytest.raises(ValueError, match="first token of a trajectory cannot be trained"):
         row_logprobs(model, batch.input_ids, batch.plan, torch.tensor([-1, 0]), torch.tensor([1, 2]))

@@ -26,14 +26,14 @@ MODEL = {
     "model_type": "qwen3",
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
     "max_position_embeddings": 16384,
     "tie_word_embeddings": True,
 }
-# Groups of a step and how many of the smallest groups are trained: chains of calls cost several times their tree.
+# Groups of a step, and how many groups are trained: the smallest ones, for chains of calls cost several times their tree.
 GROUPS = {"trajectory": (2, 20), "call": (1, 10)}
 _WHY = {
     "trajectory": "Whole trajectories share little: the trials of a task part in the customer's first words, and"
@@ -92,12 +92,15 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
                 advantage_estimator="grpo",
                 groups_per_step=GROUPS[kind][0],
                 max_steps=steps,
+                # On the first step of a group the ratio is 1 and the loss the same for any model; on the second it is not.
+                num_iterations=2,
                 learning_rate=1e-4,
                 save_strategy="no",
             )
+            num_groups = len({t.group for t in chosen})
             console.print(
-                f"Training on samples={kind}: {steps} steps of {config.groups_per_step} of the {GROUPS[kind][1]}"
-                " smallest groups"
+                f"Training on samples={kind}: {steps} steps, {config.groups_per_step} group(s) for every two of them, from"
+                f" the {num_groups} smallest groups whose rewards differ"
             )
             runs = {attention: _train(replace(config, attention=attention), chosen) for attention in ("tree", "chain")}
             console.print(_run_table(runs, config, chosen, model))
@@ -130,7 +133,9 @@ def renumber(trajectories: list[Trajectory]) -> tuple[list[Trajectory], np.ndarr
 
 
 def _smallest_groups(forest: list[RolloutTree], trajectories: list[Trajectory], count: int) -> list[Trajectory]:
-    sizes = {tree.group: tree.num_chain_tokens for tree in forest}
+    sizes = {
+        tree.group: tree.num_chain_tokens for tree in forest if len({t.reward for t in tree.trajectories}) > 1
+    }
     chosen = set(sorted(sizes, key=sizes.__getitem__)[:count])
     return [t for t in trajectories if t.group in chosen]
 
@@ -176,7 +181,8 @@ def _run_table(runs: dict[str, Run], config: TrainConfig, trajectories: list[Tra
 
 def _step_trees(config: TrainConfig, trajectories: list[Trajectory]) -> list[list[RolloutTree]]:
     replay = Replay(trajectories, seed=config.seed, shuffle=config.shuffle)
-    return [[replay.trees[i] for i in replay.read(step, config.groups_per_step)] for step in range(config.max_steps)]
+    reads = [replay.read(step // config.num_iterations, config.groups_per_step) for step in range(config.max_steps)]
+    return [[replay.trees[i] for i in read] for read in reads]
 
 
 def _step_flops(trees: Sequence[RolloutTree], config: TrainConfig, model: dict[str, Any]) -> flops.ChainVsTree:
@@ -203,7 +209,4 @@ def _compare(table, *cells: Any, is_ratio: bool = True) -> None:
 
 
 def _amount(value: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return number(value) if value < 1e9 else f"{value:,.0f}"
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"

@@ -75,7 +75,8 @@ def token_logprobs(
         Both differentiable with respect to all parameters.
 
     Raises:
-        ValueError: temperature not positive, a head that is no plain linear layer, a trained token without predecessor.
+        ValueError: temperature not positive, another attention, a head that is no plain linear layer, a trained token
+            without predecessor.
     """
     trained = batch.trained.nonzero().squeeze(1)
     return _stream_logprobs(
@@ -158,6 +159,13 @@ def row_logprobs(
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     base = unwrap(model)
     head = output_head(base)
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    if getattr(config, "_attn_implementation", None) != "treegrpo":
+        # other attentions swallow the plan in silence and let siblings see each other
+        raise ValueError(
+            f"{type(base).__name__} runs attention {getattr(config, '_attn_implementation', None)!r}, which ignores trees:"
+            " call treegrpo.hf.use_tree_attention(model) first"
+        )
     unique_rows, row_of = torch.unique(rows, return_inverse=True)
     if rows.numel() and int(unique_rows[0]) < 0:
         raise ValueError("a trained token has no predecessor: the first token of a trajectory cannot be trained")
@@ -174,7 +182,7 @@ def row_logprobs(
         inputs["logits_to_keep"] = unique_rows
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
-    transform = logit_transform(base.config)
+    transform = logit_transform(config)
     results: list[Tensor] = []
 
     def score(hidden: Tensor) -> Tensor:

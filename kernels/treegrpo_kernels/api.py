@@ -123,8 +123,9 @@ def _parse(backend: str | Backend) -> Backend:
     raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(b.value for b in Backend)}")
 
 
+@torch.compiler.assume_constant_result
 def _reason(backend: Backend, device: torch.device) -> str | None:
-    """Why ``backend`` cannot run on ``device``; None if it can."""
+    """Why ``backend`` cannot run on ``device``; None if it can. A fact of the process: torch.compile asks once."""
     match backend:
         case Backend.REFERENCE:
             return None

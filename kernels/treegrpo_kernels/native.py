@@ -1,7 +1,7 @@
 """Loads the two shared objects, `_C` (CPU) and `_C_cuda`, and says why one is not usable.
 
-Both are built from csrc/ and register operators under `torch.ops.treegrpo_native`: the schema in `_C`, its CPU kernels there, its
-CUDA kernels in `_C_cuda`.
+Both are built from csrc/ and register operators under `torch.ops.treegrpo_native`: schema and CPU kernels in `_C`, CUDA
+kernels in `_C_cuda`.
 """
 
 from __future__ import annotations

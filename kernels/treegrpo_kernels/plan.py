@@ -110,6 +110,11 @@ class TreePlan:
         if lists is None:
             if block_m < 1 or block_n < 1:
                 raise ValueError(f"block_m and block_n must be positive, got {block_m} and {block_n}")
+            if torch.compiler.is_compiling():
+                raise ValueError(
+                    "tile lists cannot be built inside torch.compile, for their length depends on the tree: call"
+                    f" plan.tile_lists({block_m}, {block_n}, {window}) before the compiled function"
+                )
             lists = self._tile_lists[key] = _build_tile_lists(self.subtree_end, self.position, *key)
         return lists
 

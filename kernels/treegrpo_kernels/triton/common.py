@@ -97,6 +97,7 @@ def _sm80(width: int) -> Config:
     return Config(fwd=TileConfig(64, 32, 8, 2), dq=TileConfig(32, 32, 4, 2), dkv=TileConfig(32, 32, 8, 1))
 
 
+@torch.compiler.assume_constant_result
 def arch_of(device: torch.device) -> int:
     """Compute capability as 80, 90, ...; 0 where the kernels run in Triton's interpreter."""
     if triton.knobs.runtime.interpret:
