@@ -27,7 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def is_quick(config: pytest.Config) -> bool:
-    return config.getoption("--quick") or config.getoption("benchmark_disable")
+    return config.getoption("--quick") or config.getoption("benchmark_disable", False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_quick(config):
+        # nothing is timed, and small tensors lose more to threads waiting for each other than they gain
+        torch.set_num_threads(1)
 
 
 def _processor() -> str:

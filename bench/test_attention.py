@@ -191,7 +191,7 @@ def test_growth(num_trees, passes, meter, device, quick):
     if quick and num_trees > 2:
         pytest.skip("quick runs stop at two trees")
     backward = passes == "forward_backward"
-    grown = tuple(build_forest(workloads.growing_forest(num_trees)))
+    grown = tuple(build_forest(workloads.growing_forest(num_trees, quick)))
     forest = workloads.lay_out(f"growth_{num_trees}", grown)
     contender = usable_tree_backend(forest, device, quick)
     meter.benchmark.group = f"growth {passes}"

@@ -114,9 +114,10 @@ def balanced(prompt: int, branching: int, depth: int, node: int, group: str = ""
     return [_trajectory(path, rng, group=group) for path in paths]
 
 
-def growing_forest(num_trees: int) -> list[Trajectory]:
-    """`num_trees` groups of 4,096 tokens each: pairs grow in proportion to tokens."""
-    return [t for i in range(num_trees) for t in balanced(400, 3, 2, 308, group=str(i))]
+def growing_forest(num_trees: int, quick: bool = False) -> list[Trajectory]:
+    """`num_trees` groups of 4,096 tokens each (quick: 256): pairs grow in proportion to tokens."""
+    prompt, node = (28, 19) if quick else (400, 308)
+    return [t for i in range(num_trees) for t in balanced(prompt, 3, 2, node, group=str(i))]
 
 
 def data_folder() -> Path:

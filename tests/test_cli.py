@@ -113,10 +113,9 @@ def test_demo_compares_tree_and_chain(tmp_path, monkeypatch, capsys):
         demo, "MODEL", {**demo.MODEL, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     )
     monkeypatch.setattr(demo, "read_rollouts", lambda data: (tiny.trajectories(2), "tiny"))
-    monkeypatch.setattr(demo, "GROUPS", {"trajectory": (2, 2), "call": (1, 2)})
     assert main(["demo", "--steps", "2"]) == 0
     text = capsys.readouterr().out
-    for expected in ("visible pairs", "training FLOPs", "seconds", "largest difference of the loss", "share little"):
+    for expected in ("visible pairs", "training GFLOPs", "seconds", "largest difference of the loss", "share little"):
         assert expected in text
     monkeypatch.undo()
     assert main(["demo", "--data", str(tmp_path)]) == 2

@@ -1,4 +1,6 @@
-"""backend="gather": its layout, and its numbers with a plain varlen attention in the kernel's place (the kernels need a GPU)."""
+"""backend="gather": its layout, and its numbers with a plain varlen attention in the place of the GPU's kernel."""
+
+from itertools import pairwise
 
 import cases
 import pytest
@@ -16,10 +18,10 @@ def varlen(q, k, v, layout, scale, window, softcap, deterministic):
     """Bottom-right causal attention of each segment to its path, one by one."""
     outs, lses = [], []
     bounds_q, bounds_k = layout.cu_q.tolist(), layout.cu_k.tolist()
-    assert max(b - a for a, b in zip(bounds_q, bounds_q[1:])) == layout.max_q
-    assert max(b - a for a, b in zip(bounds_k, bounds_k[1:])) == layout.max_k
+    assert max(b - a for a, b in pairwise(bounds_q)) == layout.max_q
+    assert max(b - a for a, b in pairwise(bounds_k)) == layout.max_k
     group = q.shape[1] // k.shape[1]
-    for q0, q1, k0, k1 in zip(bounds_q, bounds_q[1:], bounds_k, bounds_k[1:]):
+    for (q0, q1), (k0, k1) in zip(pairwise(bounds_q), pairwise(bounds_k), strict=True):
         scores = scale * torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1].repeat_interleave(group, 1))
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         behind = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)[None, :]
@@ -137,9 +139,11 @@ def test_says_what_it_cannot_do():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the varlen kernels need a GPU")
-@pytest.mark.parametrize(("heads", "dims", "window"), [((8, 8), (64, 64), 0), ((8, 2), (128, 128), 0), ((4, 2), (40, 64), 9)])
+@pytest.mark.parametrize(
+    ("heads", "dims", "window"), [((8, 8), (64, 64), 0), ((8, 2), (128, 128), 0), ((4, 2), (40, 64), 9)]
+)
 def test_kernel_equals_the_oracle(heads, dims, window):
-    """bf16 through the installed kernel: within twice the error of the same gather in plain bf16 torch; repeatable bit for bit."""
+    """bf16 through the installed kernel: within twice the error of the same gather in plain bf16 torch; same bits twice."""
     subtree_end = torch.from_numpy(cases.random_subtree_end(700, 5, branch=0.02)).cuda()
     plan = TreePlan.build(subtree_end)
     gen = torch.Generator("cuda").manual_seed(0)

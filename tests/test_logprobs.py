@@ -106,7 +106,7 @@ def test_gradcheck_of_the_head():
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     row_of, labels = torch.tensor([4, 0, 0, 2, 4, 4, 1]), torch.tensor([1, 5, 0, 3, 2, 6, 5])
-    options = (row_of, labels, LogitTransform(0.7, 1.5), 0.8, 2, torch.float64)
+    options = (row_of, labels, LogitTransform(0.7, 1.5), 0.8, 2, torch.float64, True)
     assert torch.autograd.gradcheck(
         lambda h, w, b: ChunkedHead.apply(h, w, b, *options), (random(5, 3), random(7, 3), random(7))
     )
@@ -204,7 +204,7 @@ def test_memory_does_not_grow_with_rows_times_vocabulary():
 
     with Largest() as largest:
         logp, _ = ChunkedHead.apply(
-            x, weight, None, torch.arange(rows), labels, LogitTransform(1.0, 0.0), 1.0, chunk, torch.float32
+            x, weight, None, torch.arange(rows), labels, LogitTransform(1.0, 0.0), 1.0, chunk, torch.float32, True
         )
         logp.sum().backward()
     assert largest.elements <= chunk * vocab < rows * vocab // 16

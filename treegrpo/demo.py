@@ -16,7 +16,6 @@ import torch
 
 from treegrpo import flops, toy
 from treegrpo.config import TrainConfig
-from treegrpo.report import number
 from treegrpo.rollout.replay import Replay
 from treegrpo.samples import split_calls
 from treegrpo.trainer import Trainer
@@ -33,8 +32,8 @@ MODEL = {
     "max_position_embeddings": 16384,
     "tie_word_embeddings": True,
 }
-# Groups of a step, and how many groups are trained: the smallest ones, for chains of calls cost several times their tree.
-GROUPS = {"trajectory": (2, 20), "call": (1, 10)}
+# How many groups are trained, one at a time: the smallest with mixed rewards, as chains of calls cost minutes.
+NUM_GROUPS = 10
 _WHY = {
     "trajectory": "Whole trajectories share little: the trials of a task part in the customer's first words, and"
     " after them every"
@@ -82,7 +81,7 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
         model_file.write_text(json.dumps(model))
         for kind in kinds:
             console.print()
-            chosen = _smallest_groups(forests[kind], trajectories, GROUPS[kind][1])
+            chosen = _smallest_groups(forests[kind], trajectories, NUM_GROUPS)
             config = TrainConfig(
                 model=str(model_file),
                 output_dir=folder,
@@ -90,17 +89,17 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
                 samples=kind,
                 backend=backend,
                 advantage_estimator="grpo",
-                groups_per_step=GROUPS[kind][0],
+                groups_per_step=1,
                 max_steps=steps,
-                # On the first step of a group the ratio is 1 and the loss the same for any model; on the second it is not.
+                # On a group's first step the ratio is 1, so the loss says nothing of the model; on its second it does.
                 num_iterations=2,
                 learning_rate=1e-4,
                 save_strategy="no",
             )
             num_groups = len({t.group for t in chosen})
             console.print(
-                f"Training on samples={kind}: {steps} steps, {config.groups_per_step} group(s) for every two of them, from"
-                f" the {num_groups} smallest groups whose rewards differ"
+                f"[bold]Training on samples={kind}[/bold]: {steps} steps, two for each group, on the {num_groups} smallest"
+                " groups whose rewards differ"
             )
             runs = {attention: _train(replace(config, attention=attention), chosen) for attention in ("tree", "chain")}
             console.print(_run_table(runs, config, chosen, model))
@@ -133,9 +132,7 @@ def renumber(trajectories: list[Trajectory]) -> tuple[list[Trajectory], np.ndarr
 
 
 def _smallest_groups(forest: list[RolloutTree], trajectories: list[Trajectory], count: int) -> list[Trajectory]:
-    sizes = {
-        tree.group: tree.num_chain_tokens for tree in forest if len({t.reward for t in tree.trajectories}) > 1
-    }
+    sizes = {tree.group: tree.num_chain_tokens for tree in forest if len({t.reward for t in tree.trajectories}) > 1}
     chosen = set(sorted(sizes, key=sizes.__getitem__)[:count])
     return [t for t in trajectories if t.group in chosen]
 
@@ -156,20 +153,22 @@ def _forest_table(forests: dict[str, list[RolloutTree]], model: dict[str, Any]):
     )
     for kind, forest in forests.items():
         result = flops.report(model, forest)
-        for name in ("tokens", "pairs", "training"):
-            _compare(table, kind, _LABELS[name], getattr(result.chain, name), getattr(result.tree, name))
+        _compare(table, kind, "tokens", result.chain.tokens, result.tree.tokens)
+        _compare(table, kind, "visible pairs", result.chain.pairs, result.tree.pairs)
+        _compare(table, kind, "training GFLOPs", result.chain.training / 1e9, result.tree.training / 1e9)
     return table
 
 
 def _run_table(runs: dict[str, Run], config: TrainConfig, trajectories: list[Trajectory], model: dict[str, Any]):
     tree, chain = runs["tree"], runs["chain"]
     table = _table("Trained", ("", "chain", "tree", "chain / tree"))
-    _compare(table, _LABELS["tokens"], tree.total("tree/chain_tokens"), tree.total("tree/unique_tokens"))
-    _compare(table, _LABELS["pairs"], tree.total("tree/chain_pairs"), tree.total("tree/pairs"))
+    _compare(table, "tokens", tree.total("tree/chain_tokens"), tree.total("tree/unique_tokens"))
+    _compare(table, "visible pairs", tree.total("tree/chain_pairs"), tree.total("tree/pairs"))
     counts = [_step_flops(trees, config, model) for trees in _step_trees(config, trajectories)]
-    _compare(table, _LABELS["training"], sum(c.chain.training for c in counts), sum(c.tree.training for c in counts))
+    chain_flops, tree_flops = (sum(getattr(c, side).training for c in counts) for side in ("chain", "tree"))
+    _compare(table, "training GFLOPs", chain_flops / 1e9, tree_flops / 1e9)
     _compare(table, "seconds", chain.seconds, tree.seconds)
-    _compare(table, "loss of the last step", chain.history[-1]["loss"], tree.history[-1]["loss"], is_ratio=False)
+    table.add_row("loss of the last step", *(f"{run.history[-1]['loss']:+.6f}" for run in (chain, tree)), "")
     losses = [abs(a["loss"] - b["loss"]) for a, b in zip(tree.history, chain.history, strict=True)]
     table.add_row("largest difference of the loss", "", f"{max(losses):.1e}", "")
     differences = [float((a - b).abs().max()) for a, b in zip(tree.gradients, chain.gradients, strict=True)]
@@ -191,9 +190,6 @@ def _step_flops(trees: Sequence[RolloutTree], config: TrainConfig, model: dict[s
     return flops.report(model, forest, share_across_groups=True)
 
 
-_LABELS = {"tokens": "tokens", "pairs": "visible pairs", "training": "training FLOPs"}
-
-
 def _table(title: str, columns: Sequence[str]):
     from rich.table import Table
 
@@ -203,9 +199,9 @@ def _table(title: str, columns: Sequence[str]):
     return table
 
 
-def _compare(table, *cells: Any, is_ratio: bool = True) -> None:
+def _compare(table, *cells: Any) -> None:
     *labels, chain, tree = cells
-    table.add_row(*labels, _amount(chain), _amount(tree), f"{chain / tree:.2f}x" if is_ratio else "")
+    table.add_row(*labels, _amount(chain), _amount(tree), f"{chain / tree:.2f}x")
 
 
 def _amount(value: float) -> str:

@@ -24,8 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import treegrpo_kernels as tk
-
-from .logprobs import row_logprobs, unwrap
+from treegrpo.logprobs import row_logprobs, unwrap
 
 ATTENTION = "treegrpo"
 LAYER_TYPES = ("full_attention", "sliding_attention")

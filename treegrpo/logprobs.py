@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import treegrpo_kernels as tk
 
 if TYPE_CHECKING:
-    from .packing import TreeBatch
+    from treegrpo.packing import TreeBatch
 
 # logits of one chunk in float32: 2**25 elements are 128 MiB
 CHUNK_ELEMENTS = 2**25
@@ -130,9 +130,8 @@ def _stream_logprobs(
     chunk_rows: int | None,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    logp, entropies = row_logprobs(
-        model, ids, plan, rows, ids[trained], temperature=temperature, chunk_rows=chunk_rows, backend=backend
-    )
+    options = {"temperature": temperature, "entropy": entropy, "chunk_rows": chunk_rows, "backend": backend}
+    logp, entropies = row_logprobs(model, ids, plan, rows, ids[trained], **options)
     blank = logp.new_zeros(ids.shape[0])
     logp = blank.index_copy(0, trained, logp)
     return (logp, blank.index_copy(0, trained, entropies)) if entropy else logp
@@ -146,10 +145,11 @@ def row_logprobs(
     labels: Tensor,
     *,
     temperature: float = 1.0,
+    entropy: bool = False,
     chunk_rows: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """(logp [P], entropy [P]) of ``labels`` [P] under the logits at ``rows`` [P] of the packed row ``ids`` [T].
+) -> tuple[Tensor, Tensor | None]:
+    """(logp [P], entropy [P] or None) of ``labels`` [P] under the logits at ``rows`` [P] of the packed row ``ids`` [T].
 
     Rows may repeat: each is projected once. The other arguments are those of ``token_logprobs``.
     """
@@ -160,11 +160,12 @@ def row_logprobs(
     base = unwrap(model)
     head = output_head(base)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    if getattr(config, "_attn_implementation", None) != "treegrpo":
+    attention = getattr(config, "_attn_implementation", None)
+    if attention != "treegrpo":
         # other attentions swallow the plan in silence and let siblings see each other
         raise ValueError(
-            f"{type(base).__name__} runs attention {getattr(config, '_attn_implementation', None)!r}, which ignores trees:"
-            " call treegrpo.hf.use_tree_attention(model) first"
+            f"{type(base).__name__} runs attention {attention!r}, which ignores trees: call"
+            " treegrpo.hf.use_tree_attention(model) first"
         )
     unique_rows, row_of = torch.unique(rows, return_inverse=True)
     if rows.numel() and int(unique_rows[0]) < 0:
@@ -183,17 +184,14 @@ def row_logprobs(
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     transform = logit_transform(config)
-    results: list[Tensor] = []
+    results: list[Tensor | None] = []
 
     def score(hidden: Tensor) -> Tensor:
-        picked = hidden[0] if keeps else hidden[0, unique_rows]
-        compute = (
-            torch.get_autocast_dtype(picked.device.type) if torch.is_autocast_enabled(picked.device.type) else None
-        )
-        logp, entropy = ChunkedHead.apply(
-            picked, head.weight, head.bias, row_of, labels, transform, temperature, chunk_rows, compute or picked.dtype
-        )
-        results.extend((logp, entropy))
+        picked, device = hidden[0] if keeps else hidden[0, unique_rows], hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else picked.dtype
+        options = (row_of, labels, transform, temperature, chunk_rows, compute, entropy)
+        logp, entropies = ChunkedHead.apply(picked, head.weight, head.bias, *options)
+        results.extend((logp, entropies))
         # FSDP unshards for backward when the gradient of an output arrives: tied to the output, the head waits for it
         return Tied.apply(hidden, logp)
 
@@ -203,9 +201,9 @@ def row_logprobs(
         raise ValueError(
             f"{type(base).__name__} called its output head {len(results) // 2} times in one forward, not once"
         )
-    logp, entropy = results
+    logp, entropies = results
     logits = out.logits if hasattr(out, "logits") else out[0]
-    return Tied.apply(logp, logits), entropy[row_of]
+    return Tied.apply(logp, logits), entropies[row_of] if entropy else None
 
 
 class Tied(torch.autograd.Function):
@@ -271,7 +269,7 @@ def output_head(model: nn.Module) -> nn.Linear:
 
 
 class ChunkedHead(torch.autograd.Function):
-    """(logp [P], entropy [R]) under softmax(transform(hidden @ weight.T + bias) / temperature), by chunks of rows.
+    """(logp [P], entropy [R] or None) under softmax(transform(hidden @ weight.T + bias) / temperature), by chunks of rows.
 
     ``row_of`` [P] says which row scores which of ``labels`` [P]. Forward keeps only the log-sum-exp; backward computes
     each chunk's logits again and writes its part of every gradient, dW summed in float32. No atomics: the same inputs
@@ -290,7 +288,8 @@ class ChunkedHead(torch.autograd.Function):
         temperature: float,
         chunk_rows: int,
         compute: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         num_rows, wide = hidden.shape[0], _wide(compute)
         # pairs in the order of their rows, so that a chunk of rows owns a run of them
         order = torch.argsort(row_of, stable=True)
@@ -298,17 +297,19 @@ class ChunkedHead(torch.autograd.Function):
         starts = [*range(0, num_rows, chunk_rows), num_rows]
         cuts = torch.searchsorted(pair_row, torch.tensor(starts, device=row_of.device)).tolist()
         lse = hidden.new_empty(num_rows, dtype=wide)
-        entropy = hidden.new_empty(num_rows, dtype=wide)
+        entropy = hidden.new_empty(num_rows, dtype=wide) if with_entropy else None
         picked = hidden.new_empty(labels.shape[0], dtype=wide)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Head(weight, bias, compute)
             for chunk, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-                z = _transformed(head.logits(hidden[start:stop]), transform)[0].div_(temperature)
+                z = _transformed(head.logits(hidden[start:stop]), transform)[0]
+                z = z.div_(temperature) if temperature != 1.0 else z
                 pairs = slice(cuts[chunk], cuts[chunk + 1])
                 lse[start:stop] = chunk_lse = torch.logsumexp(z, -1)
                 row = pair_row[pairs]
                 picked[pairs] = z[row - start, pair_label[pairs]] - chunk_lse[row - start]
-                entropy[start:stop] = chunk_lse - _expectation(z, chunk_lse)
+                if entropy is not None:
+                    entropy[start:stop] = chunk_lse - _expectation(z, chunk_lse)
         ctx.save_for_backward(hidden, weight, bias, order, pair_row, pair_label, lse, entropy)
         ctx.options = (transform, temperature, compute, starts, cuts)
         ctx.set_materialize_grads(False)
@@ -347,7 +348,7 @@ class ChunkedHead(torch.autograd.Function):
                 if dweight is not None:
                     head.into_weight(dz, x, dweight)
         grads = (dhidden, _like(dweight, weight), _like(dbias, bias))
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 class _Head:

@@ -28,7 +28,9 @@ _CURVES = (
 
 
 @contextlib.contextmanager
-def progress_bar(step: int, max_steps: int, enabled: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
+def progress_bar(
+    name: str, step: int, max_steps: int, enabled: bool = True
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yields `advance(row)`, called once per step with its metrics."""
     if not enabled:
         yield lambda row: None
@@ -36,14 +38,14 @@ def progress_bar(step: int, max_steps: int, enabled: bool = True) -> Iterator[Ca
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("train"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns) as progress:
-        task = progress.add_task("train", total=max_steps, completed=step, text="")
+        task = progress.add_task(name, total=max_steps, completed=step, text="")
 
         def advance(row: dict[str, Any]) -> None:
             text = f"loss {row['loss']:+.4f}  reward {row['reward']:.3f}  {row['step_time']:.2f} s"

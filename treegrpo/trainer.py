@@ -107,7 +107,9 @@ class Trainer:
         config, main = self.config, self.accelerator.is_main_process
         metrics_file = self._open_output() if main else None
         history = []
-        with progress_bar(self.step, config.max_steps, enabled=main and not config.disable_tqdm) as advance:
+        with progress_bar(
+            config.attention, self.step, config.max_steps, enabled=main and not config.disable_tqdm
+        ) as advance:
             while self.step < config.max_steps:
                 started = time.perf_counter()
                 self._next_data()

@@ -1,8 +1,9 @@
-"""backend="gather": what existing kernels can do with a tree. Each unbranched run of tokens (a segment) attends, bottom-right
-causal, to K and V gathered along its whole path; all segments go through one variable-length call of flash-attn, else torch's.
+"""backend="gather": what existing kernels can do with a tree. Each unbranched run of tokens (a segment) attends,
+bottom-right causal, to K and V gathered along its whole path; all segments go through one variable-length call of
+flash-attn, else torch's.
 
-Shape legend: T packed tokens, S segments, P gathered rows (sum of the segments' path lengths), Hq/Hkv query and key/value
-heads, D query/key head dim, Dv value head dim.
+Shape legend: T packed tokens, S segments, P gathered rows (sum of the segments' path lengths), Hq/Hkv query and
+key/value heads, D query/key head dim, Dv value head dim.
 
 It costs what a tree kernel saves: K and V are copied once per segment that sees them, and their gradients summed back.
 The layout is that of huggingface/trl's tree packing (1.16). Everything here is differentiable torch around the call.
@@ -127,8 +128,8 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv] -> out [T,Hq,Dv] in q's dtype, and lse [T,Hq] fp32 if asked.
 
-    ``varlen`` replaces the kernel (the tests pass plain torch). Differentiable in q, k and v; lse is not. Raises ``ValueError``
-    for sinks, which no varlen kernel takes.
+    ``varlen`` replaces the kernel (the tests pass plain torch). Differentiable in q, k and v; lse is not. Raises
+    ``ValueError`` for sinks, which no varlen kernel takes.
     """
     if sinks is not None:
         raise ValueError("gather has no sinks: use backend='triton' or 'reference'")
@@ -244,7 +245,7 @@ def _torch_varlen(
 
 
 class _FixedOrder(torch.autograd.Function):
-    """``call(q, k, v) -> (out, lse)`` with its backward run under torch's deterministic switch, for torch's varlen attention
+    """``call(q, k, v) -> (out, lse)`` with its backward run under torch's deterministic switch: torch's varlen attention
     offers no other way to ask for a fixed order of addition."""
 
     @staticmethod

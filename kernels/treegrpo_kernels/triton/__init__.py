@@ -1,6 +1,7 @@
 """backend="triton": prefix-tree attention on NVIDIA GPUs from sm_80, and on the CPU under Triton's interpreter.
 
-Triton itself is imported only where a kernel is about to run, so that this package imports everywhere and can say what is missing.
+Triton itself is imported only where a kernel is about to run, so that this package imports everywhere and can say what
+is missing. (The kernel files are fwd.py and bwd.py: a submodule named forward would hide the function of that name.)
 
 Shape legend: T tokens, Hq/Hkv query and key/value heads, D query/key head dim, Dv value head dim.
 """
@@ -8,7 +9,6 @@ Shape legend: T tokens, Hq/Hkv query and key/value heads, D query/key head dim, 
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,8 @@ def reason(device: torch.device) -> str | None:
     if triton.knobs.runtime.interpret:
         return None
     if device.type != "cuda":
-        return f"Triton kernels need an NVIDIA GPU, not {device.type!r} (TRITON_INTERPRET=1, set before the start, interprets them slowly)"
+        interpreted = "TRITON_INTERPRET=1, set before the start, interprets them, slowly"
+        return f"Triton kernels need an NVIDIA GPU, not {device.type!r} ({interpreted})"
     if torch.version.cuda is None:
         return "this torch is not built for CUDA"
     major, minor = torch.cuda.get_device_capability(device)
@@ -55,8 +56,9 @@ def refusal(
 def tile_tensors(plan: TreePlan, q: Tensor, v: Tensor, window: int, config: Config | None = None) -> list[Tensor]:
     """The tile lists of the three kernels as one flat list, for :func:`forward` and :func:`backward`.
 
-    Each part opens with an empty tensor whose shape is the tile configuration (0, block_m, block_n, num_warps, num_stages): it
-    travels with the lists made for it, so backward cannot pair them with other tiles. ``config`` pins the tiles.
+    Each part opens with an empty tensor whose shape is the tile configuration (0, block_m, block_n, num_warps,
+    num_stages): it travels with the lists made for it, so that backward cannot pair them with other tiles. ``config``
+    pins the tiles.
     """
     from .common import arch_of
     from .common import config as choose
@@ -85,9 +87,9 @@ def forward(
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv], sinks [Hq] or None -> out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32 (natural log).
+    """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv], sinks [Hq] or None -> out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32.
 
-    ``deterministic`` changes nothing: the kernels add in a fixed order either way.
+    lse is a natural logarithm. ``deterministic`` changes nothing: the kernels add in a fixed order either way.
     """
     from .fwd import forward as run
 

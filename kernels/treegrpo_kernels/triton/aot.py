@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of every Triton kernel, without a GPU: ``python -m treegrpo_kernels.triton.aot``.
 
 Prints registers, spills and shared memory of each kernel and fails on a register spill, on shared memory over the
-architecture's limit, or on an sm_90 kernel without wgmma. The kernels are compiled from the launch records of fwd.py and bwd.py,
-specialised by Triton's own argument binder, so that what is checked here is what a launch would compile.
+architecture's limit, or on an sm_90 kernel without wgmma. The kernels are compiled from the launch records of fwd.py,
+bwd.py and bwd_dkv.py, specialised by Triton's own argument binder: what is checked here is what a launch would compile.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 import triton
@@ -27,7 +27,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from ..plan import TreePlan
 from . import _DKV, _DQ, _FWD, tile_tensors
-from .bwd import delta_launch, dkv_launch, dq_launch
+from .bwd import delta_launch, dq_launch
+from .bwd_dkv import dkv_launch
 from .common import Config, Launch, config
 from .fwd import fwd_launch
 
@@ -38,7 +39,7 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one head size, dtype, architecture; ``features`` is plain, or cap (softcap and sinks), or window."""
+    """One kernel at one head size, dtype and architecture; ``features``: plain, cap (softcap and sinks) or window."""
 
     kernel: str
     arch: int
@@ -167,6 +168,13 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
                             yield Case(kernel, arch, head_dim, dtype, features)
 
 
+def _line(*cells: object) -> str:
+    widths = (7, -5, -5, -6, -9, -5, -8, -9, -6, -6, 0)
+    return "".join(f"{c!s:>{-w}}" if w < 0 else f"{c!s:{w}}" for c, w in zip(cells, widths[:-1], strict=False)) + (
+        f"  {cells[-1]}" if cells[-1] else ""
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m treegrpo_kernels.triton.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities")
@@ -179,16 +187,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     start = time.perf_counter()
     todo = list(cases(args.arch, args.head_dim, args.dtype))
-    print(f"{'kernel':7}{'arch':>5}{'D':>5} {'dtype':6}{'features':9}{'regs':>5}{'spills':>8}{'shared':>9} {'wgmma':6}{'s':>5}")
+    print(_line("kernel", "arch", "D", "dtype", "features", "regs", "spills", "shared", "wgmma", "s", ""))
     failed = 0
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(args.jobs) as pool:
             for r in pool.map(compile_case, todo):
                 c = r.case
-                wgmma = "yes" if r.wgmma else "-"
-                line = f"{c.kernel:7}{c.arch:>5}{c.head_dim:>5} {c.dtype:6}{c.features:9}{r.registers:>5}{r.spilled_bytes:>8}"
-                print(f"{line}{r.shared_bytes:>9} {wgmma:6}{r.seconds:>5.1f}  {r.error or ''}", flush=True)
+                made = r.registers, r.spilled_bytes, r.shared_bytes, "yes" if r.wgmma else "-", round(r.seconds, 1)
+                print(_line(*astuple(c), *made, r.error or ""), flush=True)
                 failed += r.error is not None
     print(f"{len(todo)} kernels in {time.perf_counter() - start:.0f} s, {failed} failed")
     return 1 if failed else 0

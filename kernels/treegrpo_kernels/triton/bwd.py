@@ -3,9 +3,8 @@
     p_ij = exp(s_ij - lse_i)     dp_ij = dout_i . v_j     delta_i = dout_i . out_i     ds_ij = p_ij (dp_ij - delta_i)
     dq_i = scale * sum_j ds_ij k_j      dk_j = scale * sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
 
-dQ walks the forward's lists. The query rows that see a key tile are one contiguous range, so dK/dV counts through it without
-a list, summing over the query heads of its group inside the program. Shapes and names: common.py; Tp is T rounded up to
-whole query tiles.
+Here the row sums delta and the dQ pass, which walks the forward's lists; the dK/dV pass is in bwd_dkv.py. Shapes and
+names: common.py; Tp is T rounded up to whole query tiles.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bwd_dkv import dkv_launch
 from .common import (
     Launch,
     TileConfig,
+    backward_args,
     cap_grad,
     capped,
     cdiv,
@@ -26,7 +27,6 @@ from .common import (
     narrow,
     padded,
     rows,
-    score_scales,
     store_rows,
     strides,
     visible,
@@ -57,7 +57,9 @@ def tree_attention_bwd_delta_kernel(
     start = (i_program // num_heads).to(tl.int64) * BM
     o_row = tl.arange(0, BM)
     num_rows = num_tokens - start
-    b_out = load_rows(out + start * out_strides[0] + i_h * out_strides[1], o_row, out_strides[0], num_rows, DV, BDV, True)
+    b_out = load_rows(
+        out + start * out_strides[0] + i_h * out_strides[1], o_row, out_strides[0], num_rows, DV, BDV, True
+    )
     b_dout = load_rows(
         dout + start * dout_strides[0] + i_h * dout_strides[1], o_row, dout_strides[0], num_rows, DV, BDV, True
     )
@@ -195,201 +197,17 @@ def tree_attention_bwd_dq_kernel(
     # fmt: off
     b_dq = _dq_tiles(
         b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q,
-        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True, STAGES,
+        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
+        True, STAGES,
     )
     b_dq = _dq_tiles(
         b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q,
-        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False, STAGES,
+        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
+        False, STAGES,
     )
     # fmt: on
     p_dq = dq + start_m * dq_strides[0] + i_head * dq_strides[1]
     store_rows(p_dq, b_dq * scale, o_row, dq_strides[0], num_rows, D, BD)
-
-
-@triton.jit
-def dkv_bounds(n0, kv_max, kv_min, num_tokens, BM: tl.constexpr, BN: tl.constexpr):
-    """Query tiles that see the key tile at ``n0``: [lo, a) across the diagonal, [a, b) full, [b, hi) across subtree ends.
-
-    A ragged last query tile is left to the last class, so that the full class needs no row masks.
-    """
-    n1 = tl.minimum(n0 + BN, num_tokens)
-    lo = n0 // BM
-    hi = (kv_max + BM - 1) // BM
-    a = tl.minimum((n1 - 1 + BM - 1) // BM, hi)
-    b = tl.maximum(a, tl.minimum(kv_min // BM, hi))
-    return lo, a, b, hi
-
-
-@triton.jit
-def _dkv_tile(
-    b_dk,
-    b_dv,
-    b_k,
-    b_v,
-    i_m,
-    i_head,
-    q,
-    dout,
-    lse2,
-    delta,
-    position,
-    o_n,
-    b_end,
-    b_pos_k,
-    q_strides,
-    dout_strides,
-    num_tokens,
-    num_padded,
-    qk_scale,
-    cap,
-    window,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    """One query tile's part of dK and dV; scores are held transposed, [BN, BM], so that p is an operand as it lies."""
-    o_row = tl.arange(0, BM)
-    m0 = i_m * BM
-    start_m = m0.to(tl.int64)
-    num_rows = num_tokens - m0
-    p_q = q + i_head * q_strides[1] + start_m * q_strides[0]
-    p_dout = dout + i_head * dout_strides[1] + start_m * dout_strides[0]
-    p_row = i_head * num_padded + start_m
-    b_q = load_rows(p_q, o_row, q_strides[0], num_rows, D, BD, not FULL)
-    b_lse = tl.load(lse2 + p_row + o_row)
-    b_s = capped(dot(b_k, tl.trans(b_q), tl.zeros((BN, BM), tl.float32)), qk_scale, cap, HAS_CAP)
-    b_p = tl.exp2(b_s - b_lse[None, :])
-    if not FULL:
-        o_m = m0 + o_row
-        b_pos_q = o_m
-        if HAS_WINDOW:
-            b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
-        m_seen = visible(
-            o_m[None, :], o_n[:, None], b_end[:, None], b_pos_q[None, :], b_pos_k[:, None], window, HAS_WINDOW
-        )
-        b_p = tl.where(m_seen, b_p, 0.0)
-    b_dout = load_rows(p_dout, o_row, dout_strides[0], num_rows, DV, BDV, not FULL)
-    b_dv = dot(narrow(b_p, b_dout.dtype), b_dout, b_dv)
-    if HAS_CAP:
-        b_p = b_p * cap_grad(b_s, cap)
-    b_delta = tl.load(delta + p_row + o_row)
-    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros((BN, BM), tl.float32))
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    b_dk = dot(narrow(b_ds, b_q.dtype), b_q, b_dk)
-    return b_dk, b_dv
-
-
-@triton.jit(do_not_specialize=["num_tokens", "num_kv_heads", "window"])
-def tree_attention_bwd_dkv_kernel(
-    q,
-    k,
-    v,
-    dout,
-    delta,
-    lse2,
-    dk,
-    dv,
-    subtree_end,
-    position,
-    kv_max,
-    kv_min,
-    kv_order,
-    q_pos_min,
-    kv_pos_max,
-    q_strides,
-    k_strides,
-    v_strides,
-    dout_strides,
-    dk_strides,
-    dv_strides,
-    num_tokens,
-    num_kv_heads,
-    num_padded,
-    scale,
-    qk_scale,
-    cap,
-    window,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Loops over the query heads of the group and the query tiles below one key tile. Longest range first, heads fastest."""
-    i_program = tl.program_id(0)
-    i_kv = i_program % num_kv_heads
-    i_n = tl.load(kv_order + i_program // num_kv_heads)
-    n0 = i_n * BN
-    start_n = i_n.to(tl.int64) * BN
-    o_row = tl.arange(0, BN)
-    o_n = n0 + o_row
-    num_rows = num_tokens - n0
-
-    i_head = i_kv.to(tl.int64)
-    b_k = load_rows(k + start_n * k_strides[0] + i_head * k_strides[1], o_row, k_strides[0], num_rows, D, BD, True)
-    b_v = load_rows(v + start_n * v_strides[0] + i_head * v_strides[1], o_row, v_strides[0], num_rows, DV, BDV, True)
-    b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
-    b_pos_k = b_end
-    if HAS_WINDOW:
-        b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
-    lo, a, b, hi = dkv_bounds(n0, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
-
-    b_dk = tl.zeros((BN, BD), tl.float32)
-    b_dv = tl.zeros((BN, BDV), tl.float32)
-    # one flat loop per class over (query head, query tile): the pipeline never drains between the heads of the group
-    # fmt: off
-    if HAS_WINDOW:
-        # the window cuts the range by position, which is not monotone over branches: pass over the tiles wholly outside
-        nearest = tl.load(kv_pos_max + i_n) + window
-        for e in tl.range(0, GROUP * (hi - lo)):
-            i_m = lo + e % (hi - lo)
-            if tl.load(q_pos_min + i_m) < nearest:
-                b_dk, b_dv = _dkv_tile(
-                    b_dk, b_dv, b_k, b_v, i_m, i_head * GROUP + e // (hi - lo), q, dout, lse2, delta, position, o_n, b_end,
-                    b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
-                    HAS_CAP, True, False,
-                )
-    else:
-        # counters, for a division in the loop would cost registers
-        i_m = a
-        i_q = i_head * GROUP
-        for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
-            b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides, dout_strides,
-                num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, True,
-            )
-            i_m += 1
-            i_q = tl.where(i_m == b, i_q + 1, i_q)
-            i_m = tl.where(i_m == b, a, i_m)
-        # the two partial ranges [lo, a) and [b, hi) share a loop: a third copy of the body costs more registers than a compare
-        first = tl.where(lo == a, b, lo)
-        i_m = first
-        i_q = i_head * GROUP
-        for _ in tl.range(0, GROUP * (a - lo + hi - b), num_stages=STAGES):
-            b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides, dout_strides,
-                num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False,
-            )
-            i_m += 1
-            i_m = tl.where(i_m == a, b, i_m)
-            i_q = tl.where(i_m == hi, i_q + 1, i_q)
-            i_m = tl.where(i_m == hi, first, i_m)
-    # fmt: on
-    p_dk = dk + start_n * dk_strides[0] + i_head * dk_strides[1]
-    p_dv = dv + start_n * dv_strides[0] + i_head * dv_strides[1]
-    store_rows(p_dk, b_dk * scale, o_row, dk_strides[0], num_rows, D, BD)
-    store_rows(p_dv, b_dv, o_row, dv_strides[0], num_rows, DV, BDV)
 
 
 def delta_launch(dout: Tensor, out: Tensor, lse: Tensor, delta: Tensor, lse2: Tensor) -> Launch:
@@ -414,69 +232,13 @@ def delta_launch(dout: Tensor, out: Tensor, lse: Tensor, delta: Tensor, lse2: Te
     return Launch(tree_attention_bwd_delta_kernel, grid, args, _DELTA_TILE)
 
 
-def _common_args(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    delta: Tensor,
-    lse2: Tensor,
-    subtree_end: Tensor,
-    position: Tensor,
-    tile: TileConfig,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> dict:
-    qk_scale, cap = score_scales(scale, softcap)
-    return dict(
-        q=q,
-        k=k,
-        v=v,
-        dout=dout,
-        delta=delta,
-        lse2=lse2,
-        subtree_end=subtree_end,
-        position=position,
-        q_strides=strides(q),
-        k_strides=strides(k),
-        v_strides=strides(v),
-        dout_strides=strides(dout),
-        num_tokens=q.shape[0],
-        num_padded=delta.shape[1],
-        scale=scale,
-        qk_scale=qk_scale,
-        cap=cap,
-        window=window,
-        GROUP=q.shape[1] // k.shape[1],
-        D=q.shape[2],
-        DV=v.shape[2],
-        BD=padded(q.shape[2]),
-        BDV=padded(v.shape[2]),
-        BM=tile.block_m,
-        BN=tile.block_n,
-        HAS_CAP=softcap > 0,
-        HAS_WINDOW=window > 0,
-        STAGES=tile.num_stages,
-    )
-
-
 def dq_launch(dq: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> Launch:
-    """The dQ launch; ``lists`` as in the forward, ``shared`` are the arguments of :func:`_common_args`."""
-    args = _common_args(tile=tile, **shared)
+    """The dQ launch; ``lists`` as in the forward, ``shared`` are the arguments of :func:`backward_args`."""
+    args = backward_args(tile=tile, **shared)
     args.update(zip(("q_offsets", "q_indices", "q_full", "q_order"), lists, strict=True))
     num_tokens, num_heads, _ = dq.shape
     args.update(dq=dq, dq_strides=strides(dq), num_heads=num_heads)
     return Launch(tree_attention_bwd_dq_kernel, (cdiv(num_tokens, tile.block_m) * num_heads,), args, tile)
-
-
-def dkv_launch(dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> Launch:
-    """The dK/dV launch; ``lists`` are kv_max, kv_min, kv_order, q_pos_min, kv_pos_max of the tile sizes in ``tile``."""
-    args = _common_args(tile=tile, **shared)
-    args.update(zip(("kv_max", "kv_min", "kv_order", "q_pos_min", "kv_pos_max"), lists, strict=True))
-    num_tokens, num_kv_heads, _ = dk.shape
-    args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
-    return Launch(tree_attention_bwd_dkv_kernel, (cdiv(num_tokens, tile.block_n) * num_kv_heads,), args, tile)
 
 
 def backward(

@@ -1,11 +1,11 @@
-"""What the Triton kernels share: tile configurations, the launch record, and the device helpers of forward and backward.
+"""What the Triton kernels share: tile configurations, the launch record, device helpers of forward and backward.
 
-Shape legend: T tokens, Hq/Hkv query and key/value heads, D query/key head dim, Dv value head dim, BM/BN rows of a query/key tile,
-BD/BDV the head dims rounded up to powers of two.
+Shape legend: T tokens, Hq/Hkv query and key/value heads, D query/key head dim, Dv value head dim, BM/BN rows of a
+query/key tile, BD/BDV the head dims rounded up to powers of two.
 
-Names in kernels: i_ program index, o_ offsets, m_ mask, p_ pointers, b_ block values, UPPER compile-time constants; a tensor's
-strides travel as one tuple (token, head), the last dim always has stride 1. Scores live in base 2: log2(e) is folded into
-the scale, so that every exponential is one ex2 instruction.
+Names in kernels: i_ index, o_ offsets, m_ mask, p_ pointers, b_ block values, UPPER compile-time constants; a tensor's
+strides travel as one tuple (token, head), the last dim always has stride 1. Scores live in base 2: log2(e) is folded
+into the scale, so that every exponential is one ex2 instruction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LN2 = math.log(2.0)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Triton's interpreter multiplies bf16 as raw integers and truncates instead of rounding; dot() and narrow() step around both
+# Triton 3.6's interpreter multiplies bf16 as raw integers and truncates to it; dot() and narrow() step around both
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -112,7 +112,7 @@ def padded(head_dim: int) -> int:
 
 
 def rows(x: Tensor) -> Tensor:
-    """``x`` itself where the kernels can address it (last dim contiguous, offsets in a tile fit int32), else a contiguous copy."""
+    """``x`` itself if the kernels can address it (last dim contiguous, offsets in a tile fit int32), else a copy."""
     return x if x.stride(-1) == 1 and x.stride(0) < 2**22 else x.contiguous()
 
 
@@ -124,6 +124,54 @@ def strides(x: Tensor) -> tuple[int, int]:
 def score_scales(scale: float, softcap: float) -> tuple[float, float]:
     """(factor on q.k, base-2 cap) for :func:`capped`; without softcap the factor alone takes q.k to base 2."""
     return (scale / softcap, softcap * LOG2E) if softcap else (scale * LOG2E, 0.0)
+
+
+def backward_args(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor,
+    lse2: Tensor,
+    subtree_end: Tensor,
+    position: Tensor,
+    tile: TileConfig,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> dict[str, Any]:
+    """The kernel arguments that the dQ and dK/dV passes share."""
+    qk_scale, cap = score_scales(scale, softcap)
+    return dict(
+        q=q,
+        k=k,
+        v=v,
+        dout=dout,
+        delta=delta,
+        lse2=lse2,
+        subtree_end=subtree_end,
+        position=position,
+        q_strides=strides(q),
+        k_strides=strides(k),
+        v_strides=strides(v),
+        dout_strides=strides(dout),
+        num_tokens=q.shape[0],
+        num_padded=delta.shape[1],
+        scale=scale,
+        qk_scale=qk_scale,
+        cap=cap,
+        window=window,
+        GROUP=q.shape[1] // k.shape[1],
+        D=q.shape[2],
+        DV=v.shape[2],
+        BD=padded(q.shape[2]),
+        BDV=padded(v.shape[2]),
+        BM=tile.block_m,
+        BN=tile.block_n,
+        HAS_CAP=softcap > 0,
+        HAS_WINDOW=window > 0,
+        STAGES=tile.num_stages,
+    )
 
 
 def cdiv(a: int, b: int) -> int:
@@ -199,7 +247,7 @@ def cap_grad(b_s, cap):
 
 @triton.jit
 def _tanh(b_x):
-    """tanh through one ex2; a series near 0, where the quotient would cancel (libdevice is not there in the interpreter)."""
+    """tanh through one ex2; a series near 0, where the quotient would cancel (the interpreter has no libdevice)."""
     b_2 = b_x * b_x
     b_series = b_x * (1.0 + b_2 * (-1.0 / 3 + b_2 * (2.0 / 15 + b_2 * (-17.0 / 315 + b_2 * (62.0 / 2835)))))
     b_exact = 1.0 - 2.0 / (1.0 + tl.exp2(b_x * 2.8853900817779268))

@@ -158,12 +158,12 @@ def tree_attention_fwd_kernel(
     hi = tl.load(q_offsets + i_m + 1)
     # fmt: off
     b_acc, b_l, b_m = _fwd_tiles(
-        b_q, b_acc, b_l, b_m, p_k, p_v, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q, k_strides[0], v_strides[0],
-        num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True, STAGES,
+        b_q, b_acc, b_l, b_m, p_k, p_v, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q, k_strides[0],
+        v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True, STAGES,
     )
     b_acc, b_l, b_m = _fwd_tiles(
-        b_q, b_acc, b_l, b_m, p_k, p_v, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q, k_strides[0], v_strides[0],
-        num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False, STAGES,
+        b_q, b_acc, b_l, b_m, p_k, p_v, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q, k_strides[0],
+        v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False, STAGES,
     )
     # fmt: on
     if sinks is not None:

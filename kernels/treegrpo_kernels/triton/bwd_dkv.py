@@ -1,0 +1,223 @@
+"""Triton dK/dV: one program per (key tile, key/value head) sums over the query heads of its group and all descendants.
+
+The query rows that see a key tile are one contiguous range, so the loops count through it without a list. Shapes, names
+and mathematics: common.py and bwd.py; scores are held transposed, [BN, BM].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    Launch,
+    TileConfig,
+    backward_args,
+    cap_grad,
+    capped,
+    cdiv,
+    dot,
+    load_rows,
+    narrow,
+    store_rows,
+    strides,
+    visible,
+)
+
+
+@triton.jit
+def dkv_bounds(n0, kv_max, kv_min, num_tokens, BM: tl.constexpr, BN: tl.constexpr):
+    """Query tiles that see the key tile at ``n0``: [lo, a) across the diagonal, [a, b) full, [b, hi) across ends.
+
+    A ragged last query tile is left to the last class, so that the full class needs no row masks.
+    """
+    n1 = tl.minimum(n0 + BN, num_tokens)
+    lo = n0 // BM
+    hi = (kv_max + BM - 1) // BM
+    a = tl.minimum((n1 - 1 + BM - 1) // BM, hi)
+    b = tl.maximum(a, tl.minimum(kv_min // BM, hi))
+    return lo, a, b, hi
+
+
+@triton.jit
+def _dkv_tile(
+    b_dk,
+    b_dv,
+    b_k,
+    b_v,
+    i_m,
+    i_head,
+    q,
+    dout,
+    lse2,
+    delta,
+    position,
+    o_n,
+    b_end,
+    b_pos_k,
+    q_strides,
+    dout_strides,
+    num_tokens,
+    num_padded,
+    qk_scale,
+    cap,
+    window,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """One query tile's part of dK and dV; transposed scores are operands of the next product as they lie."""
+    o_row = tl.arange(0, BM)
+    m0 = i_m * BM
+    start_m = m0.to(tl.int64)
+    num_rows = num_tokens - m0
+    p_q = q + i_head * q_strides[1] + start_m * q_strides[0]
+    p_dout = dout + i_head * dout_strides[1] + start_m * dout_strides[0]
+    p_row = i_head * num_padded + start_m
+    b_q = load_rows(p_q, o_row, q_strides[0], num_rows, D, BD, not FULL)
+    b_lse = tl.load(lse2 + p_row + o_row)
+    b_s = capped(dot(b_k, tl.trans(b_q), tl.zeros((BN, BM), tl.float32)), qk_scale, cap, HAS_CAP)
+    b_p = tl.exp2(b_s - b_lse[None, :])
+    if not FULL:
+        o_m = m0 + o_row
+        b_pos_q = o_m
+        if HAS_WINDOW:
+            b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
+        m_seen = visible(
+            o_m[None, :], o_n[:, None], b_end[:, None], b_pos_q[None, :], b_pos_k[:, None], window, HAS_WINDOW
+        )
+        b_p = tl.where(m_seen, b_p, 0.0)
+    b_dout = load_rows(p_dout, o_row, dout_strides[0], num_rows, DV, BDV, not FULL)
+    b_dv = dot(narrow(b_p, b_dout.dtype), b_dout, b_dv)
+    if HAS_CAP:
+        b_p = b_p * cap_grad(b_s, cap)
+    b_delta = tl.load(delta + p_row + o_row)
+    b_dp = dot(b_v, tl.trans(b_dout), tl.zeros((BN, BM), tl.float32))
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_dk = dot(narrow(b_ds, b_q.dtype), b_q, b_dk)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_kv_heads", "window"])
+def tree_attention_bwd_dkv_kernel(
+    q,
+    k,
+    v,
+    dout,
+    delta,
+    lse2,
+    dk,
+    dv,
+    subtree_end,
+    position,
+    kv_max,
+    kv_min,
+    kv_order,
+    q_pos_min,
+    kv_pos_max,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
+    dk_strides,
+    dv_strides,
+    num_tokens,
+    num_kv_heads,
+    num_padded,
+    scale,
+    qk_scale,
+    cap,
+    window,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BD: tl.constexpr,
+    BDV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Loops over the query heads of the group and the query tiles below one key tile. Longest range first, heads fastest."""
+    i_program = tl.program_id(0)
+    i_kv = i_program % num_kv_heads
+    i_n = tl.load(kv_order + i_program // num_kv_heads)
+    n0 = i_n * BN
+    start_n = i_n.to(tl.int64) * BN
+    o_row = tl.arange(0, BN)
+    o_n = n0 + o_row
+    num_rows = num_tokens - n0
+
+    i_head = i_kv.to(tl.int64)
+    b_k = load_rows(k + start_n * k_strides[0] + i_head * k_strides[1], o_row, k_strides[0], num_rows, D, BD, True)
+    b_v = load_rows(v + start_n * v_strides[0] + i_head * v_strides[1], o_row, v_strides[0], num_rows, DV, BDV, True)
+    b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
+    b_pos_k = b_end
+    if HAS_WINDOW:
+        b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
+    lo, a, b, hi = dkv_bounds(n0, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
+
+    b_dk = tl.zeros((BN, BD), tl.float32)
+    b_dv = tl.zeros((BN, BDV), tl.float32)
+    # one flat loop per class over (query head, query tile): the pipeline never drains between the heads of the group;
+    # counters, for a division in the loop would cost registers
+    i_q = i_head * GROUP
+    # fmt: off
+    if HAS_WINDOW:
+        # the window cuts by position, which is not monotone over branches: pass over the tiles wholly outside
+        nearest = tl.load(kv_pos_max + i_n) + window
+        i_m = lo
+        for _ in tl.range(0, GROUP * (hi - lo)):
+            if tl.load(q_pos_min + i_m) < nearest:
+                b_dk, b_dv = _dkv_tile(
+                    b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
+                    dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, True, False,
+                )
+            i_m += 1
+            i_q = tl.where(i_m == hi, i_q + 1, i_q)
+            i_m = tl.where(i_m == hi, lo, i_m)
+    else:
+        i_m = a
+        for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
+            b_dk, b_dv = _dkv_tile(
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
+                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, True,
+            )
+            i_m += 1
+            i_q = tl.where(i_m == b, i_q + 1, i_q)
+            i_m = tl.where(i_m == b, a, i_m)
+        # the partial ranges [lo, a) and [b, hi) share a loop: a third copy of the body costs more than one compare
+        first = tl.where(lo == a, b, lo)
+        i_m = first
+        i_q = i_head * GROUP
+        for _ in tl.range(0, GROUP * (a - lo + hi - b), num_stages=STAGES):
+            b_dk, b_dv = _dkv_tile(
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
+                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False,
+            )
+            i_m += 1
+            i_m = tl.where(i_m == a, b, i_m)
+            i_q = tl.where(i_m == hi, i_q + 1, i_q)
+            i_m = tl.where(i_m == hi, first, i_m)
+    # fmt: on
+    p_dk = dk + start_n * dk_strides[0] + i_head * dk_strides[1]
+    p_dv = dv + start_n * dv_strides[0] + i_head * dv_strides[1]
+    store_rows(p_dk, b_dk * scale, o_row, dk_strides[0], num_rows, D, BD)
+    store_rows(p_dv, b_dv, o_row, dv_strides[0], num_rows, DV, BDV)
+
+
+def dkv_launch(dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> Launch:
+    """The dK/dV launch; ``lists`` are kv_max, kv_min, kv_order, q_pos_min, kv_pos_max of the tile sizes in ``tile``."""
+    args = backward_args(tile=tile, **shared)
+    args.update(zip(("kv_max", "kv_min", "kv_order", "q_pos_min", "kv_pos_max"), lists, strict=True))
+    num_tokens, num_kv_heads, _ = dk.shape
+    args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
+    return Launch(tree_attention_bwd_dkv_kernel, (cdiv(num_tokens, tile.block_n) * num_kv_heads,), args, tile)
