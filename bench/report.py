@@ -246,7 +246,7 @@ def write(result: Path, out: Path) -> str:
 def main() -> None:
     import tyro
 
-    def report(result: tyro.conf.Positional[Path], out: Path) -> None:
+    def report(result: Path, /, out: Path) -> None:
         """Turn a result of `pytest bench/ --benchmark-json=result.json` into a page and pictures.
 
         Args:

@@ -192,7 +192,8 @@ def test_growth(num_trees, passes, meter, device, quick):
         pytest.skip("quick runs stop at two trees")
     backward = passes == "forward_backward"
     grown = tuple(build_forest(workloads.growing_forest(num_trees, quick)))
-    forest = workloads.lay_out(f"growth_{num_trees}", grown)
+    forest = workloads.lay_out(f"growth_{num_trees}", grown, share_across_groups=False)
+    assert forest.num_tokens == num_trees * grown[0].num_tokens and forest.num_pairs == num_trees * grown[0].num_pairs
     contender = usable_tree_backend(forest, device, quick)
     meter.benchmark.group = f"growth {passes}"
     attend, inputs = contender.prepare(forest, device), tree_inputs(forest, device)

@@ -200,8 +200,8 @@ def forest(name: str, quick: bool = False) -> Forest:
     return lay_out(name, trees(name, quick))
 
 
-def lay_out(name: str, grown: tuple[RolloutTree, ...]) -> Forest:
-    (batch,) = pack(grown)
+def lay_out(name: str, grown: tuple[RolloutTree, ...], *, share_across_groups: bool = True) -> Forest:
+    (batch,) = pack(grown, share_across_groups=share_across_groups)
     return Forest(
         name=name,
         subtree_end=batch.subtree_end,

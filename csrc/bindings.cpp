@@ -1,4 +1,5 @@
-// The only file that knows torch: schema, checks, and the step from tensors to params. LibTorch stable ABI (torch >= 2.10).
+// Where torch ends, with bindings.h and cuda/bindings_cuda.cpp: schema, checks, and the step from tensors to params. LibTorch
+// stable ABI (torch >= 2.10).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "bindings.h"
 #include "check.h"
 #include "cpu/attention.h"
 #include "params.h"
@@ -29,21 +31,6 @@ Type type_of(const Tensor& q) {
     case ScalarType::BFloat16: return Type::kBFloat16;
     default: TREEGRPO_CHECK(false, "the cpu kernel takes float32, float64 and bfloat16");
   }
-}
-
-Shape check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& subtree_end, const Tensor& position) {
-  TREEGRPO_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v must be [T, heads, head_dim]");
-  const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), v.size(2)};
-  TREEGRPO_CHECK(k.size(0) == shape.num_tokens && v.size(0) == shape.num_tokens, "k and v must have q's T");
-  TREEGRPO_CHECK(v.size(1) == shape.num_kv_heads && shape.num_kv_heads > 0 && shape.num_heads % shape.num_kv_heads == 0,
-                 "k and v must have the same number of heads, a divisor of q's");
-  TREEGRPO_CHECK(k.size(2) == shape.head_dim, "k must have q's head_dim");
-  TREEGRPO_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k, v need one dtype");
-  for (const Tensor* x : {&subtree_end, &position}) {
-    TREEGRPO_CHECK(x->dim() == 1 && x->size(0) == shape.num_tokens && x->scalar_type() == ScalarType::Int,
-                   "subtree_end and position must be int32 [T]");
-  }
-  return shape;
 }
 
 // torch's own thread pool; an exception of a worker is thrown here, not inside the pool.
@@ -74,7 +61,7 @@ std::tuple<Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, std::optional<
                                         type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   std::optional<Tensor> sinks_float;
   if (sinks) {
-    TREEGRPO_CHECK(sinks->dim() == 1 && sinks->size(0) == shape.num_heads, "sinks must be [Hq]");
+    check_sinks(shape, *sinks);
     sinks_float = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Double));
   }
   cpu::forward({type,
@@ -97,14 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_bwd(Tensor dout, Tensor q, Tensor k, Ten
                                             double softcap) {
   const Type type = type_of(q);
   const Shape shape = check_inputs(q, k, v, subtree_end, position);
-  for (const Tensor* x : {&dout, &out}) {
-    TREEGRPO_CHECK(x->dim() == 3 && x->size(0) == shape.num_tokens && x->size(1) == shape.num_heads &&
-                       x->size(2) == shape.value_dim && x->scalar_type() == q.scalar_type(),
-                   "dout and out must be [T, Hq, Dv] in q's dtype");
-  }
-  TREEGRPO_CHECK(lse.dim() == 2 && lse.size(0) == shape.num_tokens && lse.size(1) == shape.num_heads &&
-                     lse.scalar_type() == (type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float),
-                 "lse must be [T, Hq], float32 (float64 for float64 inputs)");
+  check_saved(shape, q, dout, out, lse, type == Type::kFloat64 ? ScalarType::Double : ScalarType::Float);
   q = torch::stable::contiguous(q), k = torch::stable::contiguous(k), v = torch::stable::contiguous(v);
   dout = torch::stable::contiguous(dout), out = torch::stable::contiguous(out), lse = torch::stable::contiguous(lse);
   subtree_end = torch::stable::contiguous(subtree_end), position = torch::stable::contiguous(position);

@@ -143,7 +143,7 @@ def test_says_what_it_cannot_do():
     ("heads", "dims", "window"), [((8, 8), (64, 64), 0), ((8, 2), (128, 128), 0), ((4, 2), (40, 64), 9)]
 )
 def test_kernel_equals_the_oracle(heads, dims, window):
-    """bf16 through the installed kernel: within twice the error of the same gather in plain bf16 torch; same bits twice."""
+    """bf16 through the installed kernel: within twice the error of the same gather in plain bf16 torch; same bits."""
     subtree_end = torch.from_numpy(cases.random_subtree_end(700, 5, branch=0.02)).cuda()
     plan = TreePlan.build(subtree_end)
     gen = torch.Generator("cuda").manual_seed(0)

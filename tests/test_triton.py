@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from treegrpo_kernels.triton.bwd_dkv import dkv_bounds
+from treegrpo_kernels.triton.backward_dkv import dkv_bounds
 from treegrpo_kernels.triton.common import Config, TileConfig, config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,8 +63,8 @@ def kernels(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, soft
     if mutate:
         end, lists = mutate(end, lists)
     rest = plan.position, lists, scale, window, softcap, True
-    out, lse = backend.forward(q, k, v, sinks, end, *rest)
-    return out, lse, *backend.backward(dout, q, k, v, out, lse, end, *rest)
+    out, lse = backend.attn_fwd(q, k, v, sinks, end, *rest)
+    return out, lse, *backend.attn_bwd(dout, q, k, v, out, lse, end, *rest)
 
 
 def oracle(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, softcap=0.0):

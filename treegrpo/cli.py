@@ -180,7 +180,7 @@ def convert(
     Args:
         file: A .json list or .jsonl of objects with messages (or traj), group (or task_id) and reward; .gz allowed.
         out: Where to write: .jsonl or .jsonl.gz.
-        tokenizer: A local folder with a tokenizer and its chat template.
+        tokenizer: A folder with a tokenizer and its chat template, or a name on the Hugging Face Hub.
         chat_template: A jinja file to use instead of the tokenizer's.
         parse_arguments: Give the template tool-call arguments as objects (templates that apply tojson to them need it).
     """
@@ -190,9 +190,10 @@ def convert(
     from treegrpo.convert import convert_records, read_records
 
     records = read_records(_existing(file))
-    if not Path(tokenizer).is_dir():
-        raise ValueError(f"tokenizer={tokenizer!r}: no such folder; tokenizers are read from disk only")
-    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=False)
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {tokenizer!r} cannot be loaded: {error}") from error
     if chat_template is not None:
         loaded.chat_template = _existing(chat_template).read_text(encoding="utf-8")
     if not loaded.chat_template:

@@ -166,7 +166,7 @@ def _convert_record(index: int, record: dict[str, Any], tokenizer, parse_argumen
         group=group,
         # Trials are sampled independently: each is its own tree of the group.
         tree=int(record.get("tree", record.get("trial", 0))),
-        steps=[i for i in range(1, len(loss_mask)) if loss_mask[i] and not loss_mask[i - 1]],
+        steps=[i for i in range(1, len(loss_mask)) if loss_mask[i] and not loss_mask[i - 1]] or None,
         info={"trial": record["trial"]} if "trial" in record else None,
     )
 

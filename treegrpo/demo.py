@@ -98,7 +98,7 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
             )
             num_groups = len({t.group for t in chosen})
             console.print(
-                f"[bold]Training on samples={kind}[/bold]: {steps} steps, two for each group, on the {num_groups} smallest"
+                f"[bold]Training on samples={kind}[/bold]: {steps} steps, two a group, on the {num_groups} smallest"
                 " groups whose rewards differ"
             )
             runs = {attention: _train(replace(config, attention=attention), chosen) for attention in ("tree", "chain")}

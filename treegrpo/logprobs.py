@@ -27,8 +27,9 @@ import treegrpo_kernels as tk
 if TYPE_CHECKING:
     from treegrpo.packing import TreeBatch
 
-# logits of one chunk in float32: 2**25 elements are 128 MiB
+# logits of one chunk in float32: 2**25 elements are 128 MiB; fewer rows would be bound by reading the weight
 CHUNK_ELEMENTS = 2**25
+CHUNK_MIN_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def token_logprobs(
         batch: from ``treegrpo.pack``, on the model's device.
         temperature: the logits are divided by it, as in sampling.
         entropy: also return the entropy (natural log) of the distribution each trained token was drawn from.
-        chunk_rows: rows of logits alive at once; default: 128 MiB worth.
+        chunk_rows: rows of logits alive at once; default: 128 MiB worth, at least 256.
         backend: ``backend`` of ``treegrpo_kernels.tree_attention``.
 
     Returns:
@@ -182,7 +183,7 @@ def row_logprobs(
     if keeps:
         inputs["logits_to_keep"] = unique_rows
     if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+        chunk_rows = max(CHUNK_MIN_ROWS, CHUNK_ELEMENTS // head.weight.shape[0])
     transform = logit_transform(config)
     results: list[Tensor | None] = []
 
@@ -269,7 +270,7 @@ def output_head(model: nn.Module) -> nn.Linear:
 
 
 class ChunkedHead(torch.autograd.Function):
-    """(logp [P], entropy [R] or None) under softmax(transform(hidden @ weight.T + bias) / temperature), by chunks of rows.
+    """(logp [P], entropy [R] or None) under softmax(transform(hidden @ weight.T + bias) / temperature), chunk by chunk.
 
     ``row_of`` [P] says which row scores which of ``labels`` [P]. Forward keeps only the log-sum-exp; backward computes
     each chunk's logits again and writes its part of every gradient, dW summed in float32. No atomics: the same inputs
@@ -303,13 +304,14 @@ class ChunkedHead(torch.autograd.Function):
             head = _Head(weight, bias, compute)
             for chunk, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
                 z = _transformed(head.logits(hidden[start:stop]), transform)[0]
-                z = z.div_(temperature) if temperature != 1.0 else z
+                z.div_(temperature)
                 pairs = slice(cuts[chunk], cuts[chunk + 1])
                 lse[start:stop] = chunk_lse = torch.logsumexp(z, -1)
                 row = pair_row[pairs]
                 picked[pairs] = z[row - start, pair_label[pairs]] - chunk_lse[row - start]
                 if entropy is not None:
-                    entropy[start:stop] = chunk_lse - _expectation(z, chunk_lse)
+                    p = torch.exp(z - chunk_lse[:, None])
+                    entropy[start:stop] = chunk_lse - torch.linalg.vecdot(p, z)
         ctx.save_for_backward(hidden, weight, bias, order, pair_row, pair_label, lse, entropy)
         ctx.options = (transform, temperature, compute, starts, cuts)
         ctx.set_materialize_grads(False)
@@ -330,17 +332,17 @@ class ChunkedHead(torch.autograd.Function):
             for chunk, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
                 x = hidden[start:stop]
                 z, slope = _transformed(head.logits(x), transform)
-                z = z / temperature
+                log_p = z.div_(temperature).sub_(lse[start:stop, None])
                 pairs = slice(cuts[chunk], cuts[chunk + 1])
                 row, label = pair_row[pairs] - start, pair_label[pairs]
                 # accumulating index_put is deterministic where index_add is not
                 row_sum = z.new_zeros(stop - start).index_put_((row,), dpair[pairs], accumulate=True)
-                dz = -row_sum[:, None]
-                log_p = z - lse[start:stop, None]
-                if dentropy is not None:
-                    dz = dz - dentropy[start:stop, None] * (log_p + entropy[start:stop, None])
-                dz = (log_p.exp() * dz).index_put_((row, label), dpair[pairs], accumulate=True)
-                dz = dz * (slope / temperature)
+                if dentropy is None:
+                    dz = log_p.exp_().mul_(-row_sum[:, None])
+                else:
+                    slant = dentropy[start:stop, None] * (log_p + entropy[start:stop, None])
+                    dz = log_p.exp() * (-row_sum[:, None] - slant)
+                dz.index_put_((row, label), dpair[pairs], accumulate=True).mul_(slope / temperature)
                 if dbias is not None:
                     dbias += dz.sum(0)
                 if dhidden is not None:
@@ -399,9 +401,3 @@ def _transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor |
         t = torch.tanh(z / transform.softcap)
         z, slope = transform.softcap * t, (1.0 - t * t) * slope
     return z, slope
-
-
-def _expectation(z: Tensor, lse: Tensor) -> Tensor:
-    """sum_v p_v z_v of each row; a logit of -inf has weight 0."""
-    p = (z - lse[:, None]).exp()
-    return torch.where(p > 0, p * z, 0.0).sum(-1)

@@ -245,7 +245,7 @@ def _torch_varlen(
 
 
 class _FixedOrder(torch.autograd.Function):
-    """``call(q, k, v) -> (out, lse)`` with its backward run under torch's deterministic switch: torch's varlen attention
+    """``call(q, k, v) -> (out, lse)`` with its backward run under torch's deterministic switch: its varlen attention
     offers no other way to ask for a fixed order of addition."""
 
     @staticmethod

@@ -59,7 +59,7 @@ def _forward(
         case "triton":
             from . import triton
 
-            return triton.forward(q, k, v, sinks, subtree_end, position, tiles, scale, window, softcap, deterministic)
+            return triton.attn_fwd(q, k, v, sinks, subtree_end, position, tiles, scale, window, softcap, deterministic)
     raise ValueError(f"backend {backend!r} has no tree_attention kernel")
 
 
@@ -93,7 +93,7 @@ def _backward(
         case "triton":
             from . import triton
 
-            return triton.backward(
+            return triton.attn_bwd(
                 dout, q, k, v, out, lse, subtree_end, position, tiles, scale, window, softcap, deterministic
             )
     raise ValueError(f"backend {backend!r} has no tree_attention kernel")

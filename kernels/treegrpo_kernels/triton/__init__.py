@@ -54,7 +54,7 @@ def refusal(
 
 
 def tile_tensors(plan: TreePlan, q: Tensor, v: Tensor, window: int, config: Config | None = None) -> list[Tensor]:
-    """The tile lists of the three kernels as one flat list, for :func:`forward` and :func:`backward`.
+    """The tile lists of the three kernels as one flat list, for :func:`attn_fwd` and :func:`attn_bwd`.
 
     Each part opens with an empty tensor whose shape is the tile configuration (0, block_m, block_n, num_warps,
     num_stages): it travels with the lists made for it, so that backward cannot pair them with other tiles. ``config``
@@ -74,7 +74,7 @@ def tile_tensors(plan: TreePlan, q: Tensor, v: Tensor, window: int, config: Conf
     return tensors
 
 
-def forward(
+def attn_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,13 +91,13 @@ def forward(
 
     lse is a natural logarithm. ``deterministic`` changes nothing: the kernels add in a fixed order either way.
     """
-    from .fwd import forward as run
+    from .forward import forward as run
 
     tile, *lists = tiles[_FWD]
     return run(q, k, v, sinks, subtree_end, position, _tile_of(tile), lists, scale, window, softcap)
 
 
-def backward(
+def attn_bwd(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -112,8 +112,8 @@ def backward(
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq, dk, dv for dout [T,Hq,Dv]; ``deterministic`` changes nothing, as in :func:`forward`."""
-    from .bwd import backward as run
+    """Gradients dq, dk, dv for dout [T,Hq,Dv]; ``deterministic`` changes nothing, as in :func:`attn_fwd`."""
+    from .backward import backward as run
 
     dq_tile, *dq_lists = tiles[_DQ]
     dkv_tile, *dkv_lists = tiles[_DKV]

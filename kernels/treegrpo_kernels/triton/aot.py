@@ -1,8 +1,9 @@
 """Ahead-of-time compilation of every Triton kernel, without a GPU: ``python -m treegrpo_kernels.triton.aot``.
 
 Prints registers, spills and shared memory of each kernel and fails on a register spill, on shared memory over the
-architecture's limit, or on an sm_90 kernel without wgmma. The kernels are compiled from the launch records of fwd.py,
-bwd.py and bwd_dkv.py, specialised by Triton's own argument binder: what is checked here is what a launch would compile.
+architecture's limit, or on an sm_90 kernel without wgmma. The kernels are compiled from the launch records of
+forward.py, backward.py and backward_dkv.py, specialised by Triton's own argument binder: what is checked here is what a
+launch would compile.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from triton.runtime.jit import create_function_from_signature
 
 from ..plan import TreePlan
 from . import _DKV, _DQ, _FWD, tile_tensors
-from .bwd import delta_launch, dq_launch
-from .bwd_dkv import dkv_launch
+from .backward import delta_launch, dq_launch
+from .backward_dkv import dkv_launch
 from .common import Config, Launch, config
-from .fwd import fwd_launch
+from .forward import fwd_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # opt-in shared memory per block in bytes: CUDA C++ Programming Guide, technical specifications per compute capability
@@ -169,10 +170,8 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
 
 
 def _line(*cells: object) -> str:
-    widths = (7, -5, -5, -6, -9, -5, -8, -9, -6, -6, 0)
-    return "".join(f"{c!s:>{-w}}" if w < 0 else f"{c!s:{w}}" for c, w in zip(cells, widths[:-1], strict=False)) + (
-        f"  {cells[-1]}" if cells[-1] else ""
-    )
+    widths = (5, 5, 5, 6, 9, 5, 8, 9, 6, 6, 0)
+    return " ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:

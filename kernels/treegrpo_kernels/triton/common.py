@@ -20,9 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
-MAX_HEAD_DIM = 256
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Triton 3.6's interpreter multiplies bf16 as raw integers and truncates to it; dot() and narrow() step around both
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -76,7 +73,7 @@ def config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Conf
     return _sm90(width) if 90 <= arch < 120 else _sm80(width)
 
 
-# chosen by aot.py's table: the largest tiles that leave no register spill with any feature on; not yet timed on a GPU
+# from aot.py's table: large tiles that leave no register spill with any feature on (D <= 128); not yet timed on a GPU
 def _sm90(width: int) -> Config:
     if width <= 64:
         # dkv: 64 query rows keep both operands of every wgmma fed from shared memory
@@ -85,7 +82,7 @@ def _sm90(width: int) -> Config:
         # dkv: dk and dv alone take 128 of 255 registers, so 32 query rows at a time (64 spill 440 bytes)
         return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(128, 64, 8, 3), dkv=TileConfig(32, 128, 8, 3))
     # dkv: 64 key rows, the least for wgmma, would spill; 32 run on the older mma
-    return Config(fwd=TileConfig(128, 32, 8, 2), dq=TileConfig(64, 32, 8, 1), dkv=TileConfig(64, 32, 8, 2))
+    return Config(fwd=TileConfig(128, 32, 8, 2), dq=TileConfig(128, 32, 8, 2), dkv=TileConfig(64, 32, 8, 2))
 
 
 def _sm80(width: int) -> Config:

@@ -256,5 +256,6 @@ def forward(
             # the kernel takes row maxima before scaling; the sign moves to q exactly
             q, scale = -q, -scale
         q, k, v = rows(q), rows(k), rows(v)
+        sinks = None if sinks is None else sinks.contiguous()
         fwd_launch(q, k, v, sinks, out, lse, subtree_end, position, tile, lists, scale, window, softcap).run()
     return out, lse

@@ -3,8 +3,8 @@
     p_ij = exp(s_ij - lse_i)     dp_ij = dout_i . v_j     delta_i = dout_i . out_i     ds_ij = p_ij (dp_ij - delta_i)
     dq_i = scale * sum_j ds_ij k_j      dk_j = scale * sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
 
-Here the row sums delta and the dQ pass, which walks the forward's lists; the dK/dV pass is in bwd_dkv.py. Shapes and
-names: common.py; Tp is T rounded up to whole query tiles.
+Here the row sums delta and the dQ pass, which walks the forward's lists; the dK/dV pass is in backward_dkv.py. Shapes
+and names: common.py; Tp is T rounded up to whole query tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bwd_dkv import dkv_launch
+from .backward_dkv import dkv_launch
 from .common import (
     Launch,
     TileConfig,
@@ -211,6 +211,7 @@ def tree_attention_bwd_dq_kernel(
 
 
 def delta_launch(dout: Tensor, out: Tensor, lse: Tensor, delta: Tensor, lse2: Tensor) -> Launch:
+    """The launch that fills ``delta`` and ``lse2``, both [Hq, Tp]."""
     num_tokens, num_heads, value_dim = out.shape
     num_padded = delta.shape[1]
     args = dict(

@@ -146,7 +146,7 @@ def tree_attention_bwd_dkv_kernel(
     HAS_WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Loops over the query heads of the group and the query tiles below one key tile. Longest range first, heads fastest."""
+    """Loops over the group's query heads and the query tiles below a key tile. Longest range first, heads fastest."""
     i_program = tl.program_id(0)
     i_kv = i_program % num_kv_heads
     i_n = tl.load(kv_order + i_program // num_kv_heads)
@@ -179,7 +179,8 @@ def tree_attention_bwd_dkv_kernel(
             if tl.load(q_pos_min + i_m) < nearest:
                 b_dk, b_dv = _dkv_tile(
                     b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
-                    dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, True, False,
+                    dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
+                    True, False,
                 )
             i_m += 1
             i_q = tl.where(i_m == hi, i_q + 1, i_q)
@@ -189,7 +190,8 @@ def tree_attention_bwd_dkv_kernel(
         for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
                 b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
-                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, True,
+                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
+                False, True,
             )
             i_m += 1
             i_q = tl.where(i_m == b, i_q + 1, i_q)
@@ -201,7 +203,8 @@ def tree_attention_bwd_dkv_kernel(
         for _ in tl.range(0, GROUP * (a - lo + hi - b), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
                 b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
-                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, False, False,
+                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
+                False, False,
             )
             i_m += 1
             i_m = tl.where(i_m == a, b, i_m)

@@ -1,0 +1,48 @@
+// What both bindings check before any pointer is taken. Only bindings include this: it knows torch.
+// Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D head dim of queries and keys, Dv head dim of values.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "check.h"
+#include "params.h"
+
+namespace treegrpo {
+
+inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                          const torch::stable::Tensor& subtree_end, const torch::stable::Tensor& position) {
+  TREEGRPO_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v must be [T, heads, head_dim]");
+  const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), v.size(2)};
+  TREEGRPO_CHECK(k.size(0) == shape.num_tokens && v.size(0) == shape.num_tokens, "k and v must have q's T");
+  TREEGRPO_CHECK(v.size(1) == shape.num_kv_heads && shape.num_kv_heads > 0 && shape.num_heads % shape.num_kv_heads == 0,
+                 "k and v must have the same number of heads, a divisor of q's");
+  TREEGRPO_CHECK(k.size(2) == shape.head_dim, "k must have q's head_dim");
+  TREEGRPO_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k, v need one dtype");
+  for (const auto* x : {&subtree_end, &position}) {
+    TREEGRPO_CHECK(x->dim() == 1 && x->size(0) == shape.num_tokens &&
+                       x->scalar_type() == torch::headeronly::ScalarType::Int,
+                   "subtree_end and position must be int32 [T]");
+  }
+  return shape;
+}
+
+inline void check_sinks(const Shape& shape, const torch::stable::Tensor& sinks) {
+  TREEGRPO_CHECK(sinks.dim() == 1 && sinks.size(0) == shape.num_heads, "sinks must be [Hq]");
+}
+
+// `compute` is lse's dtype: float64 for float64 inputs, else float32.
+inline void check_saved(const Shape& shape, const torch::stable::Tensor& q, const torch::stable::Tensor& dout,
+                        const torch::stable::Tensor& out, const torch::stable::Tensor& lse,
+                        torch::headeronly::ScalarType compute) {
+  for (const auto* x : {&dout, &out}) {
+    TREEGRPO_CHECK(x->dim() == 3 && x->size(0) == shape.num_tokens && x->size(1) == shape.num_heads &&
+                       x->size(2) == shape.value_dim && x->scalar_type() == q.scalar_type(),
+                   "dout and out must be [T, Hq, Dv] in q's dtype");
+  }
+  TREEGRPO_CHECK(lse.dim() == 2 && lse.size(0) == shape.num_tokens && lse.size(1) == shape.num_heads &&
+                     lse.scalar_type() == compute,
+                 "lse must be [T, Hq], float32 (float64 for float64 inputs)");
+}
+
+}  // namespace treegrpo

@@ -1,0 +1,9 @@
+// The kernels for float64 inputs.
+#include "kernels.cuh"
+
+namespace treegrpo::cuda {
+
+template void forward_typed<Type::kFloat64>(const ForwardCall& call, void* stream);
+template void backward_typed<Type::kFloat64>(const BackwardCall& call, void* stream);
+
+}  // namespace treegrpo::cuda
