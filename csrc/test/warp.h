@@ -4,8 +4,8 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
-#include <memory>
 #include <vector>
 
 #include "forest.h"
@@ -21,7 +21,7 @@ class Warp {
     body_ = &body;
     for (int lane = 0; lane < kLanes; ++lane) {
       State& state = states_[lane];
-      state.done = false;
+      state.done = false, state.num_sums = 0;
       getcontext(&state.context);
       state.context.uc_stack = {state.stack.data(), 0, state.stack.size()};
       state.context.uc_link = &scheduler_;
@@ -36,30 +36,32 @@ class Warp {
       }
       if (done == kLanes) return;
       EXPECT(done == 0, "%d lanes ended while the others wait for a sum", done);
-      ++sums;
     }
   }
 
   // What __shfl_xor_sync adds up, step by step, so that rounding is the same.
   template <typename S>
   S sum(int lane, S x) {
+    State& state = states_[lane];
+    // a lane may be one sum ahead of another, never two
+    const int slot = state.num_sums++ % 2;
+    state.value[slot] = x;
+    swapcontext(&state.context, &scheduler_);
+    S all[kLanes], next[kLanes];
+    for (int l = 0; l < kLanes; ++l) all[l] = static_cast<S>(states_[l].value[slot]);
     for (int step = kLanes / 2; step > 0; step /= 2) {
-      states_[lane].value = x;
-      swapcontext(&states_[lane].context, &scheduler_);
-      x += static_cast<S>(states_[lane ^ step].value);
-      // nobody may write its next value before all have read this one
-      swapcontext(&states_[lane].context, &scheduler_);
+      for (int l = 0; l < kLanes; ++l) next[l] = all[l] + all[l ^ step];
+      std::copy(next, next + kLanes, all);
     }
-    return x;
+    return all[lane];
   }
-
-  int64_t sums = 0;
 
  private:
   struct State {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(64 * 1024);
-    double value = 0;
+    double value[2] = {};
+    int num_sums = 0;
     bool done = false;
   };
 
