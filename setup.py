@@ -10,7 +10,9 @@ CUDA build of torch. MAX_JOBS caps the parallel compilations; TORCH_CUDA_ARCH_LI
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-CUDA_ARCHS = ("compute_80,code=sm_80", "compute_90a,code=sm_90a")
+# machine code for sm_80 (and 86, 89) and sm_90, and PTX from which a driver compiles for anything newer
+CUDA_ARCHS = ("compute_80,code=[sm_80,compute_80]", "compute_90a,code=sm_90a")
 TARGET = "0x020A000000000000"  # torch 2.10, the oldest ABI with parallel_for
 GIGABYTES_PER_JOB = 2
 
@@ -44,12 +47,36 @@ def missing(kind: str) -> str | None:
     if kind == "cuda":
         if not sources("cuda"):
             return "no CUDA sources"
-        if shutil.which("nvcc") is None and not Path(os.environ.get("CUDA_HOME", "/nowhere"), "bin/nvcc").exists():
-            return "nvcc not found: install the CUDA toolkit (or set CUDA_HOME)"
+        if cuda_home() is None:
+            return "no CUDA toolkit (nvcc and its headers) found: install it, or set CUDA_HOME to it"
+        return other_cuda()
+    return None
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit with nvcc in it; torch's own search gives up when torch is a CPU build."""
+    found = shutil.which("nvcc")
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    homes = [Path(named)] if named else [Path(found).resolve().parent.parent] if found else []
+    whole = ("bin/nvcc", "include/cuda_runtime.h")  # nvcc on the path may be a wrapper that lies elsewhere
+    return next((home for home in [*homes, Path("/usr/local/cuda")] if all((home / x).exists() for x in whole)), None)
+
+
+def other_cuda() -> str | None:
+    """Why torch's BuildExtension would refuse this nvcc, and stop the CPU object with it; None if it would not."""
+    import torch
+
+    text = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+)\.", text.stdout)
+    if release is None:
+        return f"nvcc of {cuda_home()} does not say its version"
+    if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != release[1]:
+        return f"nvcc is of CUDA {release[1]} but torch of CUDA {torch.version.cuda}: set CUDA_HOME to a matching toolkit"
     return None
 
 
 def extension(kind: str) -> Extension:
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import include_paths, library_paths
 
     common = dict(include_dirs=include_paths(), library_dirs=library_paths(), py_limited_api=True)
@@ -70,12 +97,18 @@ def extension(kind: str) -> Extension:
         "-DUSE_CUDA",
         *(f"{d}ULL" if "TARGET" in d else d for d in defines),
         *archs,
-        "-Xptxas=-v",
+        "-Xptxas=-v,-warn-spills",
     ]
+    home = cuda_home()
+    cpp_extension.CUDA_HOME = str(home)
+    common["library_dirs"] += [str(home / "lib64"), str(home / "lib")]
     return Extension(
         "treegrpo_kernels._C_cuda",
         sources("cuda"),
-        libraries=["c10", "torch", "torch_cpu"],
+        # the CUDA runtime inside, so that any torch of any CUDA release can load it; the CUDA symbols of torch are found
+        # through libtorch, a CPU torch has none to link with: it must stay among the needed libraries
+        libraries=["c10", "torch", "torch_cpu", "cudart_static", "rt", "dl", "pthread"],
+        extra_link_args=["-Wl,--no-as-needed"],
         extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": device},
         **common,
     )

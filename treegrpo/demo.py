@@ -33,7 +33,7 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 # How many groups are trained, one at a time: the smallest with mixed rewards, as chains of calls cost minutes.
-NUM_GROUPS = 10
+NUM_GROUPS = 5
 _WHY = {
     "trajectory": "Whole trajectories share little: the trials of a task part in the customer's first words, and"
     " after them every"
