@@ -71,7 +71,9 @@ def other_cuda() -> str | None:
     if release is None:
         return f"nvcc of {cuda_home()} does not say its version"
     if torch.version.cuda is not None and torch.version.cuda.split(".")[0] != release[1]:
-        return f"nvcc is of CUDA {release[1]} but torch of CUDA {torch.version.cuda}: set CUDA_HOME to a matching toolkit"
+        return (
+            f"nvcc is of CUDA {release[1]} but torch of CUDA {torch.version.cuda}: set CUDA_HOME to a matching toolkit"
+        )
     return None
 
 
@@ -105,10 +107,11 @@ def extension(kind: str) -> Extension:
     return Extension(
         "treegrpo_kernels._C_cuda",
         sources("cuda"),
-        # the CUDA runtime inside, so that any torch of any CUDA release can load it; the CUDA symbols of torch are found
-        # through libtorch, a CPU torch has none to link with: it must stay among the needed libraries
-        libraries=["c10", "torch", "torch_cpu", "cudart_static", "rt", "dl", "pthread"],
-        extra_link_args=["-Wl,--no-as-needed"],
+        # the CUDA runtime goes inside: no version of it has to be found when the object is loaded
+        libraries=["c10", "torch_cpu", "cudart_static", "rt", "dl", "pthread"],
+        # through libtorch a torch with CUDA gives its stream; a CPU torch has no such symbol to link with, and the linker
+        # would drop the library
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": device},
         **common,
     )

@@ -87,9 +87,8 @@ def tokenize_conversation(
         header = _render(messages[:count], tokenizer, tools, prompt=True) if is_sampled else rendered
         if not (header.startswith(text) and rendered.startswith(header)):
             raise ValueError(
-                f"messages[{end - 1}] does not begin with the template's generation prompt, so a served model was"
-                " given other text;"
-                " use the template the model is served with"
+                f"messages[{end - 1}] does not begin with the template's generation prompt, so a served model was given"
+                " other text; use the template the model is served with"
             )
         for piece, sampled in ((header[len(text) :], False), (rendered[len(header) :], True)):
             ids = tokenizer.encode(piece, add_special_tokens=False) if piece else []
@@ -120,9 +119,8 @@ def _turn_ends(messages: list[dict], tokenizer, tools: list | None) -> list[tupl
         elif not may_merge:
             raise ValueError(
                 f"the chat template is not prefix-stable: adding messages[{end}] changes the text of messages[:{end}]"
-                " (templates that"
-                " drop earlier reasoning do this); give --chat-template one that only appends, or split the record at"
-                " that message"
+                " (templates that drop earlier reasoning do this); give --chat-template one that only appends, or"
+                " split the record at that message"
             )
     return ends[::-1]
 

@@ -36,12 +36,10 @@ MODEL = {
 NUM_GROUPS = 5
 _WHY = {
     "trajectory": "Whole trajectories share little: the trials of a task part in the customer's first words, and"
-    " after them every"
-    " turn is new, so a tree is a common system prompt with long branches. Late tokens also see most pairs, and none"
-    " of those are shared.",
+    " after them every turn is new, so a tree is a common system prompt with long branches. Late tokens also see most"
+    " pairs, and none of those are shared.",
     "call": "Calls share a lot: each sample is the conversation so far plus one turn, so n calls of one trajectory"
-    " are n prefixes of"
-    " one path. Flattened, turn one is computed n times; on the tree once.",
+    " are n prefixes of one path. Flattened, turn one is computed n times; on the tree once.",
 }
 
 
@@ -68,9 +66,8 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
     console.print(f"[bold]Rollouts[/bold]: {source}")
     console.print(
         f"[bold]Model[/bold]: Qwen3 architecture, {MODEL['num_hidden_layers']} layers, hidden {MODEL['hidden_size']},"
-        " random weights. Its"
-        f" vocabulary is the {len(vocabulary):,} token ids that occur, renumbered: most rows of a full one would"
-        " never be read."
+        f" random weights. Its vocabulary is the {len(vocabulary):,} token ids that occur, renumbered: most rows of a"
+        " full one would never be read."
     )
     kinds = ("trajectory", "call") if samples == "both" else (samples,)
     forests = {kind: build_forest(split_calls(trajectories) if kind == "call" else trajectories) for kind in kinds}

@@ -23,8 +23,7 @@ def tree_lines(tree: RolloutTree, advantages: list[np.ndarray] | None = None):
     share = tree.num_chain_tokens / tree.num_tokens
     root = Tree(
         f"[bold]group {_escape(tree.group)}[/bold]  {tree.num_leaves} leaves, {tree.num_tokens:,} unique of"
-        f" {tree.num_chain_tokens:,} tokens"
-        f" ({share:.2f}x), {tree.num_pairs:,} of {tree.num_chain_pairs:,} pairs"
+        f" {tree.num_chain_tokens:,} tokens ({share:.2f}x), {tree.num_pairs:,} of {tree.num_chain_pairs:,} pairs"
         f" ({tree.num_chain_pairs / tree.num_pairs:.2f}x)",
         guide_style="dim",
     )

@@ -134,8 +134,7 @@ def _page(run_dir: Path, history: list[dict[str, Any]], picture: str) -> str:
         f"{last['step']} steps, {seconds:.1f} s in the {len(history)} logged ones, {number(last['num_tokens'])}"
         " tokens of trajectories.",
         f"Packed rows held {number(last['tree/unique_tokens'])} unique of {number(last['tree/chain_tokens'])} tokens"
-        " in the last step"
-        f" ({last['batch/packing_ratio']:.2f}x).",
+        f" in the last step ({last['batch/packing_ratio']:.2f}x).",
         "",
         f"![curves]({picture})",
         "",

@@ -309,8 +309,7 @@ class Trainer:
             if config.token_budget is not None and tree.num_tokens > config.token_budget:
                 raise ValueError(
                     f"group {tree.group!r}: its tree has {tree.num_tokens} unique tokens, over"
-                    f" token_budget={config.token_budget}; raise the"
-                    " budget, or split or drop the group"
+                    f" token_budget={config.token_budget}; raise the budget, or split or drop the group"
                 )
 
     def _check_processes(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# the CUDA kernel has not run on a GPU yet: it is never chosen by "auto"
+# the CUDA kernel has not run on a GPU yet: it is never chosen by "auto"; True once tests/test_cuda.py passed on one
 CUDA_VERIFIED = False
 
 _CURE = "run `pip install --no-build-isolation -e .` with a C++ compiler (csrc needs no network)"
@@ -62,5 +62,5 @@ def _failure(name: str) -> str | None:
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"{found[0].name} does not load ({error}): built for another torch? {_CURE}"
+        return f"{found[0].name} does not load ({error.__cause__ or error}): built for another torch? {_CURE}"
     return None

@@ -68,9 +68,8 @@ def check_vocabulary(trajectories: list[Trajectory], vocab_size: int, model: str
         if bad.size:
             raise ValueError(
                 f"trajectory {index} (group {trajectory.group!r}): token_ids[{bad[0]}] = {ids[bad[0]]} is outside"
-                f" {model}'s vocabulary of"
-                f" {vocab_size}; use the model the rollouts were sampled from, or convert the messages with its"
-                " tokenizer"
+                f" {model}'s vocabulary of {vocab_size}; use the model the rollouts were sampled from, or convert the"
+                " messages with its tokenizer"
             )
 
 
