@@ -109,8 +109,7 @@ def extension(kind: str) -> Extension:
         sources("cuda"),
         # the CUDA runtime goes inside: no version of it has to be found when the object is loaded
         libraries=["c10", "torch_cpu", "cudart_static", "rt", "dl", "pthread"],
-        # through libtorch a torch with CUDA gives its stream; a CPU torch has no such symbol to link with, and the linker
-        # would drop the library
+        # a torch with CUDA gives its stream through libtorch, which a linker that sees a CPU torch would drop as unneeded
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": device},
         **common,

@@ -1,4 +1,4 @@
-"""Registers, stack and shared memory of every kernel in the built `_C_cuda`, as ptxas recorded them; fails on any stack.
+"""Registers and stack of every kernel in the built `_C_cuda`, as ptxas recorded them; fails on any stack.
 
     python csrc/cuda/check_spills.py [OBJECT]
 
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 OBJECTS = Path(__file__).resolve().parents[2] / "kernels" / "treegrpo_kernels"
-LINE = re.compile(r"Function (?P<name>\S+?):\s+REG:(?P<reg>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+) LOCAL:(?P<local>\d+)")
+LINE = re.compile(r"Function (?P<name>\S+?):\s+REG:(?P<reg>\d+) STACK:(?P<stack>\d+) SHARED:\d+ LOCAL:(?P<local>\d+)")
 
 
 def cuobjdump() -> str | None:
@@ -36,9 +36,10 @@ def usage(tool: str, object_: Path) -> list[tuple[str, str, int, int]]:
 
 
 def readable(name: str) -> str:
-    """`forward_kernel<4, f>` of a mangled template instance; other names as they are."""
-    match = re.search(r"\d+(\w+?_kernel)ILi(\d+)E(\w+?)Ev", name)
-    return f"{match[1]}<{match[2]}, {re.sub(r'^[0-9]+', '', match[3])}>" if match else name
+    """`forward_kernel<4, float>` of a mangled template instance; other names as they are."""
+    match = re.search(r"\d(\w+_kernel)ILi(\d+)E(\w+?)E*v", name.split("cuda", 1)[-1])
+    types = {"f": "float", "d": "double"}
+    return f"{match[1]}<{match[2]}, {types.get(match[3], match[3].lstrip('0123456789'))}>" if match else name
 
 
 def main() -> int:
@@ -49,7 +50,8 @@ def main() -> int:
         return 2
     kernels = usage(tool, objects[0])
     for arch, name, registers, stack in kernels:
-        print(f"{arch:8} {readable(name):40} {registers:4} registers {stack:5} bytes of stack{'   SPILLS' if stack else ''}")
+        mark = "   SPILLS" if stack else ""
+        print(f"{arch:8} {readable(name):32} {registers:4} registers {stack:5} bytes of stack{mark}")
     bad = sum(stack > 0 for *_, stack in kernels)
     print(f"{len(kernels)} kernels in {objects[0].name}, {bad} use the stack")
     return 1 if bad or not kernels else 0
