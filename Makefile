@@ -84,6 +84,7 @@ ctest: $(BUILT)
 cuda: $(BUILT)
 	@echo "== CUDA objects by nvcc, no GPU needed"
 	TREEGRPO_BUILD=cuda $(PY) setup.py build_ext --inplace
+	$(PY) csrc/cuda/check_spills.py
 
 doctor: $(BUILT)
 	$(PY) -m treegrpo doctor

@@ -101,6 +101,8 @@ def extension(kind: str) -> Extension:
         *archs,
         "-Xptxas=-v,-warn-spills",
     ]
+    # over a compiler it does not know torch would stop both objects, nvcc only its own; the stable ABI needs no check
+    os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")
     home = cuda_home()
     cpp_extension.CUDA_HOME = str(home)
     common["library_dirs"] += [str(home / "lib64"), str(home / "lib")]
@@ -109,7 +111,7 @@ def extension(kind: str) -> Extension:
         sources("cuda"),
         # the CUDA runtime goes inside: no version of it has to be found when the object is loaded
         libraries=["c10", "torch_cpu", "cudart_static", "rt", "dl", "pthread"],
-        # a torch with CUDA gives its stream through libtorch, which a linker that sees a CPU torch would drop as unneeded
+        # the stream comes through libtorch, which a linker that sees only a CPU torch would drop as unneeded
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         extra_compile_args={"cxx": [*host, "-DUSE_CUDA"], "nvcc": device},
         **common,

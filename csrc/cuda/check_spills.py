@@ -37,9 +37,8 @@ def usage(tool: str, object_: Path) -> list[tuple[str, str, int, int]]:
 
 def readable(name: str) -> str:
     """`forward_kernel<4, float>` of a mangled template instance; other names as they are."""
-    match = re.search(r"\d(\w+_kernel)ILi(\d+)E(\w+?)E*v", name.split("cuda", 1)[-1])
-    types = {"f": "float", "d": "double"}
-    return f"{match[1]}<{match[2]}, {types.get(match[3], match[3].lstrip('0123456789'))}>" if match else name
+    match = re.search(r"([a-z]+_kernel)ILi(\d+)E\d*(\w+?)EEv", name)
+    return f"{match[1]}<{match[2]}, {dict(f='float', d='double').get(match[3], match[3])}>" if match else name
 
 
 def main() -> int:

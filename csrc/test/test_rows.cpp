@@ -81,7 +81,8 @@ void by_rows(const Forest& forest, const Problem& p, Tensors& x, Run run) {
   const auto poisoned = [](const std::vector<double>& like) { return std::vector<T>(like.size(), static_cast<T>(kNaN)); };
   auto out = poisoned(x.out), lse = poisoned(x.lse), delta = lse, dq = poisoned(x.dq), dk = poisoned(x.dk), dv = poisoned(x.dv);
 
-  const cuda::ForwardCall forward{s, mask, p.score, q.view, k.view, v.view, p.has_sinks ? sinks.data() : nullptr, out.data(), lse.data()};
+  const cuda::ForwardCall forward{s, mask, p.score, q.view, k.view, v.view, p.has_sinks ? sinks.data() : nullptr,
+                                  out.data(), lse.data()};
   grid(s.num_tokens, s.num_heads, [&](int64_t i, int64_t h) {
     run([&](const auto& group) { cuda::forward_row<kElems, T>(group, forward, i, h); });
   });

@@ -163,6 +163,9 @@ def _refusal(
         case Backend.CPU:
             supported = (torch.float32, torch.bfloat16, torch.float64)
             return None if q.dtype in supported else f"takes float32, bfloat16 and float64, not {q.dtype}"
+        case Backend.CUDA:
+            supported = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+            return None if q.dtype in supported else f"takes float32, bfloat16, float16 and float64, not {q.dtype}"
         case Backend.TRITON:
             from . import triton
 
