@@ -45,6 +45,7 @@ $(STAMPS)/active: pyproject.toml
 $(BUILT): $(DEPS) $(SOURCES)
 	@echo "== building csrc and installing treegrpo in place, with what tests and demo need"
 	$(PY) -m pip install -q --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
+	@$(PY) -c "from treegrpo_kernels import native; print('== cpu kernel:', native.cpu_info())"
 	@touch $@
 
 test: $(BUILT)

@@ -150,7 +150,10 @@ def _backends() -> list[Finding]:
 
     findings = []
     for name, reason in treegrpo_kernels.backends().items():
-        if reason is None:
+        if name == "cuda" and not _cuda_verified():
+            reason = f"{reason or 'usable'}; never run on a GPU so far, so auto does not choose it"
+            findings.append(Finding("backend cuda", reason, "take triton; or verify it: bash bench/device.sh"))
+        elif reason is None:
             state = f"usable, {_cpu_info()}" if name == "cpu" else "usable"
             findings.append(Finding(f"backend {name}", state))
         elif name in _NEEDS_GPU and not torch.cuda.is_available():
@@ -160,6 +163,12 @@ def _backends() -> list[Finding]:
         else:
             findings.append(Finding(f"backend {name}", reason, _CURES.get(name, "see the reason")))
     return findings
+
+
+def _cuda_verified() -> bool:
+    from treegrpo_kernels import native
+
+    return native.CUDA_VERIFIED
 
 
 def _cpu_reason() -> str | None:
