@@ -99,7 +99,8 @@ def _flex(forest: Forest, device: torch.device) -> Attend:
         return (key <= query) & (query < end[key])
 
     block_mask = create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
-    compiled = torch.compile(flex_attention)
+    # one compilation per length: the dynamic-shape kernel that a second length would bring fails on the CPU
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = compiled(*map(_heads_first, (q, k, v)), block_mask=block_mask)

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from bench import workloads
 
-MIN_ROUNDS, MAX_ROUNDS = 3, 15
-SECONDS_PER_BENCH = 2.0
+MIN_ROUNDS, MAX_ROUNDS = 3, 9
+SECONDS_PER_BENCH = 1.5
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,20 +79,23 @@ class Meter:
         flops: int | None = None,
         baseline: Callable[[], object] | None = None,
         baseline_flops: int | None = None,
-        max_rounds: int = MAX_ROUNDS,
+        rounds: int | None = None,
         **info: object,
     ) -> None:
         """Record `run`'s time, if `check` does not raise; it returns the largest error against the oracle.
 
         A baseline is timed between the rounds, one call each, so that both meet the same machine: its median and the
-        ratio (baseline / run) are stored with the row. `flops` gives GFLOP/s on visible pairs.
+        ratio (baseline / run) are stored with the row. `flops` gives GFLOP/s on visible pairs. Rounds fill
+        SECONDS_PER_BENCH, unless given; `check` is taken to have warmed `run` up.
         """
         error = check()
         self.benchmark.extra_info.update(info, device=str(self.device), oracle_error=error, oracle="passed")
-        for warm_up in filter(None, (run, baseline)):
-            self._timed(warm_up)
-        once = self._timed(run) if not self.quick else SECONDS_PER_BENCH
-        rounds = 1 if self.quick else int(min(max(SECONDS_PER_BENCH / once, MIN_ROUNDS), max_rounds))
+        if baseline is not None:
+            self._timed(baseline)
+        if self.quick:
+            rounds = 1
+        elif rounds is None:
+            rounds = int(min(max(SECONDS_PER_BENCH / self._timed(run), MIN_ROUNDS), MAX_ROUNDS))
         baseline_times: list[float] = []
         setup = None if baseline is None else lambda: baseline_times.append(self._timed(baseline))
         self.benchmark.pedantic(self._synchronised, args=(run,), setup=setup, rounds=rounds, iterations=1)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from treegrpo.hf import use_tree_attention
 
-VOCAB = 8192
+VOCAB = 4096
 
 
 def config(*, layers: int, hidden: int, vocab: int = VOCAB) -> Qwen3Config:

@@ -204,7 +204,6 @@ def test_growth(num_trees, passes, meter, device, quick):
         runner(attend, inputs, backward),
         check=lambda: check(contender, forest, device, attend, inputs, backward, spans),
         flops=PASSES[passes] * forest.num_pairs,
-        max_rounds=5,
         suite="growth",
         workload=f"{num_trees} x 4096",
         contender=contender.name,

@@ -104,7 +104,7 @@ def test_head(workload, contender, meter, device, quick):
         check=lambda: check(run, workload, device, quick),
         baseline=(lambda: gradient(chain, network, batch)) if is_tree else None,
         baseline_name="chain_head" if is_tree else None,
-        max_rounds=5,
+        rounds=3,
         suite="head",
         contender=contender,
         workload=workload,

@@ -66,7 +66,6 @@ def test_pack(workload, step, meter, quick):
     meter.measure(
         runs[step],
         check=lambda: check(rows, trees, batch),
-        max_rounds=5,
         suite="pack",
         contender=step,
         workload=workload,

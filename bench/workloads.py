@@ -4,7 +4,7 @@ Synthetic workloads draw fresh token ids for every node, so that exactly what th
 
     chain          one sequence of 4096 tokens: the degenerate tree, where a tree op may not lose
     grpo_star      GRPO: prompt 512, 8 completions of 128 to 384 tokens
-    search_agent   Tree-GRPO (M, N, L) = (2, 2, 1) on 4-step episodes: action 120, observation 450 tokens
+    search_agent   Tree-GRPO (M, N, L) = (2, 2, 1) on 4-step episodes: action 80, observation 300 tokens
     binary         deep binary tree: 128 leaves, 8 levels of 16 tokens
     branching      prompt 512, branching 3, depth 3, 128 tokens a node: 5,504 tokens, 40 nodes
     tau_whole      tau-bench airline, the task with the fewest tokens: 4 recorded conversations
@@ -85,7 +85,7 @@ def grpo_star(prompt: int = 512, group_size: int = 8, shortest: int = 128, longe
 
 
 def search_agent(
-    prompt: int = 200, action: int = 120, observation: int = 450, steps: int = 4, trees: int = 2, expand: int = 2
+    prompt: int = 200, action: int = 80, observation: int = 300, steps: int = 4, trees: int = 2, expand: int = 2
 ) -> list[Trajectory]:
     """Initialise, then expand once: `trees` chains, each with `expand` branches from uniformly drawn non-leaf nodes."""
     fresh, rng = _Fresh(), np.random.default_rng(2)

@@ -100,7 +100,9 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
             )
             runs = {attention: _train(replace(config, attention=attention), chosen) for attention in ("tree", "chain")}
             console.print(_run_table(runs, config, chosen, model))
-            console.print(f"[dim]{_WHY[kind]}[/dim]")
+            # the scripted agent's customers do not improvise, so what is said of recorded ones does not hold there
+            if kind == "call" or source.startswith("tau-bench"):
+                console.print(f"[dim]{_WHY[kind]}[/dim]")
 
 
 def read_rollouts(data: Path | None = None) -> tuple[list[Trajectory], str]:
