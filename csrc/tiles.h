@@ -1,75 +1,101 @@
-// Which tiles meet: the tile rules of kernels/treegrpo_kernels/plan.py for one key tile at a time. No torch, no SIMD.
+// Which tiles meet, as pure host arithmetic: no torch, no kernels.
+//
+// Visibility is one integer per key: j is seen by query i iff j <= i < subtree_end[j] (and, under a window W,
+// position[i] - position[j] < W). For a block of keys [n0, n1) with max_end and min_end over its keys and a block of query
+// rows [r0, r1):
+//     skip     r1 <= n0  or  max_end <= r0               or  every pair is out of the window
+//     full     r0 >= n1 - 1  and  r1 <= min_end          and every pair is in the window
+//     partial  otherwise
+// so the rows that meet a key block are the contiguous range [n0, max_end).
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 namespace treegrpo {
 
-// Extremes over the keys of every key tile of `block` keys.
-struct KeyTiles {
-  int64_t block;
-  std::vector<int32_t> end_max;  // [NK] rows from here on see no key of the tile
-  std::vector<int32_t> end_min;  // [NK] rows below this see every key before them
-  std::vector<int32_t> pos_min;  // [NK]
-  std::vector<int32_t> pos_max;  // [NK]
+enum class Tile { kSkip, kFull, kPartial };
+
+// Summary of consecutive blocks of `size` tokens, as keys and as query rows. A block with tokens past the end has
+// min_end = 0 and is therefore never full.
+struct Blocks {
+  int32_t size = 0;
+  std::vector<int32_t> max_end, min_end;  // [num_blocks] over the block's keys
+  std::vector<int32_t> min_pos, max_pos;  // [num_blocks]
+
+  int32_t count() const { return static_cast<int32_t>(max_end.size()); }
 };
 
-inline KeyTiles key_tiles(const int32_t* subtree_end, const int32_t* position, int64_t num_tokens, int64_t block) {
-  const int64_t num_tiles = (num_tokens + block - 1) / block;
-  KeyTiles tiles{block, {}, {}, {}, {}};
-  for (auto* x : {&tiles.end_max, &tiles.end_min, &tiles.pos_min, &tiles.pos_max}) x->resize(num_tiles);
-  for (int64_t n = 0; n < num_tiles; ++n) {
-    const int64_t n0 = n * block, n1 = std::min(num_tokens, n0 + block);
-    const auto [end_min, end_max] = std::minmax_element(subtree_end + n0, subtree_end + n1);
-    const auto [pos_min, pos_max] = std::minmax_element(position + n0, position + n1);
-    tiles.end_min[n] = *end_min;
-    tiles.end_max[n] = *end_max;
-    tiles.pos_min[n] = *pos_min;
-    tiles.pos_max[n] = *pos_max;
+// `padded` tokens, the first `num_tokens` of them real; padded % size == 0. Ends are clamped to [0, num_tokens].
+inline Blocks summarise(const int32_t* subtree_end, const int32_t* position, int64_t num_tokens, int64_t padded,
+                        int32_t size) {
+  Blocks blocks;
+  blocks.size = size;
+  const int64_t count = padded / size;
+  blocks.max_end.assign(count, 0);
+  blocks.min_end.assign(count, 0);
+  blocks.min_pos.assign(count, INT32_MAX);
+  blocks.max_pos.assign(count, 0);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t first = b * size, last = std::min<int64_t>(first + size, num_tokens);
+    int32_t low = INT32_MAX;
+    for (int64_t t = first; t < last; ++t) {
+      const int32_t end = std::max(0, std::min(subtree_end[t], static_cast<int32_t>(num_tokens)));
+      low = std::min(low, end);
+      blocks.max_end[b] = std::max(blocks.max_end[b], end);
+      blocks.min_pos[b] = std::min(blocks.min_pos[b], position[t]);
+      blocks.max_pos[b] = std::max(blocks.max_pos[b], position[t]);
+    }
+    blocks.min_end[b] = last == first + size ? low : 0;
   }
-  return tiles;
+  return blocks;
 }
 
-// The part of a (query tile, key tile) pair that holds visible pairs: rows [row0, row1), keys [n0, key1).
-struct Region {
-  int64_t row0, row1;
-  int64_t key0, key1;
-  bool full;  // every pair of the region is visible
-  bool empty() const { return row0 >= row1; }
+inline Tile classify(const Blocks& keys, int32_t key_block, const Blocks& rows, int32_t row_block, int32_t window) {
+  const int64_t n0 = int64_t{key_block} * keys.size, n1 = n0 + keys.size;
+  const int64_t r0 = int64_t{row_block} * rows.size, r1 = r0 + rows.size;
+  if (r1 <= n0 || keys.max_end[key_block] <= r0) return Tile::kSkip;
+  if (window > 0 && rows.min_pos[row_block] - keys.max_pos[key_block] >= window) return Tile::kSkip;
+  const bool in_window = window == 0 || rows.max_pos[row_block] - keys.min_pos[key_block] < window;
+  return r0 >= n1 - 1 && r1 <= keys.min_end[key_block] && in_window ? Tile::kFull : Tile::kPartial;
+}
+
+// The row blocks [first, last) that may meet a key block: those of rows [n0, max_end).
+struct BlockRange {
+  int32_t first, last;
 };
 
-// Rows [m0, m1) against key tile n. A row before the tile or past its last subtree sees nothing of it, so rows are cut exactly;
-// keys past the last row are cut too. `row_pos_*` are the extremes of position over the query tile.
-inline Region region(const KeyTiles& tiles, int64_t n, int64_t num_tokens, int64_t m0, int64_t m1, int64_t window,
-                     int32_t row_pos_min, int32_t row_pos_max) {
-  const int64_t n0 = n * tiles.block, n1 = std::min(num_tokens, n0 + tiles.block);
-  Region r{};
-  r.row0 = std::max(m0, n0);
-  r.row1 = std::min<int64_t>(m1, tiles.end_max[n]);
-  r.key0 = n0;
-  r.key1 = std::min(n1, r.row1);
-  if (window && row_pos_min - tiles.pos_max[n] >= window) r.row1 = r.row0;
-  r.full = r.key1 == n0 + tiles.block && r.row0 >= n1 - 1 && r.row1 <= tiles.end_min[n] &&
-           (!window || row_pos_max - tiles.pos_min[n] < window);
-  return r;
+inline BlockRange row_range(const Blocks& keys, int32_t key_block, const Blocks& rows) {
+  const int64_t n0 = int64_t{key_block} * keys.size;
+  const int64_t end = std::max<int64_t>(n0, keys.max_end[key_block]);
+  return {static_cast<int32_t>(n0 / rows.size), static_cast<int32_t>((end + rows.size - 1) / rows.size)};
 }
 
-// Cuts the key tiles into `num_chunks` runs of about equal work: [num_chunks + 1] tile indices, a function of the tree alone.
-inline std::vector<int64_t> balanced_chunks(const KeyTiles& tiles, int64_t num_chunks) {
-  const int64_t num_tiles = static_cast<int64_t>(tiles.end_max.size());
-  std::vector<int64_t> cuts(num_chunks + 1, num_tiles);
-  double total = 0;
-  for (int64_t n = 0; n < num_tiles; ++n) total += tiles.end_max[n] - n * tiles.block;
-  double before = 0;
-  int64_t chunk = 0;
-  for (int64_t n = 0; n < num_tiles; ++n) {
-    while (chunk < num_chunks && before >= total * chunk / num_chunks) cuts[chunk++] = n;
-    before += tiles.end_max[n] - n * tiles.block;
-  }
-  return cuts;
+// For every row block the key blocks it meets, ascending (CSR). Time and memory grow with the number of entries.
+struct VisibleLists {
+  std::vector<int64_t> offsets;  // [row blocks + 1]
+  std::vector<int32_t> indices;  // [offsets.back()]
+
+  int64_t size(int64_t row_block) const { return offsets[row_block + 1] - offsets[row_block]; }
+};
+
+inline VisibleLists visible_lists(const Blocks& keys, const Blocks& rows, int32_t window) {
+  VisibleLists lists;
+  lists.offsets.assign(rows.count() + 1, 0);
+  const auto each = [&](auto&& visit) {
+    for (int32_t n = 0; n < keys.count(); ++n) {
+      const BlockRange range = row_range(keys, n, rows);
+      for (int32_t r = range.first; r < range.last; ++r)
+        if (classify(keys, n, rows, r, window) != Tile::kSkip) visit(n, r);
+    }
+  };
+  each([&](int32_t, int32_t r) { ++lists.offsets[r + 1]; });
+  for (int32_t r = 0; r < rows.count(); ++r) lists.offsets[r + 1] += lists.offsets[r];
+  lists.indices.resize(lists.offsets.back());
+  std::vector<int64_t> next(lists.offsets.begin(), lists.offsets.end() - 1);
+  each([&](int32_t n, int32_t r) { lists.indices[next[r]++] = n; });
+  return lists;
 }
 
 }  // namespace treegrpo

@@ -13,8 +13,8 @@ from treegrpo_kernels import native
 if native.cpu_reason() is not None:
     pytest.skip(f"the CPU kernel is not usable: {native.cpu_reason()}", allow_module_level=True)
 
-# tile sizes of csrc/cpu/layout.h: tests place branches around them
-BLOCK_M, BLOCK_N = 96, 64
+# sizes of csrc/cpu/layout.h: tests place branches around them. kTile; keys between two updates of the running maximum
+TILE, STEP = 96, 384
 
 
 def machine_isas() -> list[str]:
@@ -80,15 +80,15 @@ def test_named_forests(isa, name):
     assert worst(found, oracle) < 1e-12
 
 
-@pytest.mark.parametrize("residue", range(BLOCK_N))
-def test_branch_start_at_every_residue_of_the_key_tile(residue):
-    found, oracle, _ = run(cases.residue_subtree_end(residue, BLOCK_N), d=4, hq=1, window=None)
+@pytest.mark.parametrize("residue", range(TILE))
+def test_branch_start_at_every_residue_of_the_tile(residue):
+    found, oracle, _ = run(cases.residue_subtree_end(residue, TILE), d=4, hq=1, window=None)
     assert worst(found, oracle) < 1e-12
 
 
-@pytest.mark.parametrize("residue", range(0, BLOCK_M, 19))
-def test_branch_start_around_the_query_tile(isa, residue):
-    found, oracle, _ = run(cases.residue_subtree_end(residue, BLOCK_M), d=4, hq=1)
+@pytest.mark.parametrize("residue", range(0, STEP, 97))
+def test_branch_start_around_the_key_step(isa, residue):
+    found, oracle, _ = run(cases.residue_subtree_end(residue, STEP), d=4, hq=1)
     assert worst(found, oracle) < 1e-12
 
 
@@ -122,7 +122,7 @@ def test_options(isa, options):
         assert worst(found, oracle) < 1e-11
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 63, 64, 65, 95, 96, 97, 191, 192, 193, 500])
+@pytest.mark.parametrize("num_tokens", [1, 2, 31, 33, 95, 96, 97, 191, 192, 193, 383, 384, 385, 500])
 def test_lengths_around_the_tiles(isa, num_tokens):
     found, oracle, _ = run(cases.random_subtree_end(num_tokens, num_tokens))
     assert worst(found, oracle) < 1e-12
@@ -195,7 +195,7 @@ def run_kernel(subtree_end, dtype):
 
 def test_a_plain_causal_mask_would_fail():
     """The comparison can fail: with siblings visible to each other the kernel is far from the oracle of the tree."""
-    subtree_end = torch.from_numpy(cases.residue_subtree_end(10, BLOCK_N))
+    subtree_end = torch.from_numpy(cases.residue_subtree_end(10, TILE))
     causal, *_ = run(torch.full_like(subtree_end, len(subtree_end)))
     _, oracle, _ = run(subtree_end)
     assert worst(causal, oracle) > 1e-2

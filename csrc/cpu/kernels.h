@@ -4,14 +4,15 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
-#include <new>
+#include <numeric>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
 #include "../params.h"
 #include "../tiles.h"
+#include "memory.h"

@@ -1,8 +1,27 @@
-// Packed copies of the operands in the computing type, laid out for product(): padded rows, and transposed key tiles.
+// Tiles, scratch memory, packed operands and the mask of one register tile.
 // Included once per instruction set, inside that set's namespace.
 
-constexpr int64_t kBlockM = 96;  // query rows of a tile: a multiple of kBlockRows
-constexpr int64_t kBlockN = 64;  // keys of a tile: a multiple of every vector width
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr int64_t kTile = 96;          // query rows of a task and keys of a backward tile; whole register tiles both ways
+constexpr int64_t kStep = 4 * kTile;   // keys between two updates of the running maximum in the forward
+constexpr int64_t kCacheLine = 64;
+
+static_assert(kTile % kMicroRows == 0);
+
+// keys of a register tile
+template <typename S>
+constexpr int64_t kPanel = 2 * Simd<S>::kWidth;
+
+// Row stride of scratch rows: known to the compiler, and an odd number of cache lines, so that rows do not share cache sets.
+template <typename S>
+constexpr int64_t kStride = 256 + kCacheLine / sizeof(S);
+
+template <typename S>
+constexpr int64_t padded(int64_t dim) {
+  return (dim + Simd<S>::kWidth - 1) / Simd<S>::kWidth * Simd<S>::kWidth;
+}
+
+inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
@@ -18,118 +37,105 @@ inline void narrow(double x, double* to) { *to = x; }
 inline void narrow(float x, uint16_t* to) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) {
-    *to = 0x7fc0;
-    return;
-  }
-  *to = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // round to nearest even
+  // round to nearest even; a NaN keeps a set mantissa bit
+  *to = static_cast<uint16_t>(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// Uninitialised memory on cache lines.
 template <typename S>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<S*>(std::aligned_alloc(64, bytes(size)))) {
-    if (!data_) throw std::bad_alloc();
-  }
+  explicit Buffer(int64_t size)
+      : data_(static_cast<S*>(take_memory(std::max<int64_t>(size, 1) * static_cast<int64_t>(sizeof(S))))) {}
   S* get() const { return data_.get(); }
 
  private:
-  static size_t bytes(int64_t size) { return (std::max<int64_t>(size, 1) * sizeof(S) + 63) / 64 * 64; }
   struct Free {
-    void operator()(S* p) const { std::free(p); }
+    void operator()(S* p) const { give_memory(p); }
   };
   std::unique_ptr<S, Free> data_;
 };
 
-template <typename S>
-constexpr int64_t padded(int64_t dim) {
-  return (dim + Simd<S>::kWidth - 1) / Simd<S>::kWidth * Simd<S>::kWidth;
-}
-
-// Rows [t0, t1) of head `h` of x [T, heads, dim] -> to [t1 - t0][padded dim], times `factor`, zero-filled.
+// `rows` rows of one head, `stride` apart -> to [rows][ld], times `factor`; columns up to `wide` and rows up to `all`
+// become zero.
 template <typename S, typename In>
-inline void pack_rows(const In* x, int64_t heads, int64_t dim, int64_t h, int64_t t0, int64_t t1, S factor, S* to) {
-  const int64_t wide = padded<S>(dim);
-  for (int64_t t = t0; t < t1; ++t, to += wide) {
-    const In* from = x + (t * heads + h) * dim;
-    for (int64_t d = 0; d < dim; ++d) to[d] = widen(from[d]) * factor;
+inline void load_rows(const In* x, int64_t stride, int64_t rows, int64_t dim, S factor, S* to, int64_t ld, int64_t wide,
+                      int64_t all) {
+  for (int64_t t = 0; t < rows; ++t, to += ld, x += stride) {
+    for (int64_t d = 0; d < dim; ++d) to[d] = widen(x[d]) * factor;
     for (int64_t d = dim; d < wide; ++d) to[d] = S(0);
   }
+  for (int64_t t = std::max<int64_t>(rows, 0); t < all; ++t, to += ld) std::fill(to, to + wide, S(0));
 }
 
-// One key tile transposed: rows [n0, n1) of head `h` -> to [dim][kBlockN], zero-filled.
+// Asks for `rows` rows of `bytes` bytes, `stride` bytes apart, before they are needed.
+inline void fetch_rows(const void* x, int64_t stride, int64_t rows, int64_t bytes) {
+  // without this, GCC takes a function that only prefetches for one without effect and drops its calls
+  asm volatile("");
+  const char* row = static_cast<const char*>(x);
+  for (int64_t t = 0; t < rows; ++t, row += stride)
+    for (int64_t at = 0; at < bytes; at += kCacheLine) __builtin_prefetch(row + at, 0, 3);
+}
+
 template <typename S, typename In>
-inline void pack_transposed(const In* x, int64_t heads, int64_t dim, int64_t h, int64_t n0, int64_t n1, S* to) {
-  for (int64_t n = n0; n < n1; ++n) {
-    const In* from = x + (n * heads + h) * dim;
-    for (int64_t d = 0; d < dim; ++d) to[d * kBlockN + (n - n0)] = widen(from[d]);
-  }
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t n = n1 - n0; n < kBlockN; ++n) to[d * kBlockN + n] = S(0);
+inline void store_row(const S* x, int64_t dim, S factor, In* to) {
+  for (int64_t d = 0; d < dim; ++d) narrow(x[d] * factor, to + d);
 }
 
-// Keys or values of every head, packed once per call by all workers.
+// kPanel rows [.][ld] -> to [dim][kPanel]
 template <typename S>
-struct Packed {
-  int64_t num_tokens, dim, wide, num_tiles;
-  Buffer<S> rows;        // [heads][T][padded dim]
-  Buffer<S> transposed;  // [heads][NK][dim][kBlockN]
+inline void transpose_panel(const S* x, int64_t ld, int64_t dim, S* to) {
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t n = 0; n < kPanel<S>; ++n) to[d * kPanel<S> + n] = x[n * ld + d];
+}
 
-  Packed(int64_t heads, int64_t tokens, int64_t dim_, bool with_rows, bool with_transposed)
-      : num_tokens(tokens),
-        dim(dim_),
-        wide(padded<S>(dim_)),
-        num_tiles((tokens + kBlockN - 1) / kBlockN),
-        rows(with_rows ? heads * tokens * wide : 0),
-        transposed(with_transposed ? heads * num_tiles * dim * kBlockN : 0) {}
-
-  S* row(int64_t head, int64_t token) const { return rows.get() + (head * num_tokens + token) * wide; }
-  S* tile(int64_t head, int64_t n) const { return transposed.get() + (head * num_tiles + n) * dim * kBlockN; }
-};
-
-// Hands out task numbers until they are used up; which worker runs which task changes no result.
-inline void run_tasks(const Parallel& parallel, int64_t num_workers, int64_t num_tasks,
-                      const std::function<std::function<void(int64_t)>()>& make_worker) {
+// Hands out task numbers in order until they are used up; which worker runs which task changes no result.
+template <typename Work>
+inline void run_tasks(const Parallel& parallel, int64_t num_workers, int64_t num_tasks, const Work& work) {
   std::atomic<int64_t> next{0};
-  parallel(std::max<int64_t>(1, std::min(num_workers, num_tasks)), [&](int64_t) {
-    const std::function<void(int64_t)> work = make_worker();
-    for (int64_t task = next++; task < num_tasks; task = next++) work(task);
+  parallel(std::max<int64_t>(1, std::min(num_workers, num_tasks)), [&](int64_t worker) {
+    for (int64_t task = next++; task < num_tasks; task = next++) work(task, worker);
   });
 }
 
-// Extremes of position over the query tiles, for windows; the mask's arrays padded so that whole vectors can be loaded.
+// The mask of the whole row, padded to whole tiles, with its summaries at the sizes the kernels walk in.
+template <typename S>
 struct MaskArrays {
-  std::vector<int32_t> subtree_end;  // [T + kBlockN], 0 past the end: such a key is visible to no row
-  std::vector<int32_t> position;     // [T + kBlockN]
-  std::vector<int32_t> row_pos_min, row_pos_max;
-  KeyTiles tiles;
+  using Int = typename Simd<S>::Int;
+  int64_t num_padded, window;
+  std::vector<Int> subtree_end;  // [num_padded], 0 past the end: such a key is visible to no row
+  std::vector<Int> position;     // [num_padded]
+  Blocks groups;                 // of kMicroRows tokens
+  Blocks panels;                 // of kPanel tokens
+  Blocks tiles;                  // of kTile tokens
 
   MaskArrays(const Mask& mask, int64_t num_tokens)
-      : subtree_end(mask.subtree_end, mask.subtree_end + num_tokens),
-        position(mask.position, mask.position + num_tokens),
-        tiles(key_tiles(mask.subtree_end, mask.position, num_tokens, kBlockN)) {
-    for (int64_t m0 = 0; m0 < num_tokens; m0 += kBlockM) {
-      const auto [low, high] =
-          std::minmax_element(mask.position + m0, mask.position + std::min(num_tokens, m0 + kBlockM));
-      row_pos_min.push_back(*low);
-      row_pos_max.push_back(*high);
-    }
-    subtree_end.resize(num_tokens + kBlockN, 0);
-    position.resize(num_tokens + kBlockN, 0);
+      : num_padded(round_up(num_tokens, kStep)),
+        window(mask.window),
+        subtree_end(mask.subtree_end, mask.subtree_end + num_tokens),
+        position(mask.position, mask.position + num_tokens) {
+    subtree_end.resize(num_padded, 0);
+    position.resize(num_padded, 0);
+    groups = blocks(mask, num_tokens, kMicroRows);
+    panels = blocks(mask, num_tokens, kPanel<S>);
+    tiles = blocks(mask, num_tokens, kTile);
+  }
+
+  Blocks blocks(const Mask& mask, int64_t num_tokens, int64_t size) const {
+    return summarise(mask.subtree_end, mask.position, num_tokens, round_up(num_padded, size), size);
+  }
+
+  // Lanes of the keys j .. j + width - 1 that query i sees.
+  typename Simd<S>::IntVec visible(int64_t i, int64_t j) const {
+    using V = Simd<S>;
+    const Int row = static_cast<Int>(i);
+    typename V::IntVec seen = (V::iota() + static_cast<Int>(j) <= row) & (V::load_int(&subtree_end[j]) > row);
+    if (window) seen &= position[i] - V::load_int(&position[j]) < static_cast<Int>(window);
+    return seen;
   }
 };
 
-// Lanes of the keys j .. j + width - 1 that query i sees.
-template <typename S>
-inline typename Simd<S>::IntVec visible(const MaskArrays& mask, int64_t window, int64_t i, int64_t j) {
-  using V = Simd<S>;
-  using Int = typename V::Int;
-  const typename V::IntVec key = V::iota() + static_cast<Int>(j);
-  const typename V::IntVec end = V::load_int(mask.subtree_end.data() + j);
-  typename V::IntVec seen = (key <= static_cast<Int>(i)) & (end > static_cast<Int>(i));
-  if (window) {
-    const typename V::IntVec position = V::load_int(mask.position.data() + j);
-    seen &= static_cast<Int>(mask.position[i]) - position < static_cast<Int>(window);
-  }
-  return seen;
+// What is multiplied into q while packing: with a softcap the argument of tanh, else the score in base 2.
+inline double query_factor(const Score& score) {
+  return score.softcap > 0 ? score.scale / score.softcap : score.scale * kLog2e;
 }

@@ -1,5 +1,5 @@
-// tiles.h against brute force: every visible pair lies in exactly one region, "full" regions hold only visible pairs, and the
-// runs of the backward cover every key tile once.
+// tiles.h against brute force: skipped tiles hold no visible pair, full ones only visible pairs, lists and row ranges lose
+// no tile.
 #include "tiles.h"
 
 #include "forest.h"
@@ -7,38 +7,38 @@
 using namespace treegrpo;
 using test::Forest;
 
-static void check_regions(const Forest& forest, int64_t block_m, int64_t block_n, int64_t window) {
-  const int64_t num_tokens = forest.size();
-  const KeyTiles tiles = key_tiles(forest.subtree_end.data(), forest.position.data(), num_tokens, block_n);
-  std::vector<int> covered(num_tokens * num_tokens, 0);
-  for (int64_t m0 = 0; m0 < num_tokens; m0 += block_m) {
-    const int64_t m1 = std::min(num_tokens, m0 + block_m);
-    const auto [low, high] = std::minmax_element(forest.position.begin() + m0, forest.position.begin() + m1);
-    for (int64_t n = 0; n * block_n < m1; ++n) {
-      const Region r = region(tiles, n, num_tokens, m0, m1, window, *low, *high);
-      if (r.empty()) continue;
-      EXPECT(r.row0 >= m0 && r.row1 <= m1 && r.key0 == n * block_n && r.key1 <= num_tokens && r.key0 < r.key1, "region");
-      for (int64_t i = r.row0; i < r.row1; ++i)
-        for (int64_t j = r.key0; j < r.key1; ++j) {
-          ++covered[i * num_tokens + j];
-          if (r.full) EXPECT(forest.sees(i, j, window), "full, but %ld does not see %ld", long(i), long(j));
-        }
-    }
-  }
-  for (int64_t i = 0; i < num_tokens; ++i)
-    for (int64_t j = 0; j < num_tokens; ++j) {
-      const int times = covered[i * num_tokens + j];
-      EXPECT(times <= 1, "pair %ld, %ld in %d regions", long(i), long(j), times);
-      if (forest.sees(i, j, window)) EXPECT(times == 1, "pair %ld, %ld is lost", long(i), long(j));
-    }
+static int count_visible(const Forest& forest, int64_t r0, int64_t n0, int64_t rows, int64_t keys, int64_t window) {
+  int visible = 0;
+  for (int64_t i = r0; i < std::min(r0 + rows, forest.size()); ++i)
+    for (int64_t j = n0; j < std::min(n0 + keys, forest.size()); ++j) visible += forest.sees(i, j, window);
+  return visible;
 }
 
-static void check_chunks(const Forest& forest, int64_t block_n) {
-  const KeyTiles tiles = key_tiles(forest.subtree_end.data(), forest.position.data(), forest.size(), block_n);
-  for (int64_t num_chunks : {1, 2, 3, 8, 100}) {
-    const std::vector<int64_t> cuts = balanced_chunks(tiles, num_chunks);
-    EXPECT(cuts.front() == 0 && cuts.back() == int64_t(tiles.end_max.size()), "chunks leave tiles out");
-    for (size_t c = 1; c < cuts.size(); ++c) EXPECT(cuts[c - 1] <= cuts[c], "chunks overlap");
+static void check_tiles(const Forest& forest, int32_t num_rows, int32_t num_keys, int32_t window) {
+  const int64_t num_tokens = forest.size(), padded = (num_tokens + 95) / 96 * 96;
+  const auto blocks = [&](int32_t size) {
+    return summarise(forest.subtree_end.data(), forest.position.data(), num_tokens, padded, size);
+  };
+  const Blocks keys = blocks(num_keys), rows = blocks(num_rows);
+  const VisibleLists lists = visible_lists(keys, rows, window);
+  for (int32_t r = 0; r < rows.count(); ++r) {
+    std::vector<bool> listed(keys.count(), false);
+    for (int64_t e = lists.offsets[r]; e < lists.offsets[r + 1]; ++e) {
+      EXPECT(e == lists.offsets[r] || lists.indices[e - 1] < lists.indices[e], "list of %d does not ascend", r);
+      listed[lists.indices[e]] = true;
+    }
+    for (int32_t n = 0; n < keys.count(); ++n) {
+      const int visible = count_visible(forest, int64_t{r} * num_rows, int64_t{n} * num_keys, num_rows, num_keys, window);
+      const Tile tile = classify(keys, n, rows, r, window);
+      if (tile == Tile::kSkip) EXPECT(visible == 0, "tile %d, %d skipped with %d pairs", r, n, visible);
+      if (tile == Tile::kFull) EXPECT(visible == num_rows * num_keys, "tile %d, %d full with %d pairs", r, n, visible);
+      // without a window the classes are exact
+      if (!window && visible == 0) EXPECT(tile == Tile::kSkip, "tile %d, %d holds nothing", r, n);
+      if (!window && visible == num_rows * num_keys) EXPECT(tile == Tile::kFull, "tile %d, %d is full", r, n);
+      EXPECT(listed[n] == (tile != Tile::kSkip), "tile %d, %d listed %d", r, n, int(listed[n]));
+      const BlockRange range = row_range(keys, n, rows);
+      if (visible) EXPECT(range.first <= r && r < range.last, "row block %d outside the range of key block %d", r, n);
+    }
   }
 }
 
@@ -47,9 +47,8 @@ int main() {
   for (unsigned seed = 0; seed < 30; ++seed)
     for (double branch : {0.0, 0.05, 0.4}) {
       const Forest forest = test::random_forest(1 + seed * 4, seed, branch);
-      for (auto [block_m, block_n] : {std::pair{8, 8}, {12, 8}, {8, 16}, {1, 1}, {64, 32}})
-        for (int64_t window : {0, 1, 5, 40}) check_regions(forest, block_m, block_n, window);
-      check_chunks(forest, 8);
+      for (auto [rows, keys] : {std::pair{8, 8}, {12, 8}, {12, 32}, {1, 1}, {96, 32}, {32, 96}})
+        for (int window : {0, 1, 5, 40}) check_tiles(forest, rows, keys, window);
       ++forests;
     }
   std::printf("tiles: %d random forests ok\n", forests);
