@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from bench import workloads
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
-SECONDS_PER_BENCH = 1.5
+SECONDS_PER_BENCH = 1.2
+SLOW_SECONDS, SLOW_ROUNDS = 2.0, 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,7 +96,9 @@ class Meter:
         if self.quick:
             rounds = 1
         elif rounds is None:
-            rounds = int(min(max(SECONDS_PER_BENCH / self._timed(run), MIN_ROUNDS), MAX_ROUNDS))
+            once = self._timed(run)
+            fewest = MIN_ROUNDS if once < SLOW_SECONDS else SLOW_ROUNDS
+            rounds = int(min(max(SECONDS_PER_BENCH / once, fewest), MAX_ROUNDS))
         baseline_times: list[float] = []
         setup = None if baseline is None else lambda: baseline_times.append(self._timed(baseline))
         self.benchmark.pedantic(self._synchronised, args=(run,), setup=setup, rounds=rounds, iterations=1)

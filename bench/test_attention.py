@@ -204,6 +204,7 @@ def test_growth(num_trees, passes, meter, device, quick):
         runner(attend, inputs, backward),
         check=lambda: check(contender, forest, device, attend, inputs, backward, spans),
         flops=PASSES[passes] * forest.num_pairs,
+        rounds=3,
         suite="growth",
         workload=f"{num_trees} x 4096",
         contender=contender.name,

@@ -1,4 +1,4 @@
-"""The log-prob head: forward + backward from hidden rows to one log-prob per trained token, vocabulary 32,768.
+"""The log-prob head: forward + backward from hidden rows to one log-prob per trained token, vocabulary 8,192.
 
 A model without layers (embedding, norm, head) leaves the head alone. Contenders: the packed tree's chunked head, the
 same on flattened leaves, and the usual way, logits of every token at once and a log-softmax over them.
@@ -15,9 +15,9 @@ from bench.models import config, model
 from treegrpo import pack, token_logprobs
 from treegrpo.logprobs import chain_logprobs
 
-HIDDEN, VOCAB, QUICK_VOCAB = 128, 32768, 512
-NAMES = ("grpo_star", "branching", "binary", "tau_calls")
-MAX_FULL_LOGITS = 2**30
+HIDDEN, VOCAB, QUICK_VOCAB = 128, 8192, 512
+NAMES = ("grpo_star", "branching", "tau_calls")
+MAX_FULL_LOGITS = 2**28
 
 
 @cache
@@ -104,7 +104,6 @@ def test_head(workload, contender, meter, device, quick):
         check=lambda: check(run, workload, device, quick),
         baseline=(lambda: gradient(chain, network, batch)) if is_tree else None,
         baseline_name="chain_head" if is_tree else None,
-        rounds=3,
         suite="head",
         contender=contender,
         workload=workload,

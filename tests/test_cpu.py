@@ -10,6 +10,9 @@ import torch
 import treegrpo_kernels as tk
 from treegrpo_kernels import native
 
+# tensors this small lose more to threads waiting for each other than they gain
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 if native.cpu_reason() is not None:
     pytest.skip(f"the CPU kernel is not usable: {native.cpu_reason()}", allow_module_level=True)
 

@@ -9,6 +9,9 @@ import torch
 from treegrpo_kernels import gather, reference
 from treegrpo_kernels.plan import TreePlan
 
+# tensors this small lose more to threads waiting for each other than they gain
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORESTS = {name: cases.named_subtree_end(name) for name in cases.NAMED} | {
     f"random_{seed}": cases.random_subtree_end(90, seed, branch=0.1) for seed in range(4)
 }
