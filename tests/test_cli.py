@@ -115,7 +115,13 @@ def test_demo_compares_tree_and_chain(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "read_rollouts", lambda data: (tiny.trajectories(2), "tiny"))
     assert main(["demo", "--steps", "2"]) == 0
     text = capsys.readouterr().out
-    for expected in ("visible pairs", "training GFLOPs", "seconds", "largest difference of the loss", "share little"):
+    for expected in (
+        "visible pairs",
+        "training GFLOPs",
+        "seconds",
+        "largest difference of the loss",
+        "Calls share a lot",
+    ):
         assert expected in text
     monkeypatch.undo()
     assert main(["demo", "--data", str(tmp_path)]) == 2

@@ -146,15 +146,17 @@ def test_empty_plan():
     assert plan.tile_lists(16, 16).q_indices.shape == (0,)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_million_tokens_in_half_a_second():
+    """CPU seconds of one thread, so that what else the machine does shows less."""
     tree = cases.balanced_subtree_end(512, 3, 3, 128)
     row = torch.from_numpy(np.concatenate([tree + i * len(tree) for i in range(182)]))
     seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = time.process_time()
         plan = TreePlan.build(row)
         plan.tile_lists(128, 64)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert plan.num_tokens > 1_000_000
     assert min(seconds) < 0.5
 
