@@ -244,21 +244,18 @@ def write(result: Path, out: Path) -> str:
 
 
 def main() -> None:
-    import tyro
+    # argparse, for a bare GPU machine has torch and pytest but seldom tyro
+    import argparse
 
-    def report(result: Path, /, out: Path) -> None:
-        """Turn a result of `pytest bench/ --benchmark-json=result.json` into a page and pictures.
-
-        Args:
-            result: the JSON file.
-            out: folder for report.md and the pictures.
-        """
-        try:
-            print(write(result, out), end="")
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"bench.report: {error}") from error
-
-    tyro.cli(report, prog="python -m bench.report")
+    about = "Turn a result of `pytest bench/ --benchmark-json=result.json` into a page and pictures."
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=about)
+    parser.add_argument("result", type=Path, help="the JSON file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.md and the pictures")
+    options = parser.parse_args()
+    try:
+        print(write(options.result, options.out), end="")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"bench.report: {error}") from error
 
 
 if __name__ == "__main__":
