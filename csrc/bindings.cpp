@@ -1,4 +1,4 @@
-// Where torch ends, with bindings.h and cuda/bindings_cuda.cpp: schema, checks, and the step from tensors to params. LibTorch
+// Where torch ends, with bindings.h and bindings_cuda.cpp: schema, checks, and the step from tensors to params. LibTorch
 // stable ABI (torch >= 2.10).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// The CUDA side of the schema in ../bindings.cpp, which must be loaded first. LibTorch stable ABI (torch >= 2.10); the only file of
-// this folder that knows torch. Compiled by the host compiler, against any torch, CUDA or not.
+// The CUDA side of the schema in bindings.cpp, which must be loaded first. LibTorch stable ABI (torch >= 2.10). Compiled by the
+// host compiler, against any torch, CUDA or not.
 #include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -12,8 +12,8 @@
 #include <optional>
 #include <tuple>
 
-#include "../bindings.h"
-#include "attention.h"
+#include "bindings.h"
+#include "cuda/attention.h"
 
 namespace treegrpo {
 namespace {
