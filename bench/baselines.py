@@ -123,7 +123,7 @@ def _per_leaf(forest: Forest, device: torch.device) -> Attend:
 def _padded_unsupported(request: Request) -> str | None:
     lengths = request.forest.leaf_offsets.diff()
     padded = int(lengths.max()) * lengths.numel()
-    if request.device.type == "cpu" and padded > 8 * MAX_DENSE_MASK_TOKENS:
+    if request.device.type == "cpu" and padded > 2 * MAX_DENSE_MASK_TOKENS:
         return f"{padded} padded tokens: too long for one round here"
     return None
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from bench import workloads
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
-SECONDS_PER_BENCH = 1.2
+SECONDS_PER_BENCH = 1.0
 SLOW_SECONDS, SLOW_ROUNDS = 2.0, 2
 
 

@@ -172,7 +172,7 @@ def draw_chain_against_tree(rows: list[Row], path: Path) -> bool:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 0.6 * len(steps) + 1.8), sharey=True)
     measures = [("tokens forwarded", "tokens"), ("training FLOPs (exact)", "flops"), ("seconds per step", "time")]
@@ -186,11 +186,13 @@ def draw_chain_against_tree(rows: list[Row], path: Path) -> bool:
             panel.barh(place + 0.19, values[1], 0.36, color="#2a6fb0", label="tree" if place == 0 else None)
             panel.annotate(f" {values[0] / values[1]:.2f}x", (max(values), place), va="center", fontsize=9)
         panel.set_title(title, fontsize=10)
+        if key != "time":
+            panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         panel.set_xlim(right=1.25 * panel.get_xlim()[1])
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(steps)), [name for name, _, _ in steps])
     panels[0].invert_yaxis()
-    panels[0].legend(loc="lower right", frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False)
     figure.suptitle(
         "chain against tree: one training step of the same rollouts (chain / tree beside the bars)", fontsize=11
     )

@@ -18,7 +18,8 @@ from treegrpo import compute_advantages, flops, grpo_loss, pack, token_logprobs
 from treegrpo.logprobs import chain_logprobs
 
 HIDDEN, QUICK_HIDDEN, LAYERS = 128, 64, 2
-MANY_TOKENS = 30_000
+# chain tokens from which a step is timed this often
+ROUNDS = {0: 3, 15_000: 2, 30_000: 1}
 NAMES = ("grpo_star", "search_agent", "binary", "branching", "tau_whole", "tau_calls")
 
 
@@ -94,6 +95,10 @@ def check(contender, workload, device, quick):
     return worst
 
 
+def rounds_for(num_chain_tokens):
+    return next(rounds for least, rounds in sorted(ROUNDS.items(), reverse=True) if num_chain_tokens >= least)
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("workload", NAMES)
 def test_step(workload, contender, meter, device, quick):
@@ -111,7 +116,7 @@ def test_step(workload, contender, meter, device, quick):
         check=lambda: check(contender, workload, device, quick),
         baseline=(lambda: step("chain", workload, device, quick)) if contender == "tree" else None,
         baseline_name="chain" if contender == "tree" else None,
-        rounds=1 if contender == "stock_transformers" or counted.chain.tokens > MANY_TOKENS else 3,
+        rounds=1 if contender == "stock_transformers" else rounds_for(counted.chain.tokens),
         suite="step",
         contender=contender,
         workload=workload,
