@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 
 from treegrpo import flops, toy
 from treegrpo.config import TrainConfig
+from treegrpo.report import progress_bar
 from treegrpo.rollout.replay import Replay
 from treegrpo.samples import split_calls
 from treegrpo.trainer import Trainer
@@ -52,7 +54,8 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        return sum(row["step_time"] for row in self.history)
+        """Of a median step."""
+        return statistics.median(row["step_time"] for row in self.history)
 
     def total(self, name: str) -> float:
         return sum(row[name] for row in self.history)
@@ -81,8 +84,7 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
             chosen = _smallest_groups(forests[kind], trajectories, NUM_GROUPS)
             config = TrainConfig(
                 model=str(model_file),
-                output_dir=folder,
-                overwrite_output_dir=True,
+                output_dir=f"{folder}/{kind}",
                 samples=kind,
                 backend=backend,
                 advantage_estimator="grpo",
@@ -98,7 +100,7 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
                 f"[bold]Training on samples={kind}[/bold]: {steps} steps, two a group, on the {num_groups} smallest"
                 " groups whose rewards differ"
             )
-            runs = {attention: _train(replace(config, attention=attention), chosen) for attention in ("tree", "chain")}
+            runs = _train_side_by_side(config, chosen)
             console.print(_run_table(runs, config, chosen, model))
             # the scripted agent's customers do not improvise, so what is said of recorded ones does not hold there
             if kind == "call" or source.startswith("tau-bench"):
@@ -136,13 +138,27 @@ def _smallest_groups(forest: list[RolloutTree], trajectories: list[Trajectory], 
     return [t for t in trajectories if t.group in chosen]
 
 
-def _train(config: TrainConfig, trajectories: list[Trajectory]) -> Run:
-    gradients: list[torch.Tensor] = []
+def _train_side_by_side(config: TrainConfig, trajectories: list[Trajectory]) -> dict[str, Run]:
+    """A tree run and a chain run that take turns step by step, so that both meet the same machine."""
+    runs = {attention: Run([], []) for attention in ("tree", "chain")}
 
-    def keep(step: int, model: torch.nn.Module) -> None:
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    def keep(attention: str):
+        def on_gradients(step: int, model: torch.nn.Module) -> None:
+            gradient = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            runs[attention].gradients.append(torch.cat(gradient))
 
-    return Run(Trainer(config, trajectories, on_gradients=keep).train(), gradients)
+        return on_gradients
+
+    trainers = {}
+    for attention in runs:
+        own = replace(config, attention=attention, output_dir=f"{config.output_dir}/{attention}", disable_tqdm=True)
+        trainers[attention] = Trainer(own, trajectories, on_gradients=keep(attention)).steps()
+    with progress_bar("tree and chain", 0, config.max_steps) as advance:
+        for tree_row, chain_row in zip(trainers["tree"], trainers["chain"], strict=True):
+            runs["tree"].history.append(tree_row)
+            runs["chain"].history.append(chain_row)
+            advance({**tree_row, "step_time": tree_row["step_time"] + chain_row["step_time"]})
+    return runs
 
 
 def _forest_table(forests: dict[str, list[RolloutTree]], model: dict[str, Any]):
@@ -166,7 +182,8 @@ def _run_table(runs: dict[str, Run], config: TrainConfig, trajectories: list[Tra
     counts = [_step_flops(trees, config, model) for trees in _step_trees(config, trajectories)]
     chain_flops, tree_flops = (sum(getattr(c, side).training for c in counts) for side in ("chain", "tree"))
     _compare(table, "training GFLOPs", chain_flops / 1e9, tree_flops / 1e9)
-    _compare(table, "seconds", chain.seconds, tree.seconds)
+    _compare(table, "seconds of a step (median)", chain.seconds, tree.seconds)
+    _compare(table, "seconds of all steps", chain.total("step_time"), tree.total("step_time"))
     table.add_row("loss of the last step", *(f"{run.history[-1]['loss']:+.6f}" for run in (chain, tree)), "")
     losses = [abs(a["loss"] - b["loss"]) for a, b in zip(tree.history, chain.history, strict=True)]
     table.add_row("largest difference of the loss", "", f"{max(losses):.1e}", "")

@@ -10,7 +10,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +104,12 @@ class Trainer:
     def train(self) -> list[dict[str, Any]]:
         """Runs up to max_steps and returns the logged rows. ValueError on a loss that is not finite; the last
         checkpoint stays."""
+        return [row for row in self.steps() if self._is_logged(row["step"])]
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """The same run, one optimiser step and its metrics at a time; ends by itself at max_steps."""
         config, main = self.config, self.accelerator.is_main_process
         metrics_file = self._open_output() if main else None
-        history = []
         with progress_bar(
             config.attention, self.step, config.max_steps, enabled=main and not config.disable_tqdm
         ) as advance:
@@ -116,14 +119,15 @@ class Trainer:
                 row = self._update()
                 row = {"step": self.step, **row, "step_time": time.perf_counter() - started}
                 advance(row)
-                if self.step % config.logging_steps == 0 or self.step == config.max_steps:
-                    history.append(row)
-                    if main:
-                        metrics_file.write(row)
+                if main and self._is_logged(self.step):
+                    metrics_file.write(row)
                 is_due = config.save_steps and self.step % config.save_steps == 0
                 if config.save_strategy == "steps" and (is_due or self.step == config.max_steps):
                     self.save()
-        return history
+                yield row
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.logging_steps == 0 or step == self.config.max_steps
 
     def _next_data(self) -> None:
         """Groups, advantages and frozen log-probs, new ones every num_iterations steps."""
