@@ -146,7 +146,8 @@ TITLES = {
     "step": "Training step: forward, loss, backward; the chain is padding-free, head on trained tokens only",
     "rate": "Attention rate on visible pairs against causal SDPA on a chain of as many tokens (interleaved)",
     "growth": "Growth: pairs grow like tokens, so GFLOP/s must stay flat",
-    "attention": "Attention, all contenders; GFLOP/s on visible pairs of each one's own layout",
+    "attention": "Attention; GFLOP/s on visible pairs of each one's own layout; times against chain_sdpa, "
+    "interleaved for tree rows, measured apart for the others",
     "head": "Log-prob head, forward + backward",
     "plan": "TreePlan",
     "pack": "Trie and packing",
