@@ -1,0 +1,1 @@
+"""Environments with tools, and what they search in."""

@@ -1,0 +1,54 @@
+"""What an environment is: it writes the prompt, answers each agent step, and can be forked where a tree branches."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What came back for one agent step. `StepResult(observation="<information> ... </information>", num_tool_calls=1)`
+    goes on; `StepResult(done=True)` ends the branch."""
+
+    observation: str | None = None
+    """Text put behind the step, markup included, not trained. May be None only where done."""
+    done: bool = False
+    """The step was the last: an answer, or nothing can follow."""
+    num_tool_calls: int = 0
+    """Tools asked for in this step."""
+    num_tool_errors: int = 0
+    """Of these, the ones that failed; an unreadable call counts as one of each."""
+
+
+class Environment(ABC):
+    """One episode. A search calls `reset` once, then `fork` for every branch and `step` on the fork, so siblings never
+    see each other's changes; a fork is kept for as long as its node may be expanded.
+
+    What forks may share (an index, a tokenizer, a connection) should be kept out of `fork`'s copy: give that object a
+    `__deepcopy__` that returns itself, or override `fork`.
+    """
+
+    stop: tuple[str, ...] = ()
+    """Texts that end one agent step."""
+
+    @abstractmethod
+    def reset(self, row: dict[str, Any]) -> str | list[dict[str, Any]]:
+        """Begins the episode of a dataset row; returns the prompt as text, or as chat messages."""
+
+    @abstractmethod
+    def step(self, action: str, *, is_last: bool = False) -> StepResult:
+        """Runs one agent step: `action` is its decoded text, stop text included. May also be `async def`.
+
+        With `is_last` no tool may run and nothing may follow: the step counts as an answer or as none.
+        """
+
+    def fork(self) -> Environment:
+        """An independent copy of the state."""
+        return copy.deepcopy(self)
+
+    def tools(self) -> list[Any]:
+        """Functions the chat template should describe to the model; none by default."""
+        return []

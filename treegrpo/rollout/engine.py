@@ -1,0 +1,92 @@
+"""What a rollout engine is: token ids in, sampled token ids and their log-probs out. One branch is one awaitable.
+
+    hf.py       a transformers model in this process, branches continue from their parent's KV cache
+    vllm.py     vLLM in this process
+    server.py   any OpenAI-compatible completions server that speaks token ids (vLLM, SGLang)
+
+Ids and log-probs travel from here to the loss as sampled: nothing is ever decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one completion is drawn. ValueError where a value makes no sense."""
+
+    max_tokens: int = 256
+    """Sampled tokens at most, at least 1."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Nucleus: the smallest set of likeliest tokens with this mass; 1 keeps all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the completion; the tokens that spell one are kept, also what the last of them holds beyond it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end it, beside the tokenizer's end of sequence; kept too."""
+    seed: int = 0
+    """The same seed, prompt and weights give the same tokens, whatever else is sampled at the same time."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: sample at least one token")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: give a finite number, at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: give a number above 0, at most 1")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty text, which would end every completion: remove it")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one call sampled. `Completion([5, 6, 2], [-0.1, -2.0, -0.3], "stop", 7)`: three tokens, 2 ended it, and the
+    engine computed 7 tokens of the prompt (the others were in its cache)."""
+
+    token_ids: list[int]
+    """The sampled ids, what ended them included; never empty."""
+    logprobs: list[float]
+    """Of each in the distribution it was drawn from, that is after temperature and top_p (natural log)."""
+    finish_reason: str
+    """"stop" (a stop text, a stop token or the end of sequence) or "length" (max_tokens)."""
+    num_prefilled: int
+    """Prompt tokens computed for this call rather than read from a cache; all of them where the engine cannot tell."""
+
+
+class EngineError(RuntimeError):
+    """The engine cannot answer: unreachable, too slow, or what it sent is not an answer. Says which and the cure."""
+
+
+class RolloutEngine(Protocol):
+    """What search.py needs of an engine. Calls overlap: many branches are awaited at once."""
+
+    tokenizer: Any
+    """The transformers tokenizer of the model."""
+    max_context_length: int
+    """Prompt and completion together."""
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, session: str = ""
+    ) -> Completion:
+        """One completion of `prompt_ids`. `session` names the group: calls of one session share prefixes.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room for a token below max_context_length.
+            EngineError: no answer.
+        """
+
+    async def release(self, session: str) -> None:
+        """Forgets what is cached for a session that is complete."""
+
+    def sync_weights(self, model: torch.nn.Module) -> None:
+        """From now on sample from the weights of `model` (unwrapped); caches of the old ones are dropped. Called
+        while nothing is being generated."""
+
+    def close(self) -> None:
+        """Frees what the engine holds. May be called twice."""
