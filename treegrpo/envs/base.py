@@ -49,6 +49,10 @@ class Environment(ABC):
         """An independent copy of the state."""
         return copy.deepcopy(self)
 
+    def error_observation(self, message: str) -> str:
+        """What follows a step that raised or timed out; called on a fork of the state before that step."""
+        return f"error: {message}"
+
     def tools(self) -> list[Any]:
         """Functions the chat template should describe to the model; none by default."""
         return []
