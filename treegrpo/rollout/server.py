@@ -1,0 +1,464 @@
+"""Rollouts from a completions server over HTTP: token ids go out, token ids and log-probs come back.
+
+openai   POST /v1/completions as vLLM serves it: `prompt` is a list of ids, `return_token_ids` brings the sampled ids
+         (older servers: `return_tokens_as_token_ids`, ids as texts "token_id:17")
+sglang   POST /generate, SGLang's own endpoint: `input_ids`, `meta_info.output_token_logprobs` as (log-prob, id, _)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
+from treegrpo.rollout.weights import save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+DIALECTS = ("auto", "openai", "sglang")
+MAX_BODY = 64 * 2**20
+"""Bytes of an answer at most; 100k tokens with log-probs are about 10 MB."""
+MAX_POSITIVE_LOGPROB = 1e-3
+"""Rounding may leave a log-prob of a certain token this far above 0."""
+EXCERPT = 200
+
+
+class ServerEngine:
+    """Samples from any OpenAI-compatible completions server that speaks token ids.
+
+    Log-probs must be those of the distribution the token was drawn from, after temperature and top_p. The client
+    cannot see whether they are; where they are not, the trainer's metric `sampling/sampling_logp_difference` is large
+    from the first step. Start vLLM (0.22 and later) as
+
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --enable-prompt-tokens-details
+
+    without the second flag its log-probs are those before temperature; without the last all prompt tokens count as
+    prefilled; the development mode is needed for `sync_dir` alone, and its endpoints belong on no public address.
+    SGLang (0.5 and later):
+
+        python -m sglang.launch_server --model-path MODEL --enable-deterministic-inference
+
+    without that flag it ignores the seed. Whether its log-probs hold top_p depends on the version: leave top_p at 1.
+
+    Weights reach the server in one of three ways, and `sync_weights` raises where none was chosen, since a server whose
+    weights never change trains off-policy in silence:
+    `sync_dir` (a folder the server sees under the same path: each sync writes a checkpoint there, asks the server to
+    load it, drops its prefix cache and removes the checkpoint before; SGLang: /update_weights_from_disk, /flush_cache;
+    vLLM: /collective_rpc reload_weights, /reset_prefix_cache, both in its development mode),
+    `sync` (your function of the model, which also drops the server's prefix cache), or
+    `frozen=True` (evaluation: the weights stay).
+
+    Args:
+        url: http or https address of the server; a final /v1 is dropped.
+        tokenizer: of the model; its end of sequence stops every completion.
+        model: the name the server gives the model; None takes the only one it lists.
+        dialect: "openai", "sglang" or "auto", which asks the server once.
+        max_context_length: prompt and completion together; None asks the server.
+        vocab_size: ids at or above it are refused; None takes the tokenizer's length.
+        api_key: sent as a bearer token; None reads the environment variable TREEGRPO_API_KEY.
+        timeout: seconds one try may take, waiting in the server's queue included.
+        max_retries: further tries after a lost connection, a time-out, HTTP 429 or 5xx.
+        backoff: seconds before the first further try, doubled each time up to 30, times a random 0.5 to 1.
+        sync_timeout: seconds the server may take to load weights.
+
+    Raises:
+        ValueError: an argument that makes no sense, or no HTTP client is installed.
+        EngineError: the server must be asked something and does not answer.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: Any,
+        *,
+        model: str | None = None,
+        dialect: str = "auto",
+        max_context_length: int | None = None,
+        vocab_size: int | None = None,
+        api_key: str | None = None,
+        timeout: float = 120.0,
+        max_retries: int = 4,
+        backoff: float = 0.5,
+        sync: Callable[[torch.nn.Module], None] | None = None,
+        sync_dir: str | Path | None = None,
+        sync_timeout: float = 600.0,
+        frozen: bool = False,
+    ) -> None:
+        if dialect not in DIALECTS:
+            raise ValueError(f"dialect={dialect!r}: choose one of {', '.join(DIALECTS)}")
+        for name, seconds in (("timeout", timeout), ("sync_timeout", sync_timeout)):
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"{name}={seconds}: give a number of seconds above 0")
+        if max_retries < 0 or not 0 <= backoff < math.inf:
+            raise ValueError(f"max_retries={max_retries}, backoff={backoff}: give numbers, at least 0")
+        if (sync is not None) + (sync_dir is not None) + frozen > 1:
+            raise ValueError("sync, sync_dir, frozen: choose one of them")
+        self.url = _checked_url(url)
+        self.tokenizer = tokenizer
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.timeout, self.max_retries, self.backoff = timeout, max_retries, backoff
+        self.num_requests = 0
+        """Tries sent, the repeated ones included."""
+        self.num_retries = 0
+        self._httpx = _import_httpx()
+        self._api_key = os.environ.get("TREEGRPO_API_KEY") if api_key is None else api_key
+        self._clients: Any = weakref.WeakKeyDictionary()
+        self._sync, self._frozen, self._sync_timeout = sync, frozen, sync_timeout
+        self._sync_dir = None if sync_dir is None else Path(sync_dir).resolve()
+        self._num_syncs, self._synced = 0, None
+        self._is_closed = False
+        self.model, self.dialect = model, dialect
+        self.max_context_length = max_context_length
+        if dialect == "auto" or max_context_length is None or (model is None and dialect == "openai"):
+            _run(self._ask_server())
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, session: str = "") -> Completion:
+        """See `RolloutEngine.generate`. `session` is not needed: the server finds shared prefixes by itself.
+
+        Raises:
+            EngineError: unreachable, too slow, or the answer is not one: ids outside the vocabulary, another number of
+                log-probs than ids, log-probs that are not finite or above 0, another prompt than the one sent.
+        """
+        prompt = [int(i) for i in prompt_ids]
+        if not prompt:
+            raise ValueError("prompt_ids is empty: a completion needs at least one token before it")
+        room = self.max_context_length - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"prompt_ids has {len(prompt)} tokens, which leaves no room below max_context_length="
+                f"{self.max_context_length}: shorten the prompt or serve the model with a longer context"
+            )
+        max_tokens = min(sampling.max_tokens, room)
+        build, read = {"openai": (self._openai_body, _read_openai), "sglang": (self._sglang_body, _read_sglang)}[
+            self.dialect
+        ]
+        path = "/v1/completions" if self.dialect == "openai" else "/generate"
+        data = await self._request("POST", path, build(prompt, sampling, max_tokens))
+        try:
+            ids, logprobs, reason, cached = read(_json(data), prompt)
+            self._check(ids, logprobs, reason, max_tokens)
+        except _BadAnswer as error:
+            raise EngineError(f"{self.url}{path}: {error}; it answered {_excerpt(data)}") from None
+        num_prefilled = len(prompt) if cached is None else min(max(len(prompt) - cached, 0), len(prompt))
+        return Completion(ids, [min(float(p), 0.0) for p in logprobs], reason, num_prefilled)
+
+    async def release(self, session: str) -> None:
+        """Nothing to do: the server drops what it no longer needs."""
+
+    def sync_weights(self, model: torch.nn.Module) -> None:
+        """See `RolloutEngine.sync_weights` and the class."""
+        if self._frozen:
+            return
+        if self._sync is not None:
+            self._sync(model)
+            return
+        if self._sync_dir is None:
+            raise ValueError(
+                "the server would go on sampling from old weights: give sync_dir (a folder the server reads, weights"
+                " go through it), sync (a function that brings the model's weights to it), or frozen=True if they are"
+                " to stay"
+            )
+        self._num_syncs += 1
+        folder = save_checkpoint(model, self._sync_dir / f"weights-{os.getpid()}-{id(self):x}-{self._num_syncs}")
+        _run(self._load(folder))
+        if self._synced is not None:
+            shutil.rmtree(self._synced, ignore_errors=True)
+        self._synced = folder
+
+    def close(self) -> None:
+        """Refuses further calls. Connections last one request each, so none is left open; the last checkpoint in
+        sync_dir stays, the server may still read it."""
+        self._is_closed = True
+        self._clients.clear()
+
+    def _openai_body(self, prompt: list[int], sampling: SamplingParams, max_tokens: int) -> dict[str, Any]:
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+            "stop": list(sampling.stop),
+            "stop_token_ids": self._stop_token_ids(sampling),
+            "include_stop_str_in_output": True,
+            # stop texts may be special tokens, which the server would otherwise not see in its text
+            "skip_special_tokens": False,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "stream": False,
+            **NEUTRAL,
+            "top_k": 0,
+        }
+        return body if self.model is None else {"model": self.model, **body}
+
+    def _sglang_body(self, prompt: list[int], sampling: SamplingParams, max_tokens: int) -> dict[str, Any]:
+        return {
+            "input_ids": prompt,
+            "return_logprob": True,
+            "stream": False,
+            "sampling_params": {
+                "max_new_tokens": max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "sampling_seed": sampling.seed,
+                "stop": list(sampling.stop),
+                "stop_token_ids": self._stop_token_ids(sampling),
+                "no_stop_trim": True,
+                "skip_special_tokens": False,
+                **NEUTRAL,
+                "top_k": -1,
+            },
+        }
+
+    def _stop_token_ids(self, sampling: SamplingParams) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return sorted({*sampling.stop_token_ids, *([] if end is None else [end])})
+
+    def _check(self, ids: list[Any], logprobs: list[Any], reason: Any, max_tokens: int) -> None:
+        if not ids:
+            raise _BadAnswer("no token was sampled")
+        if len(ids) != len(logprobs):
+            raise _BadAnswer(f"{len(ids)} token ids but {len(logprobs)} log-probs")
+        if len(ids) > max_tokens:
+            raise _BadAnswer(f"{len(ids)} tokens where max_tokens is {max_tokens}")
+        for index, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise _BadAnswer(f"token {index} is {token!r}, not an id below the vocabulary size {self.vocab_size}")
+            if type(logprob) not in (int, float) or not math.isfinite(logprob) or logprob > MAX_POSITIVE_LOGPROB:
+                raise _BadAnswer(f"log-prob {index} is {logprob!r}, not a finite number up to 0")
+        if reason not in ("stop", "length"):
+            raise _BadAnswer(f"finish reason {reason!r}, neither 'stop' nor 'length'")
+
+    async def _ask_server(self) -> None:
+        """Fills in dialect, model and max_context_length where they were left open."""
+        if self.dialect == "auto":
+            is_sglang = False
+            for path in ("/get_model_info", "/model_info"):
+                data = await self._request("GET", path, missing_ok=True)
+                is_sglang = is_sglang or (data is not None and b"model_path" in data)
+            self.dialect = "sglang" if is_sglang else "openai"
+            logger.info("%s speaks the %s dialect", self.url, self.dialect)
+        data = await self._request("GET", "/v1/models", missing_ok=self.dialect == "sglang")
+        try:
+            models = [] if data is None else _field(_json(data), "data", list)
+            names = [_field(_object(entry, "a listed model"), "id", str) for entry in models]
+            if self.model is None and self.dialect == "openai":
+                if len(names) != 1:
+                    raise ValueError(f"{self.url} serves {names}: say which by model")
+                self.model = names[0]
+            if self.max_context_length is None:
+                lengths = [
+                    m.get("max_model_len") for m, name in zip(models, names, strict=True) if self.model in (None, name)
+                ]
+                if not lengths or type(lengths[0]) is not int or lengths[0] < 2:
+                    raise ValueError(f"{self.url} does not tell its context length: give max_context_length")
+                self.max_context_length = lengths[0]
+        except _BadAnswer as error:
+            raise EngineError(f"{self.url}/v1/models: {error}; it answered {_excerpt(data)}") from None
+
+    async def _load(self, folder: Path) -> None:
+        if self.dialect == "sglang":
+            path = "/update_weights_from_disk"
+            data = await self._request("POST", path, {"model_path": str(folder)}, timeout=self._sync_timeout)
+            try:
+                if not _field(_json(data), "success", bool):
+                    raise _BadAnswer("the server did not load the weights")
+            except _BadAnswer as error:
+                raise EngineError(f"{self.url}{path}: {error}; it answered {_excerpt(data)}") from None
+            await self._request("POST", "/flush_cache", timeout=self._sync_timeout)
+            return
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        # without the query vLLM answers 200 and keeps the cache where a request is still running
+        for path, sent in (("/collective_rpc", body), ("/reset_prefix_cache?reset_running_requests=true", None)):
+            if await self._request("POST", path, sent, timeout=self._sync_timeout, missing_ok=True) is None:
+                raise EngineError(f"{self.url} has no {path}: start vLLM with VLLM_SERVER_DEV_MODE=1, or give sync")
+
+    async def _request(
+        self, method: str, path: str, body: Any = None, *, timeout: float | None = None, missing_ok: bool = False
+    ) -> bytes | None:
+        """The body of a 2xx answer, None of a 404 where that is fine. Tries again what may pass."""
+        if self._is_closed:
+            raise EngineError(f"{self.url}: this engine is closed")
+        timeout = self.timeout if timeout is None else timeout
+        start, tries = time.monotonic(), 0
+        while True:
+            tries += 1
+            self.num_requests += 1
+            try:
+                status, data = await asyncio.wait_for(self._send(method, path, body, timeout), timeout)
+                if 200 <= status < 300:
+                    return data
+                if status == 404 and missing_ok:
+                    return None
+                if status != 429 and status < 500:
+                    moved = " (redirects are not followed: give the final address)" if 300 <= status < 400 else ""
+                    raise EngineError(
+                        f"{self.url}{path}: the server refused with HTTP {status}{moved}: {_excerpt(data)}"
+                    )
+                problem = f"HTTP {status}: {_excerpt(data)}"
+            # one class from Python 3.11 on
+            except (asyncio.TimeoutError, TimeoutError):
+                problem = f"no answer within {timeout:g} s"
+            except self._httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            except self._httpx.RequestError as error:
+                raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+            if tries > self.max_retries:
+                raise EngineError(
+                    f"{self.url}{path}: unreachable or too slow after {tries} tries over"
+                    f" {time.monotonic() - start:.1f} s (last: {problem}): is the server running, and is the address"
+                    " right? If it is busy, raise timeout or ask for less at once"
+                )
+            self.num_retries += 1
+            logger.warning("%s%s, try %d: %s", self.url, path, tries, problem)
+            await asyncio.sleep(min(self.backoff * 2 ** (tries - 1), 30.0) * random.uniform(0.5, 1.0))
+
+    async def _send(self, method: str, path: str, body: Any, timeout: float) -> tuple[int, bytes]:
+        client = self._client()
+        connect = self._httpx.Timeout(None, connect=min(timeout, 10.0))
+        async with client.stream(method, self.url + path, json=body, timeout=connect) as response:
+            data = bytearray()
+            async for chunk in response.aiter_bytes():
+                data += chunk
+                if len(data) > MAX_BODY:
+                    raise EngineError(
+                        f"{self.url}{path}: the answer is larger than {MAX_BODY} bytes: {_excerpt(bytes(data))}"
+                    )
+            return response.status_code, bytes(data)
+
+    def _client(self) -> Any:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+            if self._api_key:
+                headers["Authorization"] = f"Bearer {self._api_key}"
+            # a connection for each request: none outlives its event loop, none is found closed by the server
+            limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            self._clients[loop] = self._httpx.AsyncClient(headers=headers, limits=limits, follow_redirects=False)
+        return self._clients[loop]
+
+
+NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+"""Said in every request: both servers otherwise take them from the model's generation_config.json."""
+
+
+class _BadAnswer(Exception):
+    """What is wrong with an answer; becomes an EngineError with an excerpt."""
+
+
+def _read_openai(answer: dict[str, Any], prompt: list[int]) -> tuple[list[Any], list[Any], Any, int | None]:
+    choices = _field(answer, "choices", list)
+    if len(choices) != 1:
+        raise _BadAnswer(f"{len(choices)} choices where one was asked for")
+    choice = _object(choices[0], "choices[0]")
+    logprobs = _field(choice, "logprobs", dict)
+    ids = choice.get("token_ids")
+    if ids is None:
+        tokens = _field(logprobs, "tokens", list)
+        if not all(isinstance(t, str) and t.startswith("token_id:") and t[9:].isdecimal() for t in tokens):
+            raise _BadAnswer("no token_ids: the server does not answer with token ids (vLLM does)")
+        ids = [int(t[9:]) for t in tokens]
+    if not isinstance(ids, list):
+        raise _BadAnswer("token_ids is not a list")
+    sent = choice.get("prompt_token_ids")
+    usage = answer.get("usage") or {}
+    _same_prompt(prompt, sent, usage.get("prompt_tokens") if isinstance(usage, dict) else None)
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return ids, _field(logprobs, "token_logprobs", list), choice.get("finish_reason"), _count(cached)
+
+
+def _read_sglang(answer: dict[str, Any], prompt: list[int]) -> tuple[list[Any], list[Any], Any, int | None]:
+    info = _field(answer, "meta_info", dict)
+    entries = _field(info, "output_token_logprobs", list)
+    if not all(isinstance(e, list) and len(e) >= 2 for e in entries):
+        raise _BadAnswer("output_token_logprobs is not a list of (log-prob, id, text)")
+    ids = [e[1] for e in entries]
+    if info.get("completion_tokens") not in (None, len(ids)):
+        raise _BadAnswer(f"{info['completion_tokens']!r} completion_tokens but {len(ids)} log-probs")
+    output_ids = answer.get("output_ids")
+    if output_ids is not None and output_ids != ids:
+        raise _BadAnswer("output_ids and the ids of output_token_logprobs differ")
+    _same_prompt(prompt, None, info.get("prompt_tokens"))
+    reason = info.get("finish_reason")
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    return ids, [e[0] for e in entries], reason, _count(info.get("cached_tokens"))
+
+
+def _same_prompt(prompt: list[int], ids: Any, count: Any) -> None:
+    if ids is not None and ids != prompt:
+        raise _BadAnswer("the server changed the prompt's token ids (does it add special tokens?)")
+    if count is not None and count != len(prompt):
+        raise _BadAnswer(f"the server counts {count!r} prompt tokens where {len(prompt)} were sent")
+
+
+def _count(value: Any) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or value < 0:
+        raise _BadAnswer(f"cached_tokens is {value!r}, not a count")
+    return value
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        return _object(json.loads(data), "the answer")
+    # a deeply nested text exhausts the stack
+    except (ValueError, RecursionError) as error:
+        raise _BadAnswer(f"not JSON ({error})") from None
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _BadAnswer(f"{what} is not a JSON object")
+    return value
+
+
+def _field(value: dict[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(value.get(name), kind):
+        raise _BadAnswer(f"{name} is missing or no {kind.__name__}")
+    return value[name]
+
+
+def _excerpt(data: bytes) -> str:
+    text = data[:EXCERPT].decode("utf-8", "replace")
+    return repr(text) + (f" (and {len(data) - EXCERPT} bytes)" if len(data) > EXCERPT else "")
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError(f"url={url!r}: give an address like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _import_httpx() -> Any:
+    try:
+        import httpx2 as httpx  # what huggingface_hub 2 brings along
+    except ImportError:
+        try:
+            import httpx
+        except ImportError as error:
+            raise ValueError("a server engine needs an HTTP client: pip install httpx") from error
+    return httpx
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Runs to the end in a thread of its own, so that it does not matter whether this one has an event loop."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()
