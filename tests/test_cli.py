@@ -167,10 +167,10 @@ def test_bad_yaml(tmp_path, text, message):
 def test_yaml_values_take_their_types(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(
-        "learning_rate: 1e-5\ntoken_budget: 4096\nlora_target_modules: [q_proj, v_proj]\nepsilon_high: null\n"
+        "learning_rate: 1e-5\nrow_token_budget: 4096\nlora_target_modules: [q_proj, v_proj]\nepsilon_high: null\n"
     )
     config = read_config(path)
-    assert (config.learning_rate, config.token_budget, config.epsilon_high) == (1e-5, 4096, None)
+    assert (config.learning_rate, config.row_token_budget, config.epsilon_high) == (1e-5, 4096, None)
     assert config.lora_target_modules == ("q_proj", "v_proj")
 
 

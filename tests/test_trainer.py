@@ -69,7 +69,7 @@ def largest_difference(a, b) -> float:
             "beta": 0.1,
             "gradient_checkpointing": True,
             "shared_tokens": "mean",
-            "token_budget": 60,
+            "row_token_budget": 60,
         },
         {
             "loss_type": "cispo",
@@ -137,7 +137,7 @@ def test_budget_and_accumulation_change_no_result(files, tmp_path, loss_type, sh
         "entropy_coef": 0.01,
     }
     whole, weights = run(files, tmp_path / "a", groups_per_step=4, **options)
-    budget, budget_weights = run(files, tmp_path / "b", groups_per_step=4, token_budget=40, **options)
+    budget, budget_weights = run(files, tmp_path / "b", groups_per_step=4, row_token_budget=40, **options)
     accumulated, accumulated_weights = run(
         files, tmp_path / "c", groups_per_step=2, gradient_accumulation_steps=2, **options
     )
@@ -296,7 +296,7 @@ def bad_rows(kind: str) -> list[Trajectory]:
         ("reward missing", {}, r"trajectory 7 \(group 'g1'\): reward is missing"),
         ("token outside", {}, r"trajectory 6 \(group 'g1'\): token_ids\[3\] = 48 is outside .*vocabulary of 48"),
         ("nothing trained", {}, r"group 'g1': loss_mask is 0 everywhere"),
-        ("good", {"token_budget": 10}, r"group 'g0': its tree has \d+ unique tokens, over token_budget=10"),
+        ("good", {"row_token_budget": 10}, r"group 'g0': its tree has \d+ unique tokens, over row_token_budget=10"),
         ("good", {"model": "no/such/folder"}, "no such folder or config file"),
         ("good", {"rollouts": "replay:nothing.jsonl"}, "no such file: nothing.jsonl"),
         ("good", {"rollouts": "vllm:host"}, "give replay:FILE"),
@@ -353,7 +353,7 @@ def test_unusable_backend_writes_nothing(files, tmp_path):
 
 def test_two_processes_give_the_curve_of_one(files, tmp_path):
     """Three rows on one process, one on the other, gradients averaged by DDP over gloo."""
-    changes = {"groups_per_step": 4, "token_budget": 40, "num_iterations": 2, "max_steps": 3, "save_strategy": "steps"}
+    changes = {"groups_per_step": 4, "row_token_budget": 40, "num_iterations": 2, "max_steps": 3, "save_strategy": "steps"}
     config = settings(files, tmp_path / "two", loss_type="grpo", **changes)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "treegrpo"]

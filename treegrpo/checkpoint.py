@@ -3,6 +3,7 @@
 checkpoint-40/
     config.json, model.safetensors | adapter_config.json, adapter_model.safetensors    (from_pretrained reads it)
     optimizer.pt                 AdamW's state and the schedule's, read with weights_only=True
+    rollouts-<i>.jsonl.gz        trees that were sampled but not trained to the end, and the tokenizer's files
     old_logprobs-<rank>.pt       old log-probs of the groups in use, one file per process
     trainer_state.json           step, the settings that decide the order of the data
     manifest.json                size of every file above
@@ -14,6 +15,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,10 @@ def save(
     old_logprobs: list[torch.Tensor],
     state: dict[str, Any],
     path: Path,
+    write_more: Callable[[Path], None],
 ) -> None:
-    """Writes `path` so that it never exists half written; every process calls it."""
+    """Writes `path` so that it never exists half written; every process calls it. `write_more(folder)` adds files and
+    may still change `state`."""
     temporary = path.with_name(f".{path.name}.tmp")
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -52,6 +56,7 @@ def save(
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(temporary)
         torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule}, temporary / "optimizer.pt")
+        write_more(temporary)
         (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

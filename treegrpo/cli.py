@@ -106,7 +106,7 @@ def evaluate(
     samples: Literal["trajectory", "call"] = "trajectory",
     attention: Literal["tree", "chain", "both"] = "both",
     temperature: float = 1.0,
-    token_budget: int | None = None,
+    row_token_budget: int | None = None,
     backend: str = "auto",
     seed: int = 42,
     json: Path | None = None,
@@ -119,7 +119,7 @@ def evaluate(
         samples: Whole trajectories, or one sample per assistant turn.
         attention: tree, chain, or both: then the largest difference of a token's log-prob is shown.
         temperature: The logits are divided by it.
-        token_budget: Unique tokens in one packed row.
+        row_token_budget: Unique tokens in one packed row.
         backend: Kernel backend.
         seed: Seed of random weights.
         json: Also write the numbers there.
@@ -138,7 +138,7 @@ def evaluate(
         samples=samples,
         attention=attention,
         temperature=temperature,
-        token_budget=token_budget,
+        row_token_budget=row_token_budget,
         backend=backend,
         seed=seed,
     )

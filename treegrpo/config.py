@@ -10,14 +10,17 @@ from typing import Any, Literal
 
 import yaml
 
+from treegrpo.rollout import settings as rollouts
+from treegrpo.rollout.settings import RolloutConfig
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a model on logged rollouts with the tree-grouped GRPO loss, each shared prefix computed once."""
+class TrainConfig(RolloutConfig):
+    """Train a model with the tree-grouped GRPO loss on logged or sampled rollouts, each shared prefix computed once."""
 
     rollouts: str = ""
     """Where rollouts come from: replay:FILE, a .jsonl or .jsonl.gz of token trajectories (make one with `treegrpo
-    convert`)."""
+    convert`), or an engine that samples trees: hf (in this process), vllm, or server:URL (vLLM, SGLang)."""
     model: str = ""
     """A local folder that from_pretrained reads, or a .json/.yaml model config (a dict with model_type) for random
     weights."""
@@ -37,7 +40,7 @@ class TrainConfig:
     backend: str = "auto"
     """Kernel backend for attention=tree: auto, reference, cpu, triton, cuda or gather (`treegrpo doctor` says which
     work here)."""
-    token_budget: int | None = None
+    row_token_budget: int | None = None
     """Unique tokens in one packed row; None puts all groups of a step in one row. Bounds memory, changes no result."""
     share_across_groups: bool = True
     """Let groups in one packed row share what they begin with (a common system prompt)."""
@@ -56,7 +59,8 @@ class TrainConfig:
     """Seed of random weights, LoRA weights and the order of groups."""
 
     advantage_estimator: str = "tree_grpo"
-    """Who is compared with whom: tree_grpo (own tree plus prompt), grpo (prompt), intra, inter."""
+    """Who is compared with whom: tree_grpo (own tree plus prompt), grpo (prompt), intra, inter, or another of
+    treegrpo.advantages (treerl, treepo, spo, at2po, ...)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide centred rewards by the std of their own comparison set, of the whole step, or not at all."""
     loss_type: str = "dapo"
@@ -114,7 +118,7 @@ class TrainConfig:
     logging_steps: int = 1
     """Write metrics every so many steps."""
     save_steps: int = 500
-    """Checkpoint every so many steps; 0 only at the end."""
+    """Checkpoint every so many steps; 0 only at the end. Ctrl-C writes one too."""
     save_strategy: Literal["steps", "no"] = "steps"
     """no writes no checkpoint at all."""
     save_total_limit: int | None = None
@@ -123,7 +127,7 @@ class TrainConfig:
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        for name, low in _AT_LEAST.items():
+        for name, low in {**_AT_LEAST, **rollouts.AT_LEAST}.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= low):
                 raise ValueError(f"{name}={value!r}: must be a finite number, at least {low}")
@@ -131,18 +135,35 @@ class TrainConfig:
             raise ValueError(
                 "temperature=0 has no log-probabilities: give the temperature the rollouts were sampled with"
             )
-        for name, choices in _CHOICES.items():
+        for name, choices in {**_CHOICES, **rollouts.CHOICES}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
 
     def check_paths(self) -> None:
         """ValueError unless rollouts and model are given and exist; called before anything is loaded."""
-        if not self.rollouts.startswith("replay:"):
-            raise ValueError(f"rollouts={self.rollouts!r}: give replay:FILE, a file of token trajectories")
-        if not Path(self.rollouts_file).is_file():
-            raise ValueError(f"rollouts: no such file: {self.rollouts_file}")
+        if self.is_replay:
+            if not Path(self.rollouts_file).is_file():
+                raise ValueError(f"rollouts: no such file: {self.rollouts_file}")
+            if self.token_budget is not None:
+                raise ValueError("token_budget bounds what is sampled for a prompt; packed rows have row_token_budget")
+        else:
+            from treegrpo.rollout.build import check_settings
+
+            check_settings(self)
         if not self.model or not Path(self.model).exists():
             raise ValueError(f"model={self.model!r}: no such folder or config file; models are read from disk only")
+
+    @property
+    def is_replay(self) -> bool:
+        """Logged rollouts, rather than an engine that samples them."""
+        return self.rollouts.startswith("replay:")
+
+    @property
+    def corrects_sampling(self) -> bool:
+        """Whether the loss is weighted by trainer / sampler probability."""
+        if self.vllm_importance_sampling_correction is not None:
+            return self.vllm_importance_sampling_correction
+        return not self.is_replay and (self.rollouts not in ("", "hf") or self.overlap_rollouts)
 
     @property
     def rollouts_file(self) -> str:
@@ -158,7 +179,7 @@ class TrainConfig:
 _AT_LEAST = {
     **dict.fromkeys(
         (
-            "token_budget",
+            "row_token_budget",
             "groups_per_step",
             "gradient_accumulation_steps",
             "max_steps",
@@ -221,7 +242,8 @@ def _typed(path: Path, name: str, value: Any) -> Any:
         if value is None and "None" in kind:
             return None
         if kind.startswith("tuple"):
-            return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+            cast = float if "float" in kind else str
+            return tuple(cast(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
         if kind == "bool":
             if not isinstance(value, bool):
                 raise TypeError("write true or false")

@@ -153,11 +153,11 @@ def _train_side_by_side(config: TrainConfig, trajectories: list[Trajectory]) -> 
     for attention in runs:
         own = replace(config, attention=attention, output_dir=f"{config.output_dir}/{attention}", disable_tqdm=True)
         trainers[attention] = Trainer(own, trajectories, on_gradients=keep(attention)).steps()
-    with progress_bar("tree and chain", 0, config.max_steps) as advance:
+    with progress_bar("tree and chain", 0, config.max_steps) as progress:
         for tree_row, chain_row in zip(trainers["tree"], trainers["chain"], strict=True):
             runs["tree"].history.append(tree_row)
             runs["chain"].history.append(chain_row)
-            advance({**tree_row, "step_time": tree_row["step_time"] + chain_row["step_time"]})
+            progress.advance({**tree_row, "step_time": tree_row["step_time"] + chain_row["step_time"]})
     return runs
 
 

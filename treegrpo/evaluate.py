@@ -27,7 +27,7 @@ def evaluate(
     samples: Literal["trajectory", "call"] = "trajectory",
     attention: Literal["tree", "chain", "both"] = "tree",
     temperature: float = 1.0,
-    token_budget: int | None = None,
+    row_token_budget: int | None = None,
     backend: str = "auto",
     seed: int = 42,
 ) -> dict[str, float]:
@@ -39,13 +39,14 @@ def evaluate(
     log-prob.
 
     Raises:
-        ValueError: no trajectories, a token outside the vocabulary, a tree over `token_budget`, an unusable backend.
+        ValueError: no trajectories, a token outside the vocabulary, a tree over `row_token_budget`, an unusable
+            backend.
     """
     if samples == "call":
         trajectories = split_calls(trajectories)
     trees = build_forest(trajectories)
     check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(model_path)), str(model_path))
-    budget = token_budget or max(_DEFAULT_BUDGET, max(tree.num_tokens for tree in trees))
+    budget = row_token_budget or max(_DEFAULT_BUDGET, max(tree.num_tokens for tree in trees))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = pack(trees, token_budget=budget)
     model = models.build_model(model_path, seed).to(device).eval()

@@ -154,6 +154,7 @@ def grpo_loss(
     entropy_coef: float = 0.0,
     entropy_normalizer: float | Tensor | None = None,
     max_completion_length: int | None = 512,
+    importance_sampling_ratio: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (0-d, dtype of logp) and metrics (0-d tensors, detached: reading them is the only synchronisation).
 
@@ -184,6 +185,7 @@ def grpo_loss(
         entropy, entropy_coef: [L] entropies; the loss gets `- entropy_coef * mean entropy of trained tokens`, a token
             mean whatever the loss type, as in TRL. entropy_normalizer is its Z over the whole step.
         max_completion_length: for dr_grpo; TRL's default.
+        importance_sampling_ratio: [L] weights of the policy term (not of the KL), from treegrpo.mismatch.
 
     Metrics (TRL's names): clip_ratio/{low_mean,low_min,high_mean,high_max,region_mean} (cispo: cispo_clip_ratio), kl
     with beta, entropy when given; also ratio/{mean,min,max} of the importance ratio. Means run over the trained tokens
@@ -206,7 +208,9 @@ def grpo_loss(
             raise ValueError(f"{name} is {value}: it must be positive (clamp the sum over the step to at least 1)")
     length = logp.numel()
     streams = {"old_logp": old_logp, "advantages": advantages, "mask": mask, "ref_logp": ref_logp}
-    _check_streams(length, logp.device, streams | {"multiplicity": multiplicity, "entropy": entropy})
+    streams |= {"multiplicity": multiplicity, "entropy": entropy}
+    streams |= {"importance_sampling_ratio": importance_sampling_ratio}
+    _check_streams(length, logp.device, streams)
     _check_offsets(leaf_offsets, length)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
 
@@ -236,6 +240,8 @@ def grpo_loss(
         high = (bounded > 1 + epsilon_high) & (advantages > 0)
         clipped = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
 
+    if importance_sampling_ratio is not None:
+        per_token = per_token * torch.where(trained, importance_sampling_ratio.to(logp.dtype), 0)
     per_token_kl = None
     if beta != 0.0:
         difference = torch.where(trained, ref_logp.to(logp.dtype), 0) - logp

@@ -4,7 +4,7 @@ summary."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from treegrpo.metrics import read_metrics
 _CURVES = (
     "loss",
     "reward",
+    "eval_reward",
+    "tools/call_frequency",
+    "rollout/generated_tokens",
     "grad_norm",
     "entropy",
     "kl",
@@ -27,13 +30,38 @@ _CURVES = (
 )
 
 
+class RunProgress:
+    """What a run reports while it works; this one says nothing."""
+
+    def advance(self, row: dict[str, Any]) -> None:
+        """Once per step, with its metrics."""
+
+    def sampling(self, done: int, total: int) -> None:
+        """Groups sampled for the step."""
+
+
+class _Bar(RunProgress):
+    def __init__(self, progress: Any, name: str, step: int, max_steps: int) -> None:
+        self.progress, self.name, self.text = progress, name, ""
+        self.task = progress.add_task(name, total=max_steps, completed=step, text="")
+
+    def advance(self, row: dict[str, Any]) -> None:
+        parts = [f"loss {row['loss']:+.4f}", f"reward {row['reward']:.3f}"]
+        if "tools/call_frequency" in row:
+            saved = row["tree/chain_tokens"] - row["tree/unique_tokens"]
+            parts += [f"{row['tools/call_frequency']:.2f} tool calls", f"{saved:,.0f} tokens saved"]
+        self.text = "  ".join([*parts, f"{row['step_time']:.2f} s"])
+        self.progress.update(self.task, completed=row["step"], text=self.text)
+
+    def sampling(self, done: int, total: int) -> None:
+        self.progress.update(self.task, text=f"{self.text}  sampling {done}/{total}")
+
+
 @contextlib.contextmanager
-def progress_bar(
-    name: str, step: int, max_steps: int, enabled: bool = True
-) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields `advance(row)`, called once per step with its metrics."""
+def progress_bar(name: str, step: int, max_steps: int, enabled: bool = True) -> Iterator[RunProgress]:
+    """A bar in the terminal, or nothing where it is not enabled."""
     if not enabled:
-        yield lambda row: None
+        yield RunProgress()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -45,13 +73,7 @@ def progress_bar(
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns) as progress:
-        task = progress.add_task(name, total=max_steps, completed=step, text="")
-
-        def advance(row: dict[str, Any]) -> None:
-            text = f"loss {row['loss']:+.4f}  reward {row['reward']:.3f}  {row['step_time']:.2f} s"
-            progress.update(task, completed=row["step"], text=text)
-
-        yield advance
+        yield _Bar(progress, name, step, max_steps)
 
 
 def final_table(history: list[dict[str, Any]], title: str):

@@ -13,10 +13,11 @@ from treegrpo import flops
 from treegrpo.advantages import compute_advantages
 from treegrpo.config import TrainConfig
 from treegrpo.logprobs import chain_logprobs, token_logprobs
-from treegrpo.loss import loss_normalizer
+from treegrpo.loss import grpo_loss, loss_normalizer
+from treegrpo.metrics import StepMetrics
+from treegrpo.mismatch import importance_sampling_ratio
 from treegrpo.models import Reference
 from treegrpo.packing import TreeBatch, pack
-from treegrpo.rollout.replay import Replay
 from treegrpo.samples import call_trees
 from treegrpo.tree import RolloutTree
 
@@ -46,22 +47,24 @@ class StepData:
     """This process's packed rows."""
 
 
-def read_step(
-    replay: Replay, number: int, config: TrainConfig, rank: int, world: int, device: torch.device
+def pack_step(
+    reads: list[list[RolloutTree]], config: TrainConfig, rank: int, world: int, device: torch.device
 ) -> StepData:
-    """Groups of step data `number` (used num_iterations times); this process packs every world-th."""
-    reads = [
-        replay.read(number * config.gradient_accumulation_steps + i, config.groups_per_step)
-        for i in range(config.gradient_accumulation_steps)
-    ]
-    trees = [replay.trees[index] for read in reads for index in read]
+    """The data of one step from its groups `[read][group]`; this process packs every world-th group of a read."""
+    trees = [tree for read in reads for tree in read]
     # Over the whole step: comparison sets are groups, but scale_rewards="batch" divides by the spread of all of them.
-    advantages = compute_advantages(trees, config.advantage_estimator, scale_rewards=config.scale_rewards)
-    rows = []
-    for i in range(config.gradient_accumulation_steps):
-        own = range(i * config.groups_per_step + rank, (i + 1) * config.groups_per_step, world)
+    advantages = compute_advantages(trees, config.advantage_estimator, **_estimator_options(config))
+    rows, begin = [], 0
+    for read in reads:
+        own = range(begin + rank, begin + len(read), world)
         rows += _packed_rows([trees[j] for j in own], [advantages[j] for j in own], config, device)
+        begin += len(read)
     return StepData(trees, rows)
+
+
+def _estimator_options(config: TrainConfig) -> dict[str, str]:
+    # Only the z-score estimators know TRL's scale_rewards; its default is what the others do anyway.
+    return {} if config.scale_rewards == "group" else {"scale_rewards": config.scale_rewards}
 
 
 def _packed_rows(
@@ -70,7 +73,7 @@ def _packed_rows(
     if config.samples == "call":
         trees, advantages = call_trees(trees, advantages)
     batches = pack(
-        trees, token_budget=config.token_budget, share_across_groups=config.share_across_groups, device=device
+        trees, token_budget=config.row_token_budget, share_across_groups=config.share_across_groups, device=device
     )
     return [Row(batch, batch.leaf_stream(advantages)) for batch in batches]
 
@@ -131,6 +134,69 @@ def normalizers(rows: Sequence[Row], config: TrainConfig, device: torch.device) 
                 max_completion_length=config.max_completion_length,
             )
     return total
+
+
+def row_loss(
+    model: torch.nn.Module,
+    row: Row,
+    config: TrainConfig,
+    normalizer: Tensor,
+    entropy_normalizer: Tensor,
+    metrics: StepMetrics,
+    where: str,
+) -> Tensor:
+    """The loss of one packed row, its numbers added to `metrics`; ValueError naming the group if it is not finite."""
+    batch = row.batch
+    logp, entropy = policy_logprobs(model, batch, config)
+    old_logp = logp.detach() if row.old_logp is None else row.old_logp
+    known = batch.leaf_mask & batch.leaf_logp.isfinite()
+    ratio, mismatch = importance_sampling_ratio(
+        old_logp,
+        batch.leaf_logp,
+        batch.leaf_mask,
+        batch.leaf_offsets,
+        mode=config.vllm_importance_sampling_mode,
+        clip_min=config.vllm_importance_sampling_clip_min,
+        clip_max=config.vllm_importance_sampling_clip_max,
+    )
+    loss, loss_metrics = grpo_loss(
+        logp,
+        old_logp,
+        row.advantages,
+        batch.leaf_mask,
+        batch.leaf_offsets,
+        loss_type=config.loss_type,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+        delta=config.delta,
+        beta=config.beta,
+        ref_logp=row.ref_logp,
+        use_bias_correction_kl=config.use_bias_correction_kl,
+        importance_sampling_level=config.importance_sampling_level,
+        shared_tokens=config.shared_tokens,
+        multiplicity=batch.multiplicity,
+        normalizer=normalizer,
+        entropy=entropy,
+        entropy_coef=config.entropy_coef,
+        entropy_normalizer=entropy_normalizer,
+        max_completion_length=config.max_completion_length,
+        importance_sampling_ratio=ratio if config.corrects_sampling else None,
+    )
+    if not torch.isfinite(loss):
+        value, blamed = float(loss.detach()), blame(row, logp)
+        raise ValueError(f"{where}: the loss is {value}, stopped before the update; {blamed}")
+    metrics.add_loss(loss_metrics, int(batch.leaf_mask.sum()))
+    metrics.add_loss(mismatch, int(known.sum()))
+    metrics.add("tree/unique_tokens", batch.num_tokens, how="sum")
+    metrics.add("tree/chain_tokens", batch.num_chain_tokens, how="sum")
+    metrics.add("tree/pairs", batch.num_pairs, how="sum")
+    metrics.add("tree/chain_pairs", batch.num_chain_pairs, how="sum")
+    metrics.add("tree/rows", 1, how="sum")
+    if row.cost is not None:
+        metrics.add("tree/chain_flops", row.cost.chain.training, how="sum")
+        metrics.add("tree/flops", row.cost.tree.training, how="sum")
+    metrics.add("tree/trained_tokens", int(batch.trained.sum()), how="sum")
+    return loss
 
 
 def blame(row: Row, logp: Tensor) -> str:

@@ -1,7 +1,8 @@
-"""`treegrpo train`: logged trajectories -> forest -> packed rows -> log-probs -> advantages -> loss -> AdamW.
+"""`treegrpo train`: rollouts -> forest -> packed rows -> log-probs -> advantages -> loss -> AdamW, and again.
 
-One process or many (accelerate): every process takes whole trees of each step, gradients are averaged, and the loss is
-normalised by what all processes hold together, so the result does not depend on how many there are.
+Rollouts are read from a file or sampled by an engine (treegrpo/rollout). One process or many (accelerate): every
+process takes whole trees of each step, gradients are averaged, and the loss is normalised by what all processes hold
+together, so the result does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -21,12 +23,28 @@ import treegrpo_kernels
 from treegrpo import checkpoint as checkpoints
 from treegrpo import models, step
 from treegrpo.config import TrainConfig
-from treegrpo.loss import grpo_loss
+from treegrpo.interrupt import uninterrupted
 from treegrpo.metrics import MetricsFile, StepMetrics
-from treegrpo.report import progress_bar
+from treegrpo.report import RunProgress, progress_bar
+from treegrpo.rollout import build
+from treegrpo.rollout.engine import EngineError
 from treegrpo.rollout.replay import Replay, check_recorded, check_vocabulary
-from treegrpo.tree import Trajectory
+from treegrpo.tree import RolloutTree, Trajectory, load, save
 
+if TYPE_CHECKING:
+    from treegrpo.rollout.online import OnlineRollouts, StepRollouts
+
+# A resumed run samples the same trees only if these stay as they were.
+_ONLINE_SETTINGS = (
+    "env",
+    "num_trees",
+    "num_expansions",
+    "num_rounds",
+    "selection",
+    "temperature",
+    "top_p",
+    "overlap_rollouts",
+)
 # A resumed run reads the same groups in the same order only if these stay as they were.
 _ORDER_SETTINGS = (
     "seed",
@@ -60,16 +78,18 @@ class Trainer:
     ) -> None:
         from accelerate import Accelerator
 
+        is_logged = trajectories is not None or config.is_replay
         if trajectories is None:
-            from treegrpo import load
-
             config.check_paths()
-            trajectories = load(config.rollouts_file)
+            if is_logged:
+                trajectories = load(config.rollouts_file)
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.on_gradients = on_gradients
-        self.replay = Replay(trajectories, seed=config.seed, shuffle=config.shuffle)
-        self._check_rollouts(trajectories)
+        self.replay: Replay | None = None
+        if is_logged:
+            self.replay = Replay(trajectories, seed=config.seed, shuffle=config.shuffle)
+            self._check_rollouts(trajectories)
         resume = config.resume_from_checkpoint
         self.checkpoint = checkpoints.find(config.output_dir, resume) if resume else None
         if not resume and not config.overwrite_output_dir and (self.output_dir / "metrics.jsonl").exists():
@@ -95,50 +115,105 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.policy = self.accelerator.unwrap_model(self.model)
         self.schedule = self._schedule(optimizer)
+        self.tokenizer: Any = None
+        self.online: OnlineRollouts | None = None
+        if not is_logged:
+            self.tokenizer = build.load_tokenizer(config)
+            self.online = build.make_online(config, self.policy, self.tokenizer, self.accelerator)
         self.data: step.StepData | None = None
+        self.sampled: StepRollouts | None = None
         self.step = 0
         self.num_tokens = 0
+        self.generated_tokens = 0
+        self.best_reward: float | None = None
+        self.num_read = 0
+        self.evaluations: list[dict[str, Any]] = []
         if self.checkpoint:
             self._restore(self.checkpoint, optimizer)
 
     def train(self) -> list[dict[str, Any]]:
-        """Runs up to max_steps and returns the logged rows. ValueError on a loss that is not finite; the last
-        checkpoint stays."""
+        """Runs to the end and returns the logged rows. ValueError on a loss that is not finite; the last checkpoint
+        stays. On Ctrl-C, or when an engine gives up, a checkpoint of the last whole step is written first."""
         return [row for row in self.steps() if self._is_logged(row["step"])]
 
     def steps(self) -> Iterator[dict[str, Any]]:
-        """The same run, one optimiser step and its metrics at a time; ends by itself at max_steps."""
+        """The same run, one optimiser step and its metrics at a time; ends by itself."""
         config, main = self.config, self.accelerator.is_main_process
         metrics_file = self._open_output() if main else None
         with progress_bar(
             config.attention, self.step, config.max_steps, enabled=main and not config.disable_tqdm
-        ) as advance:
-            while self.step < config.max_steps:
-                started = time.perf_counter()
-                self._next_data()
-                row = self._update()
-                row = {"step": self.step, **row, "step_time": time.perf_counter() - started}
-                advance(row)
-                if main and self._is_logged(self.step):
-                    metrics_file.write(row)
-                is_due = config.save_steps and self.step % config.save_steps == 0
-                if config.save_strategy == "steps" and (is_due or self.step == config.max_steps):
-                    self.save()
-                yield row
+        ) as progress:
+            try:
+                if self.step == 0 and (row := self._evaluate(progress)) and main:
+                    metrics_file.write({"step": 0, **row})
+                while not self._is_done():
+                    started = time.perf_counter()
+                    self._next_data(progress)
+                    row = self._update()
+                    row = {"step": self.step, **row, "step_time": time.perf_counter() - started}
+                    progress.advance(row)
+                    row |= self._evaluate(progress)
+                    if main and self._is_logged(self.step):
+                        metrics_file.write(row)
+                    is_due = config.save_steps and self.step % config.save_steps == 0
+                    if config.save_strategy == "steps" and (is_due or self._is_done()):
+                        self.save()
+                    yield row
+            except (KeyboardInterrupt, EngineError) as error:
+                self._leave(error)
+                raise
+            finally:
+                if self.online is not None:
+                    self.online.close()
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.logging_steps == 0 or step == self.config.max_steps
 
-    def _next_data(self) -> None:
+    def _is_done(self) -> bool:
+        limit = self.config.max_generated_tokens
+        return self.step >= self.config.max_steps or (limit is not None and self.generated_tokens >= limit)
+
+    def _next_data(self, progress: RunProgress) -> None:
         """Groups, advantages and frozen log-probs, new ones every num_iterations steps."""
         number, iteration = divmod(self.step, self.config.num_iterations)
-        if iteration == 0 or self.data is None:
-            accelerator = self.accelerator
-            self.data = step.read_step(
-                self.replay, number, self.config, accelerator.process_index, accelerator.num_processes, self.device
-            )
-            step.count_flops(self.data, self.policy.config, self.config)
-            step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
+        if iteration and self.data is not None:
+            return
+        accelerator = self.accelerator
+        self.data = step.pack_step(
+            self._read(number, progress), self.config, accelerator.process_index, accelerator.num_processes, self.device
+        )
+        step.count_flops(self.data, self.policy.config, self.config)
+        step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
+
+    def _read(self, number: int, progress: RunProgress) -> list[list[RolloutTree]]:
+        """The groups of step data `number`, `[read][group]`, logged or sampled from the weights of now."""
+        shape = (self.config.gradient_accumulation_steps, self.config.groups_per_step)
+        if self.online is None:
+            return self.replay.step_trees(number, *shape)
+        self.sampled = self.online.step_rollouts(*shape, self.policy, progress.sampling)
+        self.generated_tokens += self.sampled.generated_tokens
+        self.num_read = number + 1
+        if self.step + self.config.num_iterations < self.config.max_steps:
+            self.online.start_next(*shape, self.policy)
+        if self.config.save_rollouts and self.accelerator.is_main_process:
+            folder = self.output_dir / "rollouts"
+            folder.mkdir(exist_ok=True)
+            save(folder / f"step-{self.step + 1}.jsonl.gz", self.sampled.trajectories())
+        return self.sampled.trees
+
+    def _evaluate(self, progress: RunProgress) -> dict[str, float]:
+        """Numbers of the held-out rows where it is time for them; the best weights so far are kept."""
+        config = self.config
+        if self.online is None or not config.eval_steps or (self.step % config.eval_steps and not self._is_done()):
+            return {}
+        result = self.online.evaluate(self.policy, progress.sampling)
+        self.evaluations.append({"step": self.step, **result})
+        result = {name: value for name, value in result.items() if name != "eval_rewards"}
+        if self.best_reward is None or result["eval_reward"] > self.best_reward:
+            self.best_reward = result["eval_reward"]
+            if config.save_strategy == "steps":
+                self._write_checkpoint(self.output_dir / "best")
+        return result
 
     def _update(self) -> dict[str, float]:
         """One optimiser step over all rows; returns its metrics."""
@@ -153,7 +228,10 @@ class Trainer:
             is_last = i + 1 == len(rows)
             # Gradients travel between processes once a step, in the last backward.
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                loss = self._row_loss(row, normalizer, entropy_normalizer, metrics)
+                loss = step.row_loss(
+                    self.model, row, config, normalizer, entropy_normalizer, metrics, f"step {self.step + 1}"
+                )
+                metrics.add("loss", loss.detach() / accelerator.num_processes, how="sum")
                 accelerator.backward(loss)
         grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm or math.inf)
         if not torch.isfinite(grad_norm):
@@ -165,62 +243,12 @@ class Trainer:
         if self.on_gradients is not None:
             self.on_gradients(self.step, self.policy)
         learning_rate = self.schedule.get_last_lr()[0]
-        self.optimizer.step()
-        self.schedule.step()
-        self.step += 1
+        with uninterrupted():
+            self.optimizer.step()
+            self.schedule.step()
+            self.step += 1
         metrics.add("perf/fwd_bwd_s", time.perf_counter() - began, how="max")
         return self._summary(metrics, float(grad_norm), learning_rate)
-
-    def _row_loss(
-        self, row: step.Row, normalizer: torch.Tensor, entropy_normalizer: torch.Tensor, metrics: StepMetrics
-    ) -> torch.Tensor:
-        config, batch = self.config, row.batch
-        logp, entropy = step.policy_logprobs(self.model, batch, config)
-        old_logp = logp.detach() if row.old_logp is None else row.old_logp
-        loss, loss_metrics = grpo_loss(
-            logp,
-            old_logp,
-            row.advantages,
-            batch.leaf_mask,
-            batch.leaf_offsets,
-            loss_type=config.loss_type,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            delta=config.delta,
-            beta=config.beta,
-            ref_logp=row.ref_logp,
-            use_bias_correction_kl=config.use_bias_correction_kl,
-            importance_sampling_level=config.importance_sampling_level,
-            shared_tokens=config.shared_tokens,
-            multiplicity=batch.multiplicity,
-            normalizer=normalizer,
-            entropy=entropy,
-            entropy_coef=config.entropy_coef,
-            entropy_normalizer=entropy_normalizer,
-            max_completion_length=config.max_completion_length,
-        )
-        if not torch.isfinite(loss):
-            value, blamed = float(loss.detach()), step.blame(row, logp)
-            raise ValueError(f"step {self.step + 1}: the loss is {value}, stopped before the update; {blamed}")
-        mask = batch.leaf_mask
-        trained = int(mask.sum())
-        metrics.add_loss(loss_metrics, trained)
-        metrics.add("loss", loss.detach() / self.accelerator.num_processes, how="sum")
-        known = mask & batch.leaf_logp.isfinite()
-        if known.any():
-            difference = (old_logp - batch.leaf_logp)[known].abs()
-            metrics.add("sampling/sampling_logp_difference/mean", difference.mean(), weight=int(known.sum()))
-            metrics.add("sampling/sampling_logp_difference/max", difference.max(), how="max")
-        metrics.add("tree/unique_tokens", batch.num_tokens, how="sum")
-        metrics.add("tree/chain_tokens", batch.num_chain_tokens, how="sum")
-        metrics.add("tree/pairs", batch.num_pairs, how="sum")
-        metrics.add("tree/chain_pairs", batch.num_chain_pairs, how="sum")
-        metrics.add("tree/rows", 1, how="sum")
-        if row.cost is not None:
-            metrics.add("tree/chain_flops", row.cost.chain.training, how="sum")
-            metrics.add("tree/flops", row.cost.tree.training, how="sum")
-        metrics.add("tree/trained_tokens", int(batch.trained.sum()), how="sum")
-        return loss
 
     def _summary(self, metrics: StepMetrics, grad_norm: float, learning_rate: float) -> dict[str, float]:
         """The step's numbers under TRL's names, the same on every process."""
@@ -238,6 +266,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             **step.reward_summary(self.data.trees),
+            **(self._sampled_metrics() if self.sampled else {}),
             **values,
             "num_tokens": self.num_tokens,
             **(
@@ -250,26 +279,63 @@ class Trainer:
             "perf/forwarded_tok_s_fwd_bwd": forwarded / values["perf/fwd_bwd_s"],
         }
 
+    def _sampled_metrics(self) -> dict[str, float]:
+        return {**self.sampled.metrics, "rollout/total_generated_tokens": self.generated_tokens}
+
     def save(self) -> Path:
         """Writes the checkpoint of the current step, whole or not at all."""
         path = checkpoints.path_of(self.output_dir, self.step)
-        iteration = self.step % self.config.num_iterations
-        old = [row.old_logp for row in self.data.rows] if iteration and self.config.old_logprobs == "computed" else []
-        state = {"step": self.step, "num_tokens": self.num_tokens, "num_groups": len(self.replay.trees)}
-        state |= {name: getattr(self.config, name) for name in _ORDER_SETTINGS} | {
-            "num_processes": self.accelerator.num_processes
-        }
-        checkpoints.save(self.accelerator, self.model, self.optimizer, self.schedule.state_dict(), old, state, path)
+        self._write_checkpoint(path)
         if self.accelerator.is_main_process:
             checkpoints.remove_old(self.output_dir, self.config.save_total_limit)
         return path
 
+    def _write_checkpoint(self, path: Path) -> None:
+        iteration = self.step % self.config.num_iterations
+        old = [row.old_logp for row in self.data.rows] if iteration and self.config.old_logprobs == "computed" else []
+        state = {"step": self.step, "num_tokens": self.num_tokens, **self._order_state()}
+        # Trees that were sampled but not yet trained to the end belong to the state, and are read again from it.
+        is_open = self.online is not None and (iteration > 0 or self.num_read > self.step // self.config.num_iterations)
+        current = self.sampled if is_open else None
+        state["generated_tokens"] = self.generated_tokens - (current.generated_tokens if current else 0)
+        state["best_reward"] = self.best_reward
+
+        def write_more(folder: Path) -> None:
+            if self.online is not None:
+                self.tokenizer.save_pretrained(folder)
+                state["online"] = self.online.save_state(folder, current)
+
+        with uninterrupted():
+            checkpoints.save(
+                self.accelerator, self.model, self.optimizer, self.schedule.state_dict(), old, state, path, write_more
+            )
+
+    def _order_state(self) -> dict[str, Any]:
+        """What decides the order of the data; a resumed run must have the same."""
+        names = _ORDER_SETTINGS if self.online is None else (*_ORDER_SETTINGS, *_ONLINE_SETTINGS)
+        state = {name: getattr(self.config, name) for name in names}
+        num_groups = len(self.replay.trees) if self.online is None else len(self.online.rows)
+        return state | {"num_groups": num_groups, "num_processes": self.accelerator.num_processes}
+
+    def _leave(self, error: BaseException) -> None:
+        """Before an interrupted run ends: a checkpoint of the last whole step, and what the engine still delivered."""
+        if self.config.save_strategy == "no":
+            return
+        if self.online is not None:
+            self.online.abandon()
+            if unfinished := getattr(error, "trajectories", None):
+                path = self.output_dir / f"unfinished-step-{self.step + 1}.jsonl.gz"
+                save(path, unfinished)
+                print(f"{len(unfinished)} trajectories of the unfinished step are in {path}", file=sys.stderr)
+        # Other processes may be anywhere, so only one alone can write what all must agree on.
+        if self.step and self.accelerator.num_processes == 1:
+            print(f"step {self.step}: checkpoint written to {self.save()}", file=sys.stderr)
+
     def _restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Step, optimiser, schedule and, in the middle of num_iterations, the groups in use and their old log-probs."""
+        """Step, optimiser, schedule, what was sampled and, in the middle of num_iterations, the old log-probs of the
+        groups in use."""
         state, saved, old = checkpoints.load_state(path, self.accelerator)
-        now = {name: getattr(self.config, name) for name in _ORDER_SETTINGS} | {"num_groups": len(self.replay.trees)}
-        now["num_processes"] = self.accelerator.num_processes
-        for name, value in now.items():
+        for name, value in self._order_state().items():
             if state.get(name) != value:
                 raise ValueError(
                     f"checkpoint {path} was made with {name}={state.get(name)}, this run has {value}; resume with the"
@@ -283,13 +349,17 @@ class Trainer:
                 f"checkpoint {path}: its optimiser does not fit this model ({error}); resume with the same settings"
             ) from error
         self.step, self.num_tokens = state["step"], state["num_tokens"]
-        if self.step >= self.config.max_steps:
+        self.generated_tokens, self.best_reward = state["generated_tokens"], state["best_reward"]
+        self.num_read = self.step // self.config.num_iterations
+        if self._is_done():
             raise ValueError(
                 f"checkpoint {path} is at step {self.step}, max_steps={self.config.max_steps}: nothing left; raise"
-                " max_steps"
+                " max_steps or max_generated_tokens"
             )
+        if self.online is not None:
+            self.online.restore(state["online"], path)
         if self.step % self.config.num_iterations:
-            self._next_data()
+            self._next_data(RunProgress())
             for row, old_logp in zip(self.data.rows, old, strict=False):
                 row.old_logp = old_logp.to(self.device)
 
@@ -310,10 +380,10 @@ class Trainer:
             check_recorded(trajectories)
         check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(config.model)), config.model)
         for tree in self.replay.trees:
-            if config.token_budget is not None and tree.num_tokens > config.token_budget:
+            if config.row_token_budget is not None and tree.num_tokens > config.row_token_budget:
                 raise ValueError(
                     f"group {tree.group!r}: its tree has {tree.num_tokens} unique tokens, over"
-                    f" token_budget={config.token_budget}; raise the budget, or split or drop the group"
+                    f" row_token_budget={config.row_token_budget}; raise the budget, or split or drop the group"
                 )
 
     def _check_processes(self) -> None:

@@ -6,37 +6,29 @@ import math
 
 import numpy as np
 
+from treegrpo.rollout.order import EpochOrder
 from treegrpo.tree import RolloutTree, Trajectory, build_forest
 
 
 class Replay:
     """The groups of a file, epoch after epoch.
 
-    Read number n is groups `[n * count, (n + 1) * count)` of the endless sequence of shuffled epochs: a resumed run
-    needs no state. With 3 groups, count 2 and no shuffling the reads are [0, 1], [2, 0], [1, 2], ...
+    Step data number n holds `reads` times `count` groups, the next ones of the endless sequence of shuffled epochs: a
+    resumed run needs no state. With 3 groups, one read of 2 and no shuffling: [0, 1], [2, 0], [1, 2], ...
     """
 
     def __init__(self, trajectories: list[Trajectory], *, seed: int = 0, shuffle: bool = True) -> None:
         check_rewards(trajectories)
         self.trees: list[RolloutTree] = build_forest(trajectories)
-        self.seed = seed
-        self.shuffle = shuffle
+        self.order = EpochOrder(len(self.trees), seed=seed, shuffle=shuffle)
 
     def read(self, number: int, count: int) -> list[int]:
         """Indices into `trees` of read `number`."""
-        orders: dict[int, np.ndarray] = {}
-        indices = []
-        for place in range(number * count, (number + 1) * count):
-            epoch, offset = divmod(place, len(self.trees))
-            if epoch not in orders:
-                orders[epoch] = self._order(epoch)
-            indices.append(int(orders[epoch][offset]))
-        return indices
+        return [self.order[place] for place in range(number * count, (number + 1) * count)]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self.trees))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.trees))
+    def step_trees(self, number: int, reads: int, count: int) -> list[list[RolloutTree]]:
+        """The groups of step data `number`, `[read][group]`."""
+        return [[self.trees[i] for i in self.read(number * reads + j, count)] for j in range(reads)]
 
 
 def check_rewards(trajectories: list[Trajectory]) -> None:

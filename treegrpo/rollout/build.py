@@ -1,0 +1,142 @@
+"""From settings to rollouts: the engine, the environment, the rewards and the source the trainer reads from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treegrpo.rollout.engine import RolloutEngine
+from treegrpo.rollout.search import SearchOptions
+
+if TYPE_CHECKING:
+    from treegrpo.config import TrainConfig
+    from treegrpo.rollout.online import OnlineRollouts, Sampler
+
+ENGINES = ("hf", "vllm", "server:URL")
+_DEFAULT_REWARDS = {"search": ("search_em",), "calculator": ("math_answer",)}
+
+
+def check_settings(config: TrainConfig) -> None:
+    """ValueError unless `rollouts` is an engine and what it needs is given and exists; loads nothing."""
+    if config.rollouts not in ("hf", "vllm") and not config.rollouts.startswith(("server:http://", "server:https://")):
+        raise ValueError(f"rollouts={config.rollouts!r}: give replay:FILE, or an engine: {', '.join(ENGINES)}")
+    if not config.dataset or not Path(config.dataset).is_file():
+        raise ValueError(f"dataset={config.dataset!r}: no such file; sampling needs a file of prompts")
+    if config.eval_dataset is not None and not Path(config.eval_dataset).is_file():
+        raise ValueError(f"eval_dataset={config.eval_dataset!r}: no such file")
+    if config.eval_steps and config.eval_dataset is None:
+        raise ValueError(f"eval_steps={config.eval_steps} needs eval_dataset, a file of prompts")
+    if config.env == "search" and not config.retriever:
+        raise ValueError(
+            "retriever is missing: env=search needs bm25:CORPUS.jsonl or http://HOST:PORT/retrieve"
+        )
+    if config.reward_weights and len(config.reward_weights) != len(reward_names(config)):
+        raise ValueError(
+            f"reward_weights has {len(config.reward_weights)} entries for {len(reward_names(config))} reward functions"
+        )
+
+
+def reward_names(config: TrainConfig) -> tuple[str, ...]:
+    return config.reward_funcs or _DEFAULT_REWARDS.get(config.env, ("environment",))
+
+
+def search_options(config: TrainConfig) -> SearchOptions:
+    return SearchOptions(
+        num_trees=config.num_trees,
+        num_expansions=config.num_expansions,
+        num_rounds=config.num_rounds,
+        selection=config.selection,
+        root_eligible=config.root_eligible,
+        with_replacement=config.with_replacement,
+        max_turns=config.max_turns,
+        max_tokens=config.max_step_tokens,
+        max_context_length=config.max_context_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        token_budget=config.token_budget,
+        max_concurrency=config.max_concurrency,
+        tool_timeout=config.tool_timeout,
+    )
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The tokenizer of the run, from disk. ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    folder = config.tokenizer or config.model
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {folder!r} cannot be loaded ({error}): give --tokenizer FOLDER") from error
+
+
+def make_engine(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -> RolloutEngine:
+    """The engine of `config.rollouts`; `policy` is the unwrapped model that is trained."""
+    kind, _, rest = config.rollouts.partition(":")
+    if kind == "vllm":
+        from treegrpo.rollout.vllm import VLLMEngine
+
+        return VLLMEngine(config.model, tokenizer, max_context_length=config.max_context_length, seed=config.seed)
+    if kind == "server":
+        from treegrpo.rollout.server import ServerEngine
+
+        return ServerEngine(
+            rest,
+            tokenizer,
+            max_context_length=config.max_context_length,
+            sync_dir=Path(config.output_dir) / "weights",
+        )
+    from treegrpo.rollout.hf import HFEngine
+
+    return HFEngine(
+        policy,
+        tokenizer,
+        max_context_length=config.max_context_length,
+        max_batch=config.max_concurrency,
+        copy_weights=config.overlap_rollouts,
+    )
+
+
+def make_sampler(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -> Sampler:
+    """Engine, environment and rewards of the settings."""
+    from treegrpo.envs.registry import make_env_factory
+    from treegrpo.envs.retrievers import make_retriever
+    from treegrpo.rewards import resolve_rewards
+    from treegrpo.rollout.online import Sampler
+
+    retriever = make_retriever(config.retriever, topk=config.topk) if config.retriever else None
+    names = ("prompt_template", "observation_template", "document_template")
+    options = {name: value for name in names if (value := getattr(config, name)) is not None}
+    make_env = make_env_factory(config.env, tokenizer=tokenizer, retriever=retriever, options=options)
+    reward_funcs = resolve_rewards(reward_names(config))
+    return Sampler(
+        engine=make_engine(config, policy, tokenizer),
+        make_env=make_env,
+        reward_funcs=reward_funcs,
+        reward_weights=config.reward_weights or (1.0,) * len(reward_funcs),
+    )
+
+
+def make_online(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any, accelerator: Any) -> OnlineRollouts:
+    """The trainer's source of sampled trees."""
+    from accelerate.utils import gather_object
+
+    from treegrpo.envs.data import read_rows
+    from treegrpo.rollout.online import OnlineRollouts
+
+    return OnlineRollouts(
+        make_sampler(config, policy, tokenizer),
+        read_rows(config.dataset),
+        search_options(config),
+        seed=config.seed,
+        shuffle=config.shuffle,
+        refills=config.max_refills if config.zero_std_groups == "refill" else 0,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        gather=gather_object if accelerator.num_processes > 1 else None,
+        overlap=config.overlap_rollouts,
+        eval_rows=read_rows(config.eval_dataset)[: config.eval_rows] if config.eval_dataset else (),
+        eval_temperature=config.eval_temperature,
+    )

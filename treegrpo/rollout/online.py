@@ -1,0 +1,321 @@
+"""Sampled rollouts for the trainer: prompts in order, a tree search for each, rewards, and what it cost.
+
+    rows of the dataset --(order)--> search over an engine --(rewards)--> RolloutTree per prompt, metrics
+
+With `overlap` the trees of the next step are sampled in a thread while this one trains, from the weights of before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from treegrpo.envs.base import Environment
+from treegrpo.envs.data import group_id
+from treegrpo.rewards import score
+from treegrpo.rollout.engine import EngineError, RolloutEngine
+from treegrpo.rollout.order import EpochOrder
+from treegrpo.rollout.search import RolloutStats, SampledGroup, SearchOptions, search
+from treegrpo.tree import RolloutTree, Trajectory, build_tree, load, save
+
+Progress = Callable[[int, int], None]
+"""Called as progress(groups done, groups in all)."""
+
+
+@dataclass
+class StepRollouts:
+    """What was sampled for one step, all processes together: `trees[read][group]`, and its numbers."""
+
+    trees: list[list[RolloutTree]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    generated_tokens: int = 0
+    place: int = 0
+    """Where in the order of prompts the next step begins."""
+
+    def trajectories(self) -> list[Trajectory]:
+        return [t for read in self.trees for tree in read for t in tree.trajectories]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Samples and scores groups: what training and evaluation share."""
+
+    engine: RolloutEngine
+    make_env: Callable[[], Environment]
+    reward_funcs: Sequence[Callable]
+    reward_weights: Sequence[float]
+
+    def sample(
+        self,
+        rows: Sequence[dict[str, Any]],
+        groups: Sequence[str],
+        options: SearchOptions,
+        seeds: Sequence[int],
+        progress: Progress | None = None,
+    ) -> tuple[list[SampledGroup], list[dict[str, float]]]:
+        """The groups of `rows`, every trajectory with its reward, and for each the means of its reward functions
+        (rewards/{name}/mean, NaN where a function did not apply).
+
+        Raises:
+            ValueError: a bad row or reward; nothing is kept of the step.
+            EngineError: the engine gave up.
+        """
+        if not rows:
+            return [], []
+        done: list[SampledGroup] = []
+
+        def on_group(group: SampledGroup) -> None:
+            done.append(group)
+            if progress is not None:
+                progress(len(done), len(rows))
+
+        try:
+            sampled = search(
+                self.engine, self.make_env, rows, groups=groups, options=options, seeds=seeds, on_group=on_group
+            )
+        except EngineError as error:
+            # Whoever catches it may keep what is complete.
+            error.trajectories = [t for group in done for t in group.trajectories]
+            raise
+        leaves = [(group, leaf) for group in sampled for leaf in range(len(group.trajectories))]
+        columns = {name for row in rows for name in row} - {"prompt"}
+        rewards, by_function = score(
+            self.reward_funcs,
+            self.reward_weights,
+            prompts=[group.prompt for group, _ in leaves],
+            completions=[group.completions[leaf] for group, leaf in leaves],
+            completion_ids=[group.completion_ids[leaf] for group, leaf in leaves],
+            columns={name: [group.row.get(name) for group, _ in leaves] for name in sorted(columns)},
+            environments=[group.environments[leaf] for group, leaf in leaves],
+        )
+        parts, begin = [], 0
+        for group in sampled:
+            end = begin + len(group.trajectories)
+            scored = zip(group.trajectories, rewards[begin:end], strict=True)
+            group.trajectories = [dataclasses.replace(t, reward=float(reward)) for t, reward in scored]
+            parts.append({f"rewards/{name}/mean": _mean(values[begin:end]) for name, values in by_function.items()})
+            begin = end
+        return sampled, parts
+
+
+class OnlineRollouts:
+    """The trainer's source of sampled trees; `Replay` is the other one.
+
+    Args:
+        sampler: engine, environment, rewards.
+        rows: the dataset.
+        options: shape and bounds of the search.
+        refills: how often groups without spread are replaced by other prompts (0 keeps them).
+        gather: list of objects -> the objects of all processes, one after another; None for one process.
+        overlap: sample the next step's trees while this one trains.
+        eval_rows, eval_temperature: what `evaluate` samples.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        rows: list[dict[str, Any]],
+        options: SearchOptions,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        refills: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        gather: Callable[[list], list] | None = None,
+        overlap: bool = False,
+        eval_rows: Sequence[dict[str, Any]] = (),
+        eval_temperature: float = 0.0,
+    ) -> None:
+        if not rows:
+            raise ValueError("dataset: it holds no row, so there is no prompt to sample from")
+        self.sampler, self.rows, self.options = sampler, rows, options
+        self.order = EpochOrder(len(rows), seed=seed, shuffle=shuffle)
+        self.seed, self.refills, self.rank, self.world = seed, refills, rank, world
+        self.gather = gather or (lambda items: items)
+        self.eval_rows, self.eval_temperature = list(eval_rows), eval_temperature
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if overlap else None
+        self.place = 0
+        self.pending: Future[StepRollouts] | None = None
+        self.waiting: list[StepRollouts] = []
+
+    def step_rollouts(
+        self, reads: int, count: int, policy: torch.nn.Module, progress: Progress | None = None
+    ) -> StepRollouts:
+        """The next step's groups, `[read][group]`: those of a checkpoint, those being sampled already, or new ones
+        sampled from the weights of `policy`."""
+        if self.waiting:
+            rollouts = self.waiting.pop(0)
+        elif self.pending is not None:
+            rollouts, self.pending = self.pending.result(), None
+        else:
+            self.sampler.engine.sync_weights(policy)
+            rollouts = self._sample_step(reads, count, progress)
+        self.place = rollouts.place
+        return rollouts
+
+    def start_next(self, reads: int, count: int, policy: torch.nn.Module) -> None:
+        """With `overlap`, begins to sample the step after this one from the weights `policy` has now."""
+        if self.executor is not None and self.pending is None and not self.waiting:
+            self.sampler.engine.sync_weights(policy)
+            self.pending = self.executor.submit(self._sample_step, reads, count, None)
+
+    def evaluate(self, policy: torch.nn.Module, progress: Progress | None = None) -> dict[str, Any]:
+        """`evaluate` on the held-out rows with the weights of `policy`."""
+        if self.pending is not None:
+            # The engine holds the weights of before until these are done.
+            self.pending.exception()
+        self.sampler.engine.sync_weights(policy)
+        return evaluate(
+            self.sampler,
+            self.eval_rows,
+            self.options,
+            temperature=self.eval_temperature,
+            seed=self.seed,
+            rank=self.rank,
+            world=self.world,
+            gather=self.gather,
+            progress=progress,
+        )
+
+    def _sample_step(self, reads: int, count: int, progress: Progress | None) -> StepRollouts:
+        place, wanted = self.place, reads * count
+        kept: list[tuple[SampledGroup, dict[str, float]]] = []
+        rejected: list[tuple[SampledGroup, dict[str, float]]] = []
+        stats = RolloutStats()
+        num_zero_std = 0
+        for trial in range(self.refills + 1):
+            missing = wanted - len(kept)
+            places = range(place, place + missing)
+            place += missing
+            new = self._sample_places(places, progress)
+            stats = sum((group.stats for group, _ in new), stats)
+            flat = [pair for pair in new if _is_flat(pair[0])]
+            num_zero_std += len(flat)
+            is_last = trial == self.refills
+            # What still has no spread in the end is trained on all the same: the step keeps its size.
+            kept += new if is_last else [pair for pair in new if not _is_flat(pair[0])]
+            rejected += [] if is_last else flat
+            if len(kept) == wanted:
+                break
+        trees = [build_tree(group.trajectories) for group, _ in kept]
+        metrics = stats.as_metrics()
+        for name in dict.fromkeys(name for _, means in kept for name in means):
+            values = [(means[name], len(group.trajectories)) for group, means in kept if not np.isnan(means[name])]
+            if values:
+                metrics[name] = float(np.average(*np.array(values).T[:1], weights=[weight for _, weight in values]))
+        metrics["rollout/zero_std_groups"] = num_zero_std
+        metrics["rollout/refilled_groups"] = len(rejected)
+        return StepRollouts(
+            [trees[i * count : (i + 1) * count] for i in range(reads)], metrics, stats.generated_tokens, place
+        )
+
+    def _sample_places(
+        self, places: Sequence[int], progress: Progress | None
+    ) -> list[tuple[SampledGroup, dict[str, float]]]:
+        """Every process samples its share of the places; all get all of them, in order."""
+        own = [place for i, place in enumerate(places) if i % self.world == self.rank]
+        rows = [self.rows[self.order[place]] for place in own]
+        # A place, not a row, names a group: a small dataset comes round twice in a step.
+        groups = [f"{group_id(row, self.order[p])}@{p}" for row, p in zip(rows, own, strict=True)]
+        seeds = [_seed(self.seed, place) for place in own]
+        sampled, means = self.sampler.sample(rows, groups, self.options, seeds, progress)
+        for group in sampled:
+            group.environments = []  # they may hold what cannot travel between processes
+        pairs = self.gather(list(zip(own, sampled, means, strict=True)))
+        return [(group, mean) for _, group, mean in sorted(pairs, key=lambda pair: pair[0])]
+
+    def save_state(self, folder: Path, current: StepRollouts | None) -> dict[str, Any]:
+        """Writes what was sampled but not trained to the end, `current` first, into `folder`; returns what else a
+        resumed run needs."""
+        waiting = [*([current] if current is not None else []), *self.waiting]
+        if self.pending is not None:
+            waiting.append(self.pending.result())
+        state: dict[str, Any] = {"place": self.place, "waiting": []}
+        for i, rollouts in enumerate(waiting):
+            save(folder / f"rollouts-{i}.jsonl.gz", rollouts.trajectories())
+            groups = [[tree.group for tree in read] for read in rollouts.trees]
+            state["waiting"].append({**vars(rollouts), "trees": groups})
+        return state
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        self.place = state["place"]
+        for i, saved in enumerate(state["waiting"]):
+            trees = read_trees(folder / f"rollouts-{i}.jsonl.gz", saved["trees"])
+            self.waiting.append(StepRollouts(**{**saved, "trees": trees}))
+
+    def abandon(self) -> None:
+        """Lets go of what is being sampled in the background; a resumed run samples it again."""
+        if self.pending is not None:
+            self.pending.cancel()
+            self.pending = None
+
+    def close(self) -> None:
+        if self.executor is not None:
+            self.executor.shutdown(cancel_futures=True)
+        self.sampler.engine.close()
+
+
+def read_trees(path: Path, groups: list[list[str]]) -> list[list[RolloutTree]]:
+    """Trees written as trajectories, put back in their reads; they are built again, bit for bit as before."""
+    by_group: dict[str, list[Trajectory]] = {}
+    for trajectory in load(path):
+        by_group.setdefault(trajectory.group, []).append(trajectory)
+    return [[build_tree(by_group[group]) for group in read] for read in groups]
+
+
+def evaluate(
+    sampler: Sampler,
+    rows: list[dict[str, Any]],
+    options: SearchOptions,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    gather: Callable[[list], list] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """One chain a row: mean rewards under TRL's names with the prefix eval_; `eval_rewards` has one a row, in order."""
+    chain = dataclasses.replace(
+        options, num_trees=1, num_expansions=0, temperature=temperature, top_p=1.0, token_budget=None
+    )
+    own = range(rank, len(rows), world)
+    sampled, means = sampler.sample(
+        [rows[i] for i in own], [f"eval-{i}" for i in own], chain, [_seed(seed, i) for i in own], progress
+    )
+    for group in sampled:
+        group.environments = []
+    pairs = sorted((gather or (lambda items: items))(list(zip(own, sampled, means, strict=True))), key=lambda p: p[0])
+    rewards = [group.trajectories[0].reward for _, group, _ in pairs]
+    stats = sum((group.stats for _, group, _ in pairs), RolloutStats())
+    result: dict[str, Any] = {"eval_reward": float(np.mean(rewards)), "eval_rewards": rewards}
+    for name in dict.fromkeys(name for _, _, part in pairs for name in part):
+        result[f"eval_{name}"] = _mean(np.array([part.get(name, np.nan) for _, _, part in pairs]))
+    result |= {f"eval_{name}": value for name, value in stats.as_metrics().items()}
+    lengths = [len(group.completion_ids[0]) for _, group, _ in pairs]
+    return result | {"eval_completions/mean_length": float(np.mean(lengths))}
+
+
+def _is_flat(group: SampledGroup) -> bool:
+    rewards = [trajectory.reward for trajectory in group.trajectories]
+    return min(rewards) == max(rewards)
+
+
+def _mean(values: np.ndarray) -> float:
+    values = np.asarray(values, dtype=float)
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _seed(seed: int, place: int) -> int:
+    """A stable 63-bit number of both."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{place}".encode(), digest_size=8).digest(), "big") >> 1
