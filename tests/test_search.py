@@ -69,11 +69,14 @@ class Engine:
         self.tokenizer, self.policy, self.max_context_length = Words(), policy, max_context_length
         self.jitter, self.delay = random.Random(jitter), delay
         self.calls, self.released, self.running, self.most = [], [], 0, 0
+        self.sessions, self.most_of_one = collections.Counter(), 0
 
     async def generate(self, prompt_ids, sampling, *, session=""):
         prompt_ids = tuple(prompt_ids)
         self.running += 1
         self.most = max(self.most, self.running)
+        self.sessions[session] += 1
+        self.most_of_one = max(self.most_of_one, self.sessions[session])
         try:
             for _ in range(self.jitter.randrange(5)):
                 await asyncio.sleep(0)
@@ -83,6 +86,7 @@ class Engine:
             ids = self.tokenizer.encode(self.policy(text, rng), add_special_tokens=False)
         finally:
             self.running -= 1
+            self.sessions[session] -= 1
         is_cut = len(ids) > sampling.max_tokens
         ids = ids[: sampling.max_tokens]
         logprobs = [-3 * rng.random() for _ in ids]
@@ -308,6 +312,22 @@ def test_a_callable_selects():
         run(Engine(three_calls), selection=lambda candidates, rng: None)
 
 
+def test_every_draw_has_random_numbers_of_its_own():
+    numbers = []
+
+    def record(candidates, rng):
+        numbers.append(rng.random())
+        return candidates[0]
+
+    options = dict(num_rows=3, num_trees=3, num_expansions=2, num_rounds=2, selection=record)
+    run(Engine(), **options)
+    assert len(set(numbers)) == len(numbers) == 3 * 3 * 2 * 2
+    first = sorted(numbers)
+    numbers.clear()
+    run(Engine(jitter=1), **options)
+    assert sorted(numbers) == first
+
+
 @pytest.mark.parametrize("selection", ["uniform", "entropy"])
 def test_what_is_sampled_does_not_depend_on_what_finishes_first(selection):
     engines = [Engine(jitter=jitter) for jitter in range(4)]
@@ -355,9 +375,9 @@ def test_token_budget(budget, leaves, steps):
 
 
 def test_a_budget_runs_one_branch_of_a_prompt_at_a_time_but_all_prompts():
-    engine = Engine(three_calls, delay=0.002)
+    engine = Engine(three_calls, delay=0.005)
     run(engine, Quiet, num_rows=5, token_budget=1000)
-    assert engine.most == 5
+    assert engine.most_of_one == 1 < engine.most
 
 
 def test_budget_counts_chains_that_were_not_begun():
@@ -431,6 +451,21 @@ def test_reported_failures_are_counted():
     assert {f"rollout/{field.name}" for field in dataclasses.fields(RolloutStats)} < set(metrics)
 
 
+def test_observations_are_encoded_once():
+    engine = Engine(three_calls)
+    encoded = []
+
+    class Recording(Words):
+        def encode(self, text, add_special_tokens=True):
+            encoded.append(text)
+            return super().encode(text, add_special_tokens=add_special_tokens)
+
+    engine.tokenizer = Recording()
+    (group,) = run(engine, Quiet, num_trees=2, num_expansions=5, num_rounds=2)
+    assert encoded.count("seen") == group.stats.tool_calls < sum(t.num_steps - 1 for t in group.trajectories)
+    assert encoded.count(group.prompt) == 1
+
+
 def test_stats_add_up():
     stats = [group.stats for group in run(Engine(), num_rows=3)]
     total = sum(stats, RolloutStats())
@@ -443,7 +478,7 @@ def test_a_slow_tool_holds_up_nobody_else():
     class Slow(Quiet):
         def step(self, action, *, is_last=False):
             if self.is_slow:
-                time.sleep(0.4)
+                time.sleep(0.25)
             return super().step(action, is_last=is_last)
 
         def reset(self, row):
@@ -457,9 +492,8 @@ def test_a_slow_tool_holds_up_nobody_else():
 
     groups = run(Engine(three_calls), Slow, num_rows=6, num_expansions=0, on_group=note)
     assert [group.group for group in groups] == [f"g{i}" for i in range(6)]
-    # Four slow steps one after another, two trees at the same time.
-    assert 1.6 <= delivered.pop("g0") < 3.0
-    assert max(delivered.values()) < 1.0
+    slow = delivered.pop("g0")
+    assert slow >= 4 * 0.25 and max(delivered.values()) < slow / 2
 
 
 def test_a_tree_expands_while_another_still_waits_for_its_first_chain():
@@ -492,6 +526,7 @@ def test_a_step_that_hangs_times_out_and_its_late_changes_are_not_seen(is_async)
         def step(self, action, *, is_last=False):
             if "answer" in action:
                 return StepResult(done=True)
+            assert threading.current_thread().daemon, "the program could not end"
             release.wait(5)
             self.notes.append("late")
             late.append(self)
@@ -509,14 +544,38 @@ def test_a_step_that_hangs_times_out_and_its_late_changes_are_not_seen(is_async)
         begun = time.perf_counter()
         # One tool call at a time: one that hangs must give its place to the next.
         (group,) = run(engine, AsyncHanging if is_async else Hanging, tool_timeout=0.05, max_concurrency=1)
-        assert time.perf_counter() - begun < 3
+        assert time.perf_counter() - begun < 4.5
     finally:
         release.set()
     while not is_async and len(late) < group.stats.tool_timeouts:
         time.sleep(0.01)
     assert group.stats.tool_timeouts == group.stats.tool_calls >= 2 and group.stats.tool_errors == 0
+    assert group.stats.as_metrics()["tools/failure_frequency"] == 1
     assert all("error: no answer within 0.05 seconds" in text for text in group.completions)
     assert all(environment.notes == [] for environment in group.environments)
+
+
+def test_an_answer_after_the_time_out_is_dropped_quietly(caplog):
+    answered = threading.Event()
+
+    class Late(Notebook):
+        def step(self, action, *, is_last=False):
+            if "answer" in action:
+                return StepResult(done=True)
+            if "second" in action:
+                return StepResult(observation=f"late {answered.wait(5)}")
+            time.sleep(0.1)
+            answered.set()
+            return StepResult(observation="too late")
+
+    def policy(text, rng):
+        return "answer" if "late" in text else "call second" if "error:" in text else "call first"
+
+    # Behind the event comes a call of the engine, in which the late answer reaches the event loop.
+    options = dict(num_trees=1, num_expansions=0, tool_timeout=0.02, max_turns=50)
+    (group,) = run(Engine(policy, delay=0.02), Late, **options)
+    assert "too late" not in group.completions[0] and group.stats.tool_timeouts >= 1
+    assert {record.name for record in caplog.records} == {"treegrpo.rollout.search"}
 
 
 def test_asynchronous_steps():
@@ -540,27 +599,40 @@ def test_requests_and_tool_calls_in_flight_are_bounded(bound):
             with lock:
                 running.append(self)
                 most = max(most, len(running))
-            time.sleep(0.002)
+            time.sleep(0.005)
             with lock:
                 running.pop()
             return super().step(action, is_last=is_last)
 
-    engine = Engine(three_calls, delay=0.002)
-    run(engine, Counting, num_rows=4, max_concurrency=bound)
-    assert engine.most == bound and most == bound
+    engine = Engine(three_calls, delay=0.001)
+    run(engine, Counting, num_rows=3, max_concurrency=bound)
+    assert engine.most == bound
+    assert most == bound if bound == 1 else 1 < most <= bound
 
 
 def test_without_a_bound_in_the_way_all_branches_run_at_once():
-    engine = Engine(three_calls, delay=0.01)
-    run(engine, num_rows=4, num_trees=3, num_expansions=0)
-    assert engine.most == 12
+    class Together(Engine):
+        async def generate(self, prompt_ids, sampling, *, session=""):
+            self.begun = getattr(self, "begun", 0) + 1
+            while self.begun < 12:
+                await asyncio.sleep(0.001)
+            return await super().generate(prompt_ids, sampling, session=session)
+
+    async def main():
+        options = SearchOptions(num_trees=3, num_expansions=0)
+        rows = [{"question": "q"}] * 4
+        work = search_async(Together(), Notebook, rows, groups=list("abcd"), options=options, seeds=range(4))
+        return await asyncio.wait_for(work, 20)
+
+    assert len(asyncio.run(main())) == 4
 
 
 def test_a_failing_engine_cancels_the_rest_and_keeps_complete_groups():
     class Failing(Engine):
         async def generate(self, prompt_ids, sampling, *, session=""):
             if session == "g1" and len(prompt_ids) > 10:
-                await asyncio.sleep(0.05)
+                while not delivered:
+                    await asyncio.sleep(0.001)
                 raise EngineError("the server does not answer: start it")
             if session == "g2":
                 await asyncio.sleep(60)
@@ -781,11 +853,20 @@ def test_an_environment_that_breaks_its_contract_is_an_error():
         run(Engine(), Textual)
 
 
-@pytest.mark.parametrize("answer", [Completion([], [], "stop", 0), Completion([1], [math.nan], "stop", 0)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Completion([], [], "stop", 0),
+        Completion([0], [-0.1, -0.2], "stop", 0),
+        Completion([0], [math.nan], "stop", 0),
+        Completion([0] * 9, [-0.1] * 9, "length", 0),
+        Completion([0], [-0.1], "abort", 0),
+    ],
+)
 def test_an_engine_that_breaks_its_contract_is_an_error(answer):
     class Wrong(Engine):
         async def generate(self, prompt_ids, sampling, *, session=""):
             return answer
 
-    with pytest.raises(EngineError, match="group 'g0': the engine gave"):
-        run(Wrong())
+    with pytest.raises(EngineError, match=r"group 'g0': the engine gave .* and the finish reason"):
+        run(Wrong(), max_tokens=8)

@@ -103,7 +103,8 @@ class SearchOptions:
     max_concurrency: int = 256
     """Engine requests in flight over all prompts, and as many tool calls."""
     tool_timeout: float = 30.0
-    """Seconds one step of the environment may take."""
+    """Seconds one step of the environment may take. A thread cannot be stopped: what times out goes on, on a state that
+    nobody reads."""
 
     def __post_init__(self) -> None:
         least = dict(num_trees=1, num_expansions=0, num_rounds=0, max_turns=0, max_concurrency=1)

@@ -75,6 +75,7 @@ def search(
         groups: a name for each row, no two alike.
         seeds: one for each row. The same seed, row, weights and options give the same leaves.
         on_group: given each group as soon as it is complete, so that what is sampled is not lost when another fails.
+            Called in the event loop, so nothing else goes on meanwhile; what it raises ends the search.
 
     Raises:
         ValueError: lengths differ, a group's name comes twice, a prompt is empty or leaves no room, an environment
@@ -213,7 +214,7 @@ class _Grower:
     async def _within_budget(self, trees: range) -> list[list[Node]]:
         grown: list[list[Node]] = []
         for tree in trees:
-            if grown and self._is_spent():
+            if self._is_spent():
                 self.stats.budget_stopped += 1
             else:
                 grown.append(await self._first(tree))
@@ -264,7 +265,7 @@ class _Grower:
         sampling = self.options.sampling(max_tokens=min(self.options.max_tokens, room), stop=stop, seed=seed)
         async with self.limit:
             completion = await self.engine.generate(context, sampling, session=self.group)
-        self._check(completion)
+        self._check(completion, sampling.max_tokens)
         self.stats.steps += 1
         self.stats.generated_tokens += len(completion.token_ids)
         self.stats.prefilled_tokens += completion.num_prefilled
@@ -297,12 +298,13 @@ class _Grower:
             mean_nll=-math.fsum(completion.logprobs) / len(completion.logprobs),
         )
 
-    def _check(self, completion: Completion) -> None:
-        ids, logprobs = completion.token_ids, completion.logprobs
-        if not ids or len(ids) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+    def _check(self, completion: Completion, max_tokens: int) -> None:
+        ids, logprobs, reason = completion.token_ids, completion.logprobs, completion.finish_reason
+        is_complete = 0 < len(ids) == len(logprobs) and all(map(math.isfinite, logprobs))
+        if not is_complete or len(ids) > max_tokens or reason not in ("stop", "length"):
             raise EngineError(
-                f"group {self.group!r}: the engine gave {len(ids)} token ids with {len(logprobs)} log-probs; it must"
-                " give at least one, and a finite log-prob for each"
+                f"group {self.group!r}: the engine gave {len(ids)} token ids, {len(logprobs)} log-probs and the finish"
+                f" reason {reason!r}; it must give 1 to {max_tokens}, a finite log-prob each, and 'stop' or 'length'"
             )
 
     async def _act(self, before: Environment, action: str, is_last: bool) -> tuple[Environment, StepResult]:
