@@ -8,7 +8,6 @@ sglang   POST /generate, SGLang's own endpoint: `input_ids`, `meta_info.output_t
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import os
@@ -24,17 +23,26 @@ from urllib.parse import urlsplit
 
 import torch
 
+from treegrpo.rollout.answers import (
+    BadAnswer,
+    as_object,
+    check_sampled,
+    excerpt,
+    field,
+    parse,
+    read_openai,
+    read_sglang,
+)
 from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
 from treegrpo.rollout.weights import save_checkpoint
 
 logger = logging.getLogger(__name__)
 
 DIALECTS = ("auto", "openai", "sglang")
+NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+"""Said in every request: both servers otherwise take them from the model's generation_config.json."""
 MAX_BODY = 64 * 2**20
 """Bytes of an answer at most; 100k tokens with log-probs are about 10 MB."""
-MAX_POSITIVE_LOGPROB = 1e-3
-"""Rounding may leave a log-prob of a certain token this far above 0."""
-EXCERPT = 200
 
 
 class ServerEngine:
@@ -143,16 +151,16 @@ class ServerEngine:
                 f"{self.max_context_length}: shorten the prompt or serve the model with a longer context"
             )
         max_tokens = min(sampling.max_tokens, room)
-        build, read = {"openai": (self._openai_body, _read_openai), "sglang": (self._sglang_body, _read_sglang)}[
+        build, read = {"openai": (self._openai_body, read_openai), "sglang": (self._sglang_body, read_sglang)}[
             self.dialect
         ]
         path = "/v1/completions" if self.dialect == "openai" else "/generate"
         data = await self._request("POST", path, build(prompt, sampling, max_tokens))
         try:
-            ids, logprobs, reason, cached = read(_json(data), prompt)
-            self._check(ids, logprobs, reason, max_tokens)
-        except _BadAnswer as error:
-            raise EngineError(f"{self.url}{path}: {error}; it answered {_excerpt(data)}") from None
+            ids, logprobs, reason, cached = read(parse(data), prompt)
+            check_sampled(ids, logprobs, reason, max_tokens, self.vocab_size)
+        except BadAnswer as error:
+            raise EngineError(f"{self.url}{path}: {error}; it answered {excerpt(data)}") from None
         num_prefilled = len(prompt) if cached is None else min(max(len(prompt) - cached, 0), len(prompt))
         return Completion(ids, [min(float(p), 0.0) for p in logprobs], reason, num_prefilled)
 
@@ -229,21 +237,6 @@ class ServerEngine:
         end = self.tokenizer.eos_token_id
         return sorted({*sampling.stop_token_ids, *([] if end is None else [end])})
 
-    def _check(self, ids: list[Any], logprobs: list[Any], reason: Any, max_tokens: int) -> None:
-        if not ids:
-            raise _BadAnswer("no token was sampled")
-        if len(ids) != len(logprobs):
-            raise _BadAnswer(f"{len(ids)} token ids but {len(logprobs)} log-probs")
-        if len(ids) > max_tokens:
-            raise _BadAnswer(f"{len(ids)} tokens where max_tokens is {max_tokens}")
-        for index, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise _BadAnswer(f"token {index} is {token!r}, not an id below the vocabulary size {self.vocab_size}")
-            if type(logprob) not in (int, float) or not math.isfinite(logprob) or logprob > MAX_POSITIVE_LOGPROB:
-                raise _BadAnswer(f"log-prob {index} is {logprob!r}, not a finite number up to 0")
-        if reason not in ("stop", "length"):
-            raise _BadAnswer(f"finish reason {reason!r}, neither 'stop' nor 'length'")
-
     async def _ask_server(self) -> None:
         """Fills in dialect, model and max_context_length where they were left open."""
         if self.dialect == "auto":
@@ -255,8 +248,8 @@ class ServerEngine:
             logger.info("%s speaks the %s dialect", self.url, self.dialect)
         data = await self._request("GET", "/v1/models", missing_ok=self.dialect == "sglang")
         try:
-            models = [] if data is None else _field(_json(data), "data", list)
-            names = [_field(_object(entry, "a listed model"), "id", str) for entry in models]
+            models = [] if data is None else field(parse(data), "data", list)
+            names = [field(as_object(entry, "a listed model"), "id", str) for entry in models]
             if self.model is None and self.dialect == "openai":
                 if len(names) != 1:
                     raise ValueError(f"{self.url} serves {names}: say which by model")
@@ -268,18 +261,18 @@ class ServerEngine:
                 if not lengths or type(lengths[0]) is not int or lengths[0] < 2:
                     raise ValueError(f"{self.url} does not tell its context length: give max_context_length")
                 self.max_context_length = lengths[0]
-        except _BadAnswer as error:
-            raise EngineError(f"{self.url}/v1/models: {error}; it answered {_excerpt(data)}") from None
+        except BadAnswer as error:
+            raise EngineError(f"{self.url}/v1/models: {error}; it answered {excerpt(data)}") from None
 
     async def _load(self, folder: Path) -> None:
         if self.dialect == "sglang":
             path = "/update_weights_from_disk"
             data = await self._request("POST", path, {"model_path": str(folder)}, timeout=self._sync_timeout)
             try:
-                if not _field(_json(data), "success", bool):
-                    raise _BadAnswer("the server did not load the weights")
-            except _BadAnswer as error:
-                raise EngineError(f"{self.url}{path}: {error}; it answered {_excerpt(data)}") from None
+                if not field(parse(data), "success", bool):
+                    raise BadAnswer("the server did not load the weights")
+            except BadAnswer as error:
+                raise EngineError(f"{self.url}{path}: {error}; it answered {excerpt(data)}") from None
             await self._request("POST", "/flush_cache", timeout=self._sync_timeout)
             return
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
@@ -308,9 +301,9 @@ class ServerEngine:
                 if status != 429 and status < 500:
                     moved = " (redirects are not followed: give the final address)" if 300 <= status < 400 else ""
                     raise EngineError(
-                        f"{self.url}{path}: the server refused with HTTP {status}{moved}: {_excerpt(data)}"
+                        f"{self.url}{path}: the server refused with HTTP {status}{moved}: {excerpt(data)}"
                     )
-                problem = f"HTTP {status}: {_excerpt(data)}"
+                problem = f"HTTP {status}: {excerpt(data)}"
             # one class from Python 3.11 on
             except (asyncio.TimeoutError, TimeoutError):
                 problem = f"no answer within {timeout:g} s"
@@ -337,7 +330,7 @@ class ServerEngine:
                 data += chunk
                 if len(data) > MAX_BODY:
                     raise EngineError(
-                        f"{self.url}{path}: the answer is larger than {MAX_BODY} bytes: {_excerpt(bytes(data))}"
+                        f"{self.url}{path}: the answer is larger than {MAX_BODY} bytes: {excerpt(bytes(data))}"
                     )
             return response.status_code, bytes(data)
 
@@ -351,93 +344,6 @@ class ServerEngine:
             limits = self._httpx.Limits(max_connections=None, max_keepalive_connections=0)
             self._clients[loop] = self._httpx.AsyncClient(headers=headers, limits=limits, follow_redirects=False)
         return self._clients[loop]
-
-
-NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
-"""Said in every request: both servers otherwise take them from the model's generation_config.json."""
-
-
-class _BadAnswer(Exception):
-    """What is wrong with an answer; becomes an EngineError with an excerpt."""
-
-
-def _read_openai(answer: dict[str, Any], prompt: list[int]) -> tuple[list[Any], list[Any], Any, int | None]:
-    choices = _field(answer, "choices", list)
-    if len(choices) != 1:
-        raise _BadAnswer(f"{len(choices)} choices where one was asked for")
-    choice = _object(choices[0], "choices[0]")
-    logprobs = _field(choice, "logprobs", dict)
-    ids = choice.get("token_ids")
-    if ids is None:
-        tokens = _field(logprobs, "tokens", list)
-        if not all(isinstance(t, str) and t.startswith("token_id:") and t[9:].isdecimal() for t in tokens):
-            raise _BadAnswer("no token_ids: the server does not answer with token ids (vLLM does)")
-        ids = [int(t[9:]) for t in tokens]
-    if not isinstance(ids, list):
-        raise _BadAnswer("token_ids is not a list")
-    sent = choice.get("prompt_token_ids")
-    usage = answer.get("usage") or {}
-    _same_prompt(prompt, sent, usage.get("prompt_tokens") if isinstance(usage, dict) else None)
-    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
-    cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return ids, _field(logprobs, "token_logprobs", list), choice.get("finish_reason"), _count(cached)
-
-
-def _read_sglang(answer: dict[str, Any], prompt: list[int]) -> tuple[list[Any], list[Any], Any, int | None]:
-    info = _field(answer, "meta_info", dict)
-    entries = _field(info, "output_token_logprobs", list)
-    if not all(isinstance(e, list) and len(e) >= 2 for e in entries):
-        raise _BadAnswer("output_token_logprobs is not a list of (log-prob, id, text)")
-    ids = [e[1] for e in entries]
-    if info.get("completion_tokens") not in (None, len(ids)):
-        raise _BadAnswer(f"{info['completion_tokens']!r} completion_tokens but {len(ids)} log-probs")
-    output_ids = answer.get("output_ids")
-    if output_ids is not None and output_ids != ids:
-        raise _BadAnswer("output_ids and the ids of output_token_logprobs differ")
-    _same_prompt(prompt, None, info.get("prompt_tokens"))
-    reason = info.get("finish_reason")
-    reason = reason.get("type") if isinstance(reason, dict) else reason
-    return ids, [e[0] for e in entries], reason, _count(info.get("cached_tokens"))
-
-
-def _same_prompt(prompt: list[int], ids: Any, count: Any) -> None:
-    if ids is not None and ids != prompt:
-        raise _BadAnswer("the server changed the prompt's token ids (does it add special tokens?)")
-    if count is not None and count != len(prompt):
-        raise _BadAnswer(f"the server counts {count!r} prompt tokens where {len(prompt)} were sent")
-
-
-def _count(value: Any) -> int | None:
-    if value is None:
-        return None
-    if type(value) is not int or value < 0:
-        raise _BadAnswer(f"cached_tokens is {value!r}, not a count")
-    return value
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        return _object(json.loads(data), "the answer")
-    # a deeply nested text exhausts the stack
-    except (ValueError, RecursionError) as error:
-        raise _BadAnswer(f"not JSON ({error})") from None
-
-
-def _object(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _BadAnswer(f"{what} is not a JSON object")
-    return value
-
-
-def _field(value: dict[str, Any], name: str, kind: type) -> Any:
-    if not isinstance(value.get(name), kind):
-        raise _BadAnswer(f"{name} is missing or no {kind.__name__}")
-    return value[name]
-
-
-def _excerpt(data: bytes) -> str:
-    text = data[:EXCERPT].decode("utf-8", "replace")
-    return repr(text) + (f" (and {len(data) - EXCERPT} bytes)" if len(data) > EXCERPT else "")
 
 
 def _checked_url(url: str) -> str:
