@@ -1,0 +1,268 @@
+"""Keys and values of the `hf` engine: what a session has computed, each token once, and the batch that is decoded.
+
+Shape legend: L layers, B rows, H key/value heads, C columns (one per cached token), D head dim; keys and values may
+differ in D. A prefix is [L, H, n, D], a batch [L, B, H, C, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+Piece = tuple[Tensor, Tensor]
+"""Keys and values of consecutive tokens, each [L, H, n, D]."""
+
+
+@dataclass(slots=True, eq=False)
+class PrefixTree:
+    """A session's keys and values as a radix tree: a sequence is a path, what sequences share is stored once."""
+
+    tokens: list[int] = field(default_factory=list)
+    piece: Piece | None = None
+    children: dict[int, PrefixTree] = field(default_factory=dict)
+
+    def _walk(self, ids: Sequence[int]) -> Iterator[tuple[PrefixTree, int]]:
+        """The nodes on the way of `ids` and how many tokens of each match, at least one."""
+        node, at = self, 0
+        while at < len(ids) and (child := node.children.get(ids[at])):
+            length = _common_length(child.tokens, ids[at : at + len(child.tokens)])
+            yield child, length
+            if length < len(child.tokens):
+                return
+            node, at = child, at + length
+
+    def match(self, ids: Sequence[int]) -> tuple[int, list[Piece]]:
+        """The longest prefix of `ids` that is stored: its length, and its keys and values in order."""
+        total, pieces = 0, []
+        for node, length in self._walk(ids):
+            keys, values = node.piece
+            pieces.append((keys[:, :, :length], values[:, :, :length]))
+            total += length
+        return total, pieces
+
+    def insert(self, ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Stores a sequence; `keys` and `values` [L, H, len(ids), D] are copied from the first new token on."""
+        node, at = self, 0
+        for child, length in self._walk(ids):
+            at += length
+            if length < len(child.tokens) and at < len(ids):
+                child._split(length)
+            node = child
+        if at < len(ids):
+            # a copy in its own memory: a view would keep the whole batch alive
+            piece = (keys[:, :, at:].clone(), values[:, :, at:].clone())
+            node.children[ids[at]] = PrefixTree(list(ids[at:]), piece)
+
+    def _split(self, length: int) -> None:
+        keys, values = self.piece
+        rest = PrefixTree(self.tokens[length:], (keys[:, :, length:], values[:, :, length:]), self.children)
+        self.children = {rest.tokens[0]: rest}
+        self.tokens, self.piece = self.tokens[:length], (keys[:, :, :length], values[:, :, :length])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens stored, each once."""
+        return len(self.tokens) + sum(child.num_tokens for child in self.children.values())
+
+
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    if list(a) == list(b):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one token's keys and values are, in every layer."""
+
+    num_layers: int
+    key: tuple[int, int]
+    """(H, D)"""
+    value: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+        """Zeros, not empty memory: a masked column has weight 0, and 0 * NaN would be NaN."""
+        return tuple(
+            torch.zeros(self.num_layers, num_rows, heads, num_columns, dim, dtype=self.dtype, device=self.device)
+            for heads, dim in (self.key, self.value)
+        )
+
+
+class _BatchLayer(DynamicLayer):
+    """One layer of a `KVBatch`: new tokens are written behind the old ones in place, nothing is copied."""
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._buffers, self._length = (keys, values), length
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> Piece:
+        keys, values = self._buffers
+        begin, self._length = self._length, self._length + key_states.shape[2]
+        keys[:, :, begin : self._length] = key_states
+        values[:, :, begin : self._length] = value_states
+        self.keys, self.values = keys[:, :, : self._length], values[:, :, : self._length]
+        return self.keys, self.values
+
+
+class KVBatch:
+    """Keys and values of rows that end at one column, `length`; row i begins at column `starts[i]`.
+
+    Live rows are the first ones of the buffer: a row that leaves is overwritten by the last, a row that joins goes
+    behind them, so neither moves the others.
+    """
+
+    def __init__(self, shape: KVShape) -> None:
+        self.shape = shape
+        self.length = 0
+        self.starts: list[int] = []
+        self.keys, self.values = shape.zeros(0, 0)
+        self._cache: DynamicCache | None = None
+
+    def cache(self, num_new: int) -> DynamicCache:
+        """The cache to hand to the model, with room for `num_new` tokens a row; the same object while rows stay."""
+        if self.length + num_new > self.keys.shape[3]:
+            # columns that no row uses any more go where everything is copied anyway
+            self._rebuild(-min(self.starts, default=0), num_new)
+        if self._cache is None:
+            num_rows = len(self.starts)
+            self._cache = DynamicCache()
+            self._cache.layers = [
+                _BatchLayer(keys[:num_rows], values[:num_rows], self.length)
+                for keys, values in zip(self.keys, self.values, strict=True)
+            ]
+        return self._cache
+
+    def row(self, index: int) -> Piece:
+        """Views [L, H, n, D] of one row."""
+        begin = self.starts[index]
+        return self.keys[:, index, :, begin : self.length], self.values[:, index, :, begin : self.length]
+
+    def reserve(self, num_rows: int, num_columns: int) -> None:
+        """Makes room for `num_rows` more rows of up to `num_columns` tokens, so that each `join` only copies itself."""
+        if not self.starts:
+            self.length = num_columns
+        shift = max(0, num_columns - self.length)
+        total = len(self.starts) + num_rows
+        if shift or total > self.keys.shape[1] or self.length > self.keys.shape[3]:
+            self._rebuild(shift, 1, total)
+
+    def join(self, pieces: Sequence[Piece], num_copies: int = 1) -> None:
+        """Adds `num_copies` equal rows, the pieces one behind the other."""
+        num_tokens = sum(keys.shape[2] for keys, _ in pieces)
+        self.reserve(num_copies, num_tokens)
+        begin, end = len(self.starts), len(self.starts) + num_copies
+        column = self.length - num_tokens
+        for keys, values in pieces:
+            stop = column + keys.shape[2]
+            self.keys[:, begin:end, :, column:stop] = keys[:, None]
+            self.values[:, begin:end, :, column:stop] = values[:, None]
+            column = stop
+        self.starts += [self.length - num_tokens] * num_copies
+        self._cache = None
+
+    def drop(self, indices: Sequence[int]) -> list[int]:
+        """Removes rows; returns, for each row that is left, where it was."""
+        gone = set(indices)
+        num_left = len(self.starts) - len(gone)
+        holes = [i for i in indices if i < num_left]
+        moved = [i for i in range(num_left, len(self.starts)) if i not in gone]
+        order = list(range(num_left))
+        for hole, source in zip(sorted(holes), moved, strict=True):
+            order[hole] = source
+            self.keys[:, hole] = self.keys[:, source]
+            self.values[:, hole] = self.values[:, source]
+        self.starts = [self.starts[i] for i in order]
+        self._cache = None
+        if self.starts and 2 * min(self.starts) > self.length:
+            self._rebuild(-min(self.starts), 1)
+        return order
+
+    def _rebuild(self, shift: int, num_new: int, num_rows: int = 0) -> None:
+        """Moves every column by `shift` into a buffer with room for `num_new` more columns and `num_rows` rows."""
+        live, old = len(self.starts), (self.keys, self.values)
+        begin = max(0, -shift)
+        length = self.length + shift
+        slots = max(num_rows, live, old[0].shape[1])
+        # room grows by a share, so that copying costs a constant per token
+        self.keys, self.values = self.shape.zeros(slots, length + max(num_new, 64, length // 4))
+        if live:
+            for new, source in zip((self.keys, self.values), old, strict=True):
+                new[:, :live, :, begin + shift : length] = source[:, :live, :, begin : self.length]
+        self.length, self.starts, self._cache = length, [start + shift for start in self.starts], None
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} has no config: give a transformers causal model")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_length(model: nn.Module, wanted: int | None) -> int:
+    known = getattr(_text_config(model), "max_position_embeddings", None)
+    if wanted is None and known is None:
+        raise ValueError(f"{type(model).__name__} does not say its context length: give max_context_length")
+    if wanted is not None and not 2 <= wanted <= (known or wanted):
+        raise ValueError(f"max_context_length={wanted}: give a number from 2 to the model's {known} positions")
+    return known if wanted is None else wanted
+
+
+def check_layers(model: nn.Module, max_context_length: int) -> int | None:
+    """The sliding window, None where no layer has one. ValueError for layers the engine cannot serve."""
+    name, config = type(model).__name__, _text_config(model)
+    types = getattr(config, "layer_types", None)
+    foreign = sorted(set(types or ()) - set(LAYER_TYPES))
+    if foreign or getattr(model, "_is_stateful", False) or getattr(config, "is_encoder_decoder", False):
+        what = f"has layers of type {', '.join(foreign)}" if foreign else "is not a plain attention decoder"
+        raise ValueError(
+            f"{name} {what}: branches continue from keys and values of single tokens, which a recurrent or chunked"
+            " state is not; use a model whose layers are all attention, or another engine"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is None or (types is not None and "sliding_attention" not in types):
+        return None
+    if window < max_context_length:
+        raise ValueError(
+            f"{name} has a sliding window of {window} tokens, shorter than max_context_length={max_context_length}:"
+            " windows count columns of the padded batch; lower max_context_length to the window or use another engine"
+        )
+    return window
+
+
+def kv_shape(model: nn.Module) -> KVShape:
+    """Computes one token to see what the model caches; ValueError where that is not equal keys and values per layer."""
+    name, config = type(model).__name__, _text_config(model)
+    device = model.get_input_embeddings().weight.device
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    cache = DynamicCache()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(input_ids=token, position_ids=token, past_key_values=cache, use_cache=True)
+    finally:
+        for module in training:
+            module.training = True
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    plain = all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == 1 for pair in pairs for x in pair)
+    kinds = {(k.shape, v.shape, k.dtype, v.dtype, k.device, v.device) for k, v in pairs} if plain else set()
+    if len(pairs) != config.num_hidden_layers or len(kinds) != 1 or pairs[0][0].dtype != pairs[0][1].dtype:
+        raise ValueError(
+            f"{name} does not cache keys and values of one shape on one device in each of its"
+            f" {config.num_hidden_layers} layers: use another model or another engine"
+        )
+    keys, values = pairs[0]
+    key, value = ((x.shape[1], x.shape[3]) for x in (keys, values))
+    return KVShape(len(pairs), key, value, keys.dtype, keys.device)
