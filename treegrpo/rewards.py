@@ -275,7 +275,8 @@ def score(
     keywords = {name: values for name, values in (columns or {}).items() if name not in reserved}
     keywords |= {"trainer_state": trainer_state, "log_extra": log_extra, "log_metric": log_metric}
     if environments is not None:
-        keywords["environments"] = environments
+        # a reward written for TRL expects the objects of its own class
+        keywords["environments"] = [getattr(environment, "wrapped", environment) for environment in environments]
     keywords |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     outputs: list[Any] = [function(**keywords) for function in reward_funcs]
     waiting = [index for index, output in enumerate(outputs) if inspect.isawaitable(output)]
