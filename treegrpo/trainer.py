@@ -134,7 +134,15 @@ class Trainer:
     def train(self) -> list[dict[str, Any]]:
         """Runs to the end and returns the logged rows. ValueError on a loss that is not finite; the last checkpoint
         stays. On Ctrl-C, or when an engine gives up, a checkpoint of the last whole step is written first."""
-        return [row for row in self.steps() if self._is_logged(row["step"])]
+        try:
+            return [row for row in self.steps() if self._is_logged(row["step"])]
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Lets the rollout engine go; `train` does it itself."""
+        if self.online is not None:
+            self.online.close()
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """The same run, one optimiser step and its metrics at a time; ends by itself."""
@@ -162,9 +170,6 @@ class Trainer:
             except (KeyboardInterrupt, EngineError) as error:
                 self._leave(error)
                 raise
-            finally:
-                if self.online is not None:
-                    self.online.close()
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.logging_steps == 0 or step == self.config.max_steps

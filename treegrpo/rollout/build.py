@@ -29,9 +29,7 @@ def check_settings(config: TrainConfig) -> None:
     if config.eval_steps and config.eval_dataset is None:
         raise ValueError(f"eval_steps={config.eval_steps} needs eval_dataset, a file of prompts")
     if config.env == "search" and not config.retriever:
-        raise ValueError(
-            "retriever is missing: env=search needs bm25:CORPUS.jsonl or http://HOST:PORT/retrieve"
-        )
+        raise ValueError("retriever is missing: env=search needs bm25:CORPUS.jsonl or http://HOST:PORT/retrieve")
     if config.reward_weights and len(config.reward_weights) != len(reward_names(config)):
         raise ValueError(
             f"reward_weights has {len(config.reward_weights)} entries for {len(reward_names(config))} reward functions"
@@ -101,8 +99,8 @@ def make_engine(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) ->
 
 def make_sampler(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -> Sampler:
     """Engine, environment and rewards of the settings."""
-    from treegrpo.envs.registry import make_env_factory
     from treegrpo.envs.retrievers import make_retriever
+    from treegrpo.envs.tools import make_env_factory
     from treegrpo.rewards import resolve_rewards
     from treegrpo.rollout.online import Sampler
 
@@ -139,4 +137,5 @@ def make_online(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any, ac
         overlap=config.overlap_rollouts,
         eval_rows=read_rows(config.eval_dataset)[: config.eval_rows] if config.eval_dataset else (),
         eval_temperature=config.eval_temperature,
+        source=Path(config.dataset).name,
     )

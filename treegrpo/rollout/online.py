@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from treegrpo.envs.base import Environment
-from treegrpo.envs.data import group_id
-from treegrpo.rewards import score
+from treegrpo.rewards import group_id, score
 from treegrpo.rollout.engine import EngineError, RolloutEngine
 from treegrpo.rollout.order import EpochOrder
 from treegrpo.rollout.search import RolloutStats, SampledGroup, SearchOptions, search
@@ -62,7 +61,7 @@ class Sampler:
         progress: Progress | None = None,
     ) -> tuple[list[SampledGroup], list[dict[str, float]]]:
         """The groups of `rows`, every trajectory with its reward, and for each the means of its reward functions
-        (rewards/{name}/mean, NaN where a function did not apply).
+        (rewards/{name}/mean, NaN where a function did not apply) beside what they logged about all of them.
 
         Raises:
             ValueError: a bad row or reward; nothing is kept of the step.
@@ -87,6 +86,7 @@ class Sampler:
             raise
         leaves = [(group, leaf) for group in sampled for leaf in range(len(group.trajectories))]
         columns = {name for row in rows for name in row} - {"prompt"}
+        logged: dict[str, list[float]] = {}
         rewards, by_function = score(
             self.reward_funcs,
             self.reward_weights,
@@ -95,13 +95,16 @@ class Sampler:
             completion_ids=[group.completion_ids[leaf] for group, leaf in leaves],
             columns={name: [group.row.get(name) for group, _ in leaves] for name in sorted(columns)},
             environments=[group.environments[leaf] for group, leaf in leaves],
+            log_metric=lambda name, value: logged.setdefault(name, []).append(value),
         )
+        common = {name: float(np.mean(values)) for name, values in logged.items()}
         parts, begin = [], 0
         for group in sampled:
             end = begin + len(group.trajectories)
             scored = zip(group.trajectories, rewards[begin:end], strict=True)
             group.trajectories = [dataclasses.replace(t, reward=float(reward)) for t, reward in scored]
-            parts.append({f"rewards/{name}/mean": _mean(values[begin:end]) for name, values in by_function.items()})
+            means = {f"rewards/{name}/mean": _mean(values[begin:end]) for name, values in by_function.items()}
+            parts.append(means | common)
             begin = end
         return sampled, parts
 
@@ -117,6 +120,7 @@ class OnlineRollouts:
         gather: list of objects -> the objects of all processes, one after another; None for one process.
         overlap: sample the next step's trees while this one trains.
         eval_rows, eval_temperature: what `evaluate` samples.
+        source: the dataset's name, a part of the groups' names.
     """
 
     def __init__(
@@ -134,12 +138,14 @@ class OnlineRollouts:
         overlap: bool = False,
         eval_rows: Sequence[dict[str, Any]] = (),
         eval_temperature: float = 0.0,
+        source: str = "dataset",
     ) -> None:
         if not rows:
             raise ValueError("dataset: it holds no row, so there is no prompt to sample from")
         self.sampler, self.rows, self.options = sampler, rows, options
         self.order = EpochOrder(len(rows), seed=seed, shuffle=shuffle)
         self.seed, self.refills, self.rank, self.world = seed, refills, rank, world
+        self.source = source
         self.gather = gather or (lambda items: items)
         self.eval_rows, self.eval_temperature = list(eval_rows), eval_temperature
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if overlap else None
@@ -168,15 +174,20 @@ class OnlineRollouts:
             self.sampler.engine.sync_weights(policy)
             self.pending = self.executor.submit(self._sample_step, reads, count, None)
 
-    def evaluate(self, policy: torch.nn.Module, progress: Progress | None = None) -> dict[str, Any]:
-        """`evaluate` on the held-out rows with the weights of `policy`."""
+    def evaluate(
+        self,
+        policy: torch.nn.Module,
+        progress: Progress | None = None,
+        rows: Sequence[dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
+        """`evaluate` on `rows` (None: those of the settings) with the weights of `policy`."""
         if self.pending is not None:
             # The engine holds the weights of before until these are done.
             self.pending.exception()
         self.sampler.engine.sync_weights(policy)
         return evaluate(
             self.sampler,
-            self.eval_rows,
+            self.eval_rows if rows is None else list(rows),
             self.options,
             temperature=self.eval_temperature,
             seed=self.seed,
@@ -225,7 +236,7 @@ class OnlineRollouts:
         own = [place for i, place in enumerate(places) if i % self.world == self.rank]
         rows = [self.rows[self.order[place]] for place in own]
         # A place, not a row, names a group: a small dataset comes round twice in a step.
-        groups = [f"{group_id(row, self.order[p])}@{p}" for row, p in zip(rows, own, strict=True)]
+        groups = [f"{group_id(row, self.order[p], self.source)}@{p}" for row, p in zip(rows, own, strict=True)]
         seeds = [_seed(self.seed, place) for place in own]
         sampled, means = self.sampler.sample(rows, groups, self.options, seeds, progress)
         for group in sampled:
