@@ -17,13 +17,15 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     Of a PEFT model the base model's weights come with the active adapter merged in, under the base model's names. The
     model itself is bitwise what it was: a layer is merged, copied and put back, one at a time, because merging and
     unmerging in floating point leaves a rounding error in the frozen weights at every call. Tensors that are not
-    merged are the model's own, not copies.
+    merged are the model's own, not copies. ValueError where an adapter sits on one of two tied weights.
     """
     is_adapted = hasattr(model, "get_base_model")
     layers = {n: m for n, m in model.named_modules() if is_adapted and _is_adapter_layer(m)}
     merged: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
+    seen: dict[tuple[int, torch.Size], bool] = {}
     for name, tensor in model.state_dict().items():
+        # taken before merging: a merged copy may be freed before the next one, and its address used again
+        key, has_adapter = (tensor.data_ptr(), tensor.shape), False
         owner, _, rest = name.partition(".base_layer.")
         if is_adapted:
             if "original_module" in name or any(part.startswith(model.prefix) for part in name.split(".")):
@@ -31,13 +33,17 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
             if rest and owner in layers:
                 if not any(key.startswith(f"{owner}.") for key in merged):
                     merged = {f"{owner}.{key}": value for key, value in _merge(layers[owner]).items()}
-                tensor = merged[f"{owner}.{rest}"]
+                tensor, has_adapter = merged[f"{owner}.{rest}"], True
             name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             name = name.replace("modules_to_save.default.", "")
-        key = (tensor.data_ptr(), tensor.shape)
         if tensor.numel() and key in seen:
+            if has_adapter or seen[key]:
+                raise ValueError(
+                    f"{name}: an adapter changes one of two tied weights, which the base checkpoint cannot hold:"
+                    " take the embedding and the head out of target_modules, or untie them"
+                )
             continue
-        seen.add(key)
+        seen[key] = has_adapter
         yield name, tensor
 
 
