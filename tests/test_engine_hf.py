@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 
@@ -298,6 +299,31 @@ def test_top_p_keeps_the_smallest_set_and_renormalises():
     torch.testing.assert_close(logprobs[:1000].exp(), torch.tensor([0.625, 0.375])[ids[:1000]])
     torch.testing.assert_close(logprobs[1000:2000].exp(), torch.tensor([0.5, 0.3, 0.15, 0.05])[ids[1000:2000]])
     torch.testing.assert_close(logprobs[2000:].exp(), torch.full((1000,), 0.5))
+
+
+def test_top_p_is_the_nucleus_of_a_plain_loop():
+    generator = torch.Generator().manual_seed(0)
+    # rounded, so that many are equal
+    logits = (torch.randn(60, 30, generator=generator) * 2).round()
+    rows = [SamplingParams(top_p=0.05 + 0.9 * i / 59) for i in range(60)]
+    seen = [set() for _ in rows]
+    for u in torch.linspace(0, 0.9999, 400, dtype=torch.float64):
+        ids, logprobs = sample(logits, Draw.of(rows, torch.device("cpu")), u.expand(60))
+        for i, token in enumerate(ids.tolist()):
+            seen[i].add((token, round(logprobs[i].item(), 4)))
+    for i, row in enumerate(rows):
+        probabilities = logits[i].double().softmax(-1).tolist()
+        kept, mass = [], 0.0
+        for token in sorted(range(30), key=lambda token, p=probabilities: (-p[token], token)):
+            if mass >= row.top_p:
+                break
+            kept.append(token)
+            mass += probabilities[token]
+        assert {token for token, _ in seen[i]} <= set(kept)
+        # a token of less mass than a step of the grid may be missed
+        assert {token for token in kept if probabilities[token] / mass > 0.003} <= {token for token, _ in seen[i]}
+        for token, logprob in seen[i]:
+            assert logprob == pytest.approx(math.log(probabilities[token] / mass), abs=1e-3)
 
 
 def test_sampling_at_the_edges_never_draws_a_token_without_mass():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import inspect
 import math
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
@@ -25,7 +24,15 @@ from transformers import DynamicCache
 
 from treegrpo.logprobs import unwrap
 from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
-from treegrpo.rollout.kv import KVBatch, Piece, PrefixTree, check_layers, context_length, kv_shape
+from treegrpo.rollout.kv import (
+    KVBatch,
+    Piece,
+    PrefixTree,
+    check_layers,
+    context_length,
+    kv_shape,
+    last_logits_keyword,
+)
 from treegrpo.rollout.sampling import Draw, StopText, sample
 
 MAX_PREFILL_TOKENS = 16384
@@ -52,6 +59,10 @@ class _Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     num_prefilled: int = 0
+
+    @property
+    def is_awaited(self) -> bool:
+        return not self.future.done() and not self.future.get_loop().is_closed()
 
     def uniform(self) -> float:
         if not self.uniforms:
@@ -128,7 +139,7 @@ class HFEngine:
         self.max_context_length = context_length(self._model, max_context_length)
         self._window = check_layers(self._model, self.max_context_length)
         self._shape = kv_shape(self._model)
-        self._keep = _keep_last(self._model)
+        self._keep = last_logits_keyword(self._model)
         self._end_ids = _end_ids(self._model, tokenizer)
         self._stop_text = StopText(tokenizer)
         self._sessions: dict[str, PrefixTree] = {}
@@ -183,7 +194,7 @@ class HFEngine:
 
     def sync_weights(self, model: nn.Module) -> None:
         """See `RolloutEngine.sync_weights`. RuntimeError while something is being generated."""
-        if any(not request.future.done() for request in self._in_flight):
+        if any(request.is_awaited for request in self._in_flight):
             raise RuntimeError("sync_weights was called while completions are being sampled: await them first")
         if self._is_closed:
             raise EngineError("the engine is closed: make a new one")
@@ -194,7 +205,7 @@ class HFEngine:
             self._model.load_state_dict(source.state_dict())
         elif source is not self._model:
             self._window, self._shape = check_layers(source, self.max_context_length), kv_shape(source)
-            self._model, self._keep, self._batch = source, _keep_last(source), KVBatch(self._shape)
+            self._model, self._keep, self._batch = source, last_logits_keyword(source), KVBatch(self._shape)
 
     def close(self) -> None:
         """Frees caches and the thread; what is still being generated is cancelled."""
@@ -202,7 +213,8 @@ class HFEngine:
             return
         self._is_closed = True
         for request in self._in_flight:
-            request.future.cancel()
+            if request.is_awaited:
+                request.future.cancel()
         self._executor.submit(self._forget).result()
         self._executor.shutdown()
         self._sessions.clear()
@@ -237,14 +249,16 @@ class HFEngine:
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
-            # the loop shuts down: its requests end with it, the worker drops their rows at the next chance
+            # the loop shuts down, and its requests with it; wait for the worker, which may hold the model in eval mode
             for request in self._in_flight:
                 request.future.cancel()
+            self._waiting.clear()
+            self._executor.submit(self._forget).result()
             raise
         except Exception as error:
             # handed to every caller, whoever's row it was: the batch is one forward
             self._waiting.clear()
-            for request in [request for request in self._in_flight if not request.future.done()]:
+            for request in [request for request in self._in_flight if request.is_awaited]:
                 failure = EngineError(f"sampling failed: {type(error).__name__}: {error}")
                 failure.__cause__ = error
                 request.future.set_exception(failure)
@@ -269,11 +283,11 @@ class HFEngine:
 
     def _step(self) -> list[tuple[_Request, Completion]]:
         """Drops who gave up, prefills who came, decodes one token for each row; returns who is finished."""
-        self._drop([i for i, request in enumerate(self._rows) if request.future.done()])
+        self._drop([i for i, request in enumerate(self._rows) if not request.is_awaited])
         admitted = []
         while self._pending and len(self._rows) + len(admitted) < self.max_batch:
             request = self._pending.popleft()
-            if not request.future.done():
+            if request.is_awaited:
                 admitted.append(request)
         finished = self._prefill(admitted) if admitted else []
         if self._rows:
@@ -349,10 +363,10 @@ class HFEngine:
         device = self._shape.device
         chunk = sorted(chunk, key=lambda suffix: -suffix.num_cached)
         batch = KVBatch(self._shape)
-        batch.reserve(len(chunk), chunk[0].num_cached)
+        width, past = max(len(suffix.new_ids) for suffix in chunk), chunk[0].num_cached
+        batch.reserve(len(chunk), past, width)
         for suffix in chunk:
             batch.join(suffix.pieces)
-        width, past = max(len(suffix.new_ids) for suffix in chunk), batch.length
         ids = np.zeros((len(chunk), width), np.int64)
         positions = np.zeros((len(chunk), width), np.int64)
         mask = np.zeros((len(chunk), past + width), bool)
@@ -390,8 +404,7 @@ class HFEngine:
             spans = ((past - suffix.num_cached, past), (length - len(suffix.new_ids), length))
             pieces = [(batch.keys[:, i, :, a:b], batch.values[:, i, :, a:b]) for a, b in spans]
             if first.session is not None:
-                keys, values = (torch.cat(parts, 2) for parts in zip(*pieces, strict=True))
-                first.session.insert(first.ids, keys, values)
+                first.session.insert(first.ids, *pieces[1], suffix.num_cached)
             stay = [request for request in suffix.requests if request in going_on]
             if stay:
                 self._batch.join(pieces, len(stay))
@@ -443,16 +456,6 @@ def _copy(model: nn.Module) -> nn.Module:
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
-
-
-def _keep_last(model: nn.Module) -> dict[str, int]:
-    """The keyword that has logits of the last position alone computed, where the model takes it."""
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" not in parameters:
-        raise ValueError(
-            f"{type(model).__name__} takes no position_ids, which left-padded rows need: use another engine"
-        )
-    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
 
 def _end_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -6,6 +6,7 @@ differ in D. A prefix is [L, H, n, D], a batch [L, B, H, C, D].
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,8 +49,9 @@ class PrefixTree:
             total += length
         return total, pieces
 
-    def insert(self, ids: Sequence[int], keys: Tensor, values: Tensor) -> None:
-        """Stores a sequence; `keys` and `values` [L, H, len(ids), D] are copied from the first new token on."""
+    def insert(self, ids: Sequence[int], keys: Tensor, values: Tensor, num_known: int = 0) -> None:
+        """Stores a sequence: `keys` and `values` [L, H, n, D] of the tokens behind the first `num_known`, which are
+        stored already. What is new of them is copied."""
         node, at = self, 0
         for child, length in self._walk(ids):
             at += length
@@ -58,7 +60,7 @@ class PrefixTree:
             node = child
         if at < len(ids):
             # a copy in its own memory: a view would keep the whole batch alive
-            piece = (keys[:, :, at:].clone(), values[:, :, at:].clone())
+            piece = (keys[:, :, at - num_known :].clone(), values[:, :, at - num_known :].clone())
             node.children[ids[at]] = PrefixTree(list(ids[at:]), piece)
 
     def _split(self, length: int) -> None:
@@ -149,14 +151,15 @@ class KVBatch:
         begin = self.starts[index]
         return self.keys[:, index, :, begin : self.length], self.values[:, index, :, begin : self.length]
 
-    def reserve(self, num_rows: int, num_columns: int) -> None:
-        """Makes room for `num_rows` more rows of up to `num_columns` tokens, so that each `join` only copies itself."""
+    def reserve(self, num_rows: int, num_columns: int, num_new: int = 1) -> None:
+        """Makes room for `num_rows` more rows of up to `num_columns` tokens and for `num_new` tokens behind all rows,
+        so that each `join` only copies itself."""
         if not self.starts:
             self.length = num_columns
         shift = max(0, num_columns - self.length)
         total = len(self.starts) + num_rows
         if shift or total > self.keys.shape[1] or self.length > self.keys.shape[3]:
-            self._rebuild(shift, 1, total)
+            self._rebuild(shift, num_new, total)
 
     def join(self, pieces: Sequence[Piece], num_copies: int = 1) -> None:
         """Adds `num_copies` equal rows, the pieces one behind the other."""
@@ -239,6 +242,16 @@ def check_layers(model: nn.Module, max_context_length: int) -> int | None:
             " windows count columns of the padded batch; lower max_context_length to the window or use another engine"
         )
     return window
+
+
+def last_logits_keyword(model: nn.Module) -> dict[str, int]:
+    """The keyword that has logits of the last position alone computed, where the model takes it."""
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" not in parameters:
+        raise ValueError(
+            f"{type(model).__name__} takes no position_ids, which left-padded rows need: use another engine"
+        )
+    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
 
 def kv_shape(model: nn.Module) -> KVShape:
