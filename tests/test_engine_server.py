@@ -4,20 +4,26 @@ against one that is unreachable, slow or answers garbage."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import completions_server
+import numpy as np
 import pytest
 import torch
 
-from treegrpo.rollout.engine import EngineError, SamplingParams
+from treegrpo.envs.base import Environment, StepResult
+from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
+from treegrpo.rollout.search import SearchOptions, search
 from treegrpo.rollout.server import MAX_BODY, ServerEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -305,6 +311,103 @@ def test_a_cancelled_call_does_not_spoil_the_next(engine, model, tokenizer):
     assert asyncio.run(run()).token_ids == expected(model, tokenizer, PROMPT, GREEDY)[0]
 
 
+class Page(BaseHTTPRequestHandler):
+    """Says the same to everything, as a web server that knows nothing of models."""
+
+    def do_GET(self):
+        body = b"<html>it works!</html>"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_something_else_at_the_address(tokenizer):
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(EngineError, match=r"/v1/models: not JSON .*<html>it works!</html>"):
+            ServerEngine(url, tokenizer)
+        server.shutdown()
+
+
+# under a tree search
+
+
+class Turns(Environment):
+    """Two tool calls, whatever is said, then the answer."""
+
+    stop = ("w7", "w8", "</search>")
+
+    def __init__(self):
+        self.num_turns = 0
+
+    def reset(self, row):
+        self.num_turns = 0
+        return row["prompt"]
+
+    def step(self, action, *, is_last=False):
+        self.num_turns += 1
+        done = is_last or self.num_turns == 3
+        return StepResult(done=done, observation=None if done else " w40 w41", num_tool_calls=0 if done else 1)
+
+
+class Here:
+    """The server's model in this process."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.max_context_length = model, tokenizer, completions_server.CONTEXT
+
+    async def generate(self, prompt_ids, sampling, *, session=""):
+        return Completion(*expected(self.model, self.tokenizer, list(prompt_ids), sampling), len(prompt_ids))
+
+    async def release(self, session):
+        pass
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_tree_search_over_the_server_is_the_one_over_the_model(engine, model, tokenizer, dialect):
+    options = SearchOptions(num_trees=2, num_expansions=2, num_rounds=1, max_tokens=10, max_turns=3)
+    rows = [{"prompt": "w1 w2 w3"}, {"prompt": "w9 w10"}]
+    run = functools.partial(search, make_env=Turns, rows=rows, groups=["a", "b"], options=options, seeds=[1, 2])
+    served, here = run(engine(dialect)), run(Here(model, tokenizer))
+    for one, other in zip(served, here, strict=True):
+        assert len(one.trajectories) == 6
+        for a, b in zip(one.trajectories, other.trajectories, strict=True):
+            assert list(a.token_ids) == list(b.token_ids)
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        # the shared prefixes of a tree are read from the server's cache
+        assert one.stats.prefilled_tokens < other.stats.prefilled_tokens / 2
+
+
+def test_groups_that_are_complete_survive_a_server_that_fails_later(engine):
+    one = engine(max_retries=1)
+    misbehave(one, "503", 99, first_id=completions_server.WORDS.index("w9"))
+    kept, first_is_kept = [], threading.Event()
+
+    class Second(Turns):
+        def reset(self, row):
+            assert row["prompt"] != "w9 w10" or first_is_kept.wait(10)
+            return super().reset(row)
+
+    def keep(group):
+        kept.append(group)
+        first_is_kept.set()
+
+    options = SearchOptions(num_trees=1, num_expansions=1, num_rounds=1, max_tokens=4, max_turns=3)
+    rows = [{"prompt": "w1 w2 w3"}, {"prompt": "w9 w10"}]
+    try:
+        with pytest.raises(EngineError, match="after 2 tries .*said 503"):
+            search(one, Second, rows, groups=["good", "bad"], options=options, seeds=[1, 2], on_group=keep)
+    finally:
+        misbehave(one, "503", 0)
+    assert [group.group for group in kept] == ["good"]
+    assert len(kept[0].trajectories) == 2
+
+
 # weights
 
 
@@ -358,6 +461,7 @@ def test_a_server_without_development_mode_says_so(engine, model, tmp_path):
     one = engine("sglang", sync_dir=tmp_path, dialect="openai", model="tiny")
     with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1"):
         one.sync_weights(model)
+    assert not list(tmp_path.iterdir())
 
 
 # arguments

@@ -182,7 +182,11 @@ class ServerEngine:
             )
         self._num_syncs += 1
         folder = save_checkpoint(model, self._sync_dir / f"weights-{os.getpid()}-{id(self):x}-{self._num_syncs}")
-        _run(self._load(folder))
+        try:
+            _run(self._load(folder))
+        except EngineError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         if self._synced is not None:
             shutil.rmtree(self._synced, ignore_errors=True)
         self._synced = folder
@@ -284,7 +288,7 @@ class ServerEngine:
     async def _request(
         self, method: str, path: str, body: Any = None, *, timeout: float | None = None, missing_ok: bool = False
     ) -> bytes | None:
-        """The body of a 2xx answer, None of a 404 where that is fine. Tries again what may pass."""
+        """The body of a 2xx answer, None where the server may lack the endpoint and does. Tries again what may pass."""
         if self._is_closed:
             raise EngineError(f"{self.url}: this engine is closed")
         timeout = self.timeout if timeout is None else timeout
@@ -296,7 +300,7 @@ class ServerEngine:
                 status, data = await asyncio.wait_for(self._send(method, path, body, timeout), timeout)
                 if 200 <= status < 300:
                     return data
-                if status == 404 and missing_ok:
+                if status in (404, 405) and missing_ok:
                     return None
                 if status != 429 and status < 500:
                     moved = " (redirects are not followed: give the final address)" if 300 <= status < 400 else ""
