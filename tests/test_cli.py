@@ -11,7 +11,7 @@ import pytest
 import tiny
 from test_convert import CHATML, TALK, byte_tokenizer
 
-from treegrpo import demo, load
+from treegrpo import compare, load
 from treegrpo.cli import main
 from treegrpo.config import TrainConfig, read_config
 from treegrpo.flops import model_shape
@@ -110,10 +110,10 @@ def test_doctor_names_every_backend(capsys):
 
 def test_demo_compares_tree_and_chain(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        demo, "MODEL", {**demo.MODEL, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+        compare, "MODEL", {**compare.MODEL, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     )
-    monkeypatch.setattr(demo, "read_rollouts", lambda data: (tiny.trajectories(2), "tiny"))
-    assert main(["demo", "--steps", "2"]) == 0
+    monkeypatch.setattr(compare, "read_rollouts", lambda data: (tiny.trajectories(2), "tiny"))
+    assert main(["demo", "--part", "compare", "--compare-steps", "2"]) == 0
     text = capsys.readouterr().out
     for expected in (
         "visible pairs",
@@ -124,7 +124,7 @@ def test_demo_compares_tree_and_chain(tmp_path, monkeypatch, capsys):
     ):
         assert expected in text
     monkeypatch.undo()
-    assert main(["demo", "--data", str(tmp_path)]) == 2
+    assert main(["demo", "--part", "compare", "--data", str(tmp_path)]) == 2
     assert "no rollouts at" in capsys.readouterr().err
 
 

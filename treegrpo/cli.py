@@ -1,4 +1,4 @@
-"""Command line: `treegrpo doctor | inspect | flops | train | eval | report | convert | demo`."""
+"""Command line: `treegrpo doctor | inspect | flops | train | eval | report | convert | demo | study`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from treegrpo.config import TrainConfig, read_config
+from treegrpo.rollout.engine import EngineError
 
 _File = tyro.conf.Positional[Path]
 
@@ -209,32 +210,96 @@ def convert(
 
 
 def demo(
-    steps: int = 20,
+    part: Literal["both", "learn", "compare"] = "both",
+    steps: int = 40,
+    engine: str = "hf",
+    compare_steps: int = 6,
     data: Path | None = None,
     samples: Literal["both", "trajectory", "call"] = "both",
     backend: str = "auto",
+    output_dir: Path = Path("runs/demo"),
+    seed: int = 42,
 ) -> None:
-    """Train a small model on real rollouts, tree and chain side by side: tokens, pairs, FLOPs, seconds, differences.
+    """Watch an agent with a search tool learn by Tree-GRPO, then train on real rollouts as a tree and as chains.
 
     Args:
-        steps: Optimiser steps of each run.
+        part: Only one half: learn (sampled rollouts) or compare (logged rollouts, tree against chain).
+        steps: Optimiser steps of the learning half.
+        engine: What samples its rollouts: hf (in this process), vllm, or server:URL.
+        compare_steps: Optimiser steps of each run of the comparison.
         data: Folder with tau_bench_airline/tokens.jsonl.gz; default $TREEGRPO_DATA, then ../shared/data, then scripted
             rollouts.
         samples: Whole trajectories, one sample per assistant turn, or both.
         backend: Kernel backend.
+        output_dir: Where the learning half writes metrics, checkpoints and demo.png; overwritten.
+        seed: Of the order of questions and of what is sampled.
     """
     from treegrpo.demo import run
 
     _quiet_transformers()
-    run(_console(), steps=steps, data=data, samples=samples, backend=backend)
+    run(
+        _console(),
+        part=part,
+        steps=steps,
+        engine=engine,
+        compare_steps=compare_steps,
+        data=data,
+        samples=samples,
+        backend=backend,
+        output_dir=output_dir,
+        seed=seed,
+    )
+
+
+def study(
+    seeds: int = 5,
+    tokens: int = 120_000,
+    learning_rate: float = 1e-3,
+    questions: int = 400,
+    budgets: tuple[int, ...] = (2, 4, 8, 16),
+    workers: int | None = None,
+    runs_dir: Path = Path("runs/study"),
+    results_dir: Path = Path("bench/results"),
+) -> None:
+    """Chains against trees at equal sampled tokens: many small training runs, a table with intervals, a plot.
+
+    Args:
+        seeds: Runs of each method.
+        tokens: Sampled tokens of a run.
+        learning_rate: Of all runs.
+        questions: Held-out questions of each number of hops.
+        budgets: Chains a question costs: of 2, 4, 8, 16.
+        workers: Runs at the same time, one thread each; default one a core.
+        runs_dir: One file a run; what is there is not run again.
+        results_dir: Where study.json, study.md and study.png go.
+    """
+    from treegrpo.study import run
+
+    _quiet_transformers()
+    run(
+        _console(),
+        seeds=seeds,
+        tokens=tokens,
+        learning_rate=learning_rate,
+        num_questions=questions,
+        budgets=budgets,
+        workers=workers,
+        runs_dir=runs_dir,
+        results_dir=results_dir,
+    )
 
 
 def train(config: TrainConfig) -> None:
-    """Train on logged rollouts with the tree-grouped GRPO loss, each shared prefix computed once."""
+    """Train on logged or sampled rollouts with the tree-grouped GRPO loss, each shared prefix computed once."""
     from treegrpo.report import final_table
     from treegrpo.trainer import Trainer
 
     _quiet_transformers()
+    if config.dry_run:
+        from treegrpo.dryrun import run_plan, table
+
+        _console().print(table(run_plan(config)))
+        return
     trainer = Trainer(config)
     history = trainer.train()
     if trainer.accelerator.is_main_process:
@@ -252,11 +317,12 @@ def _commands(defaults: TrainConfig) -> dict[str, Callable]:
 
     _train.__doc__ = train.__doc__
     named = {"doctor": doctor, "inspect": inspect, "flops": flops, "train": _train, "eval": evaluate}
-    return {**named, "report": report, "convert": convert, "demo": demo}
+    return {**named, "report": report, "convert": convert, "demo": demo, "study": study}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns 0, or 2 after printing what was wrong with the input."""
+    """Entry point. Returns 0; 2 after printing what was wrong with the input, 1 when a rollout engine gave up, 130 on
+    Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         # The file's values become the defaults of the flags, so it is read before they are parsed.
@@ -265,6 +331,12 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -26,6 +26,8 @@ class TrainConfig(RolloutConfig):
     weights."""
     config: Path | None = None
     """A YAML file with any of these settings; flags on the command line win."""
+    dry_run: bool = False
+    """Check everything, print the plan, and stop."""
     output_dir: str = "runs/train"
     """Folder for config.yaml, metrics.jsonl and checkpoints."""
     overwrite_output_dir: bool = False
@@ -173,6 +175,7 @@ class TrainConfig(RolloutConfig):
         """Plain values, as written to config.yaml."""
         values = dataclasses.asdict(self)
         values.pop("config")
+        values.pop("dry_run")
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

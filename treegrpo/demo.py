@@ -63,6 +63,16 @@ def run(
         compare.run(console, steps=compare_steps, data=data, samples=samples, backend=backend)
 
 
+def box_settings(folder: Path) -> dict[str, Any]:
+    """TrainConfig's fields for a warm start's folder."""
+    return {
+        "model": str(folder),
+        "dataset": str(folder / "train.jsonl"),
+        "retriever": f"bm25:{folder / 'corpus.jsonl'}",
+        **ROLLOUT_SETTINGS,
+    }
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """Right answers of n, with Wilson's 95% interval. `Accuracy(30, 100)` prints as 30.0% [21.9%, 39.6%]."""
@@ -105,9 +115,6 @@ def learn(
     folder = _warm_start(console)
     config = TrainConfig(
         rollouts=engine,
-        model=str(folder),
-        dataset=str(folder / "train.jsonl"),
-        retriever=f"bm25:{folder / 'corpus.jsonl'}",
         eval_dataset=str(folder / "validation.jsonl"),
         eval_rows=100,
         eval_steps=max(1, steps // 4),
@@ -119,7 +126,7 @@ def learn(
         save_total_limit=1,
         save_rollouts=True,
         seed=seed,
-        **ROLLOUT_SETTINGS,
+        **box_settings(folder),
         **LEARNING,
     )
     trainer = Trainer(config)

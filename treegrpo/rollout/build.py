@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from treegrpo.rollout.search import SearchOptions
 
 if TYPE_CHECKING:
     from treegrpo.config import TrainConfig
+    from treegrpo.envs.base import Environment
     from treegrpo.rollout.online import OnlineRollouts, Sampler
 
 ENGINES = ("hf", "vllm", "server:URL")
@@ -97,18 +99,26 @@ def make_engine(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) ->
     )
 
 
-def make_sampler(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -> Sampler:
-    """Engine, environment and rewards of the settings."""
+def make_environment(
+    config: TrainConfig, tokenizer: Any
+) -> tuple[Callable[[], Environment], Sequence[Callable[..., Any]]]:
+    """What makes environments, and the reward functions."""
     from treegrpo.envs.retrievers import make_retriever
     from treegrpo.envs.tools import make_env_factory
     from treegrpo.rewards import resolve_rewards
-    from treegrpo.rollout.online import Sampler
 
     retriever = make_retriever(config.retriever, topk=config.topk) if config.retriever else None
     names = ("prompt_template", "observation_template", "document_template")
     options = {name: value for name in names if (value := getattr(config, name)) is not None}
     make_env = make_env_factory(config.env, tokenizer=tokenizer, retriever=retriever, options=options)
-    reward_funcs = resolve_rewards(reward_names(config))
+    return make_env, resolve_rewards(reward_names(config))
+
+
+def make_sampler(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -> Sampler:
+    """Engine, environment and rewards of the settings."""
+    from treegrpo.rollout.online import Sampler
+
+    make_env, reward_funcs = make_environment(config, tokenizer)
     return Sampler(
         engine=make_engine(config, policy, tokenizer),
         make_env=make_env,
