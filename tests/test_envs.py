@@ -206,6 +206,7 @@ def test_calculate(expression: str, value: str) -> None:
         ("(1)(2)", "that is no arithmetic"),
         ("1, 2", "no arithmetic"),
         ("9 ** 9 ** 9", "exponent"),
+        ("1 ** 65", "exponent"),
         ("9 ** 64", "too large"),
         ("10 ** 30 * 10", "too large"),
         ("9" * 150, "too large"),

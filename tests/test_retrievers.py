@@ -68,6 +68,8 @@ def test_ties_keep_the_order_of_the_corpus(tmp_path: Path) -> None:
     bm25 = BM25Retriever(write_corpus(tmp_path / "c.jsonl", ["same words"] * 50 + ["else"]), cache_dir=tmp_path)
     for topk in (1, 7, 50, 51, 200):
         assert ids(bm25.search("same", topk)) == [f"d{i}" for i in range(min(topk, 50))]
+    bm25 = BM25Retriever(write_corpus(tmp_path / "d.jsonl", ["same words", "same"] * 200), cache_dir=tmp_path)
+    assert ids(bm25.search("same", 400)) == [f"d{i}" for start in (1, 0) for i in range(start, 400, 2)]
 
 
 @pytest.mark.parametrize("query", ["", "   ", "?!", "the of a", "xylophone quux"])
@@ -318,14 +320,15 @@ def test_half_an_answer_is_asked_for_again() -> None:
         HTTPRetriever(url, max_retries=1, backoff=0.01).search("x")
 
 
-def test_redirects_are_not_followed() -> None:
+@pytest.mark.parametrize("status", [302, 307])
+def test_redirects_are_not_followed(status: int) -> None:
     def answer(handler, request) -> None:
-        handler.send_response(307)
+        handler.send_response(status)
         handler.send_header("Location", "/elsewhere")
         handler.send_header("Content-Length", "0")
         handler.end_headers()
 
-    with serving(answer) as url, pytest.raises(RetrieverError, match="status 307"):
+    with serving(answer) as url, pytest.raises(RetrieverError, match=f"status {status}"):
         HTTPRetriever(url).search("x")
 
 

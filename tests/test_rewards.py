@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from treegrpo.answers import equal, extract_result, number
 from treegrpo.envs.search import search_prompt
 from treegrpo.envs.tags import Tags, first_action, format_valid, last_answer
+from treegrpo.formula import FormulaChecker
 from treegrpo.rewards import (
     combine,
     exact_match,
@@ -203,6 +205,8 @@ def test_mixed_datasets_do_not_collide() -> None:
         ("0.5", "1/2", True),
         ("50%", "50", True),
         ("50%", "1/2", True),
+        ("**42.**", "42", True),
+        ("-$42", "-42", True),
         ("-7", "7", False),
         ("42.5", "42", False),
         ("41 or 42", "42", False),
@@ -214,9 +218,6 @@ def test_mixed_datasets_do_not_collide() -> None:
         (r"\{1, 2\}", r"\{2, 1\}", True),
         ("", "1", False),
         ("__import__('os').getcwd()", "1", False),
-        ("9^{9^{9^{9^{9^{9}}}}}", "1", False),
-        ("9^{999999999}", "1", False),
-        ("9999999!", "1", False),
         ("9" * 5000, "1", False),
         (r"\sum_{i=1}^{99} i^9", "1", False),
     ],
@@ -224,6 +225,26 @@ def test_mixed_datasets_do_not_collide() -> None:
 def test_math_equality(result: str, gold: str, same: bool) -> None:
     pytest.importorskip("math_verify")
     assert equal(result, gold) is same
+
+
+def test_formulas_that_take_too_long_are_given_up() -> None:
+    pytest.importorskip("math_verify")
+    checker = FormulaChecker(timeout=1.0)
+    try:
+        assert checker.equal("x + x", "2x") and not checker.equal("x + x", "3x")
+        first = checker._process.pid
+        start = time.monotonic()
+        assert not checker.equal("2^{99^{99}}", "1")
+        assert time.monotonic() - start < 5 and checker.num_timeouts == 1
+        assert checker.equal("x + x", "2x") and checker._process.pid != first
+        # one that died is replaced
+        checker._process.kill()
+        checker._process.wait()
+        assert checker.equal(r"\frac{2}{4}", r"\frac{1}{2}")
+        assert not checker.equal("line\nbreak", "{" * 50)
+    finally:
+        checker.close()
+        checker.close()
 
 
 def test_math_answer_reads_the_last_result() -> None:
