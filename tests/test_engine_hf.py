@@ -7,6 +7,7 @@ import math
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from tiny import MODEL, VOCAB
@@ -206,6 +207,45 @@ def test_suffixes_of_different_lengths_behind_different_prefixes(make_engine):
         torch.testing.assert_close(torch.tensor(result.logprobs), reference, atol=1e-5, rtol=0)
     # of every prompt at least the last token, of these at most what follows the stems
     assert 11 <= engine.num_prefilled - before <= 3 * (1 + 5 + 9) + 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_trees_of_many_prompts_grown_at_once(family, make_engine):
+    """Branches join and leave a batch too small for them, some give up; every log-prob is that of a plain forward."""
+    model = make_model(**FAMILIES[family])
+    engine = make_engine(model, max_batch=5)
+    done = []
+
+    async def grow(number):
+        random = np.random.default_rng(number)
+        nodes = [random.integers(3, VOCAB, random.integers(1, 30)).tolist()]
+
+        async def branch(seed):
+            parent = nodes[random.integers(len(nodes))]
+            cut = random.integers(1, len(parent) + 1)
+            prompt = parent[:cut] + random.integers(3, VOCAB, random.integers(0, 12)).tolist()
+            sampling = SamplingParams(max_tokens=int(random.integers(1, 14)), temperature=0.8, seed=seed)
+            call = asyncio.ensure_future(engine.generate(prompt, sampling, session=str(number)))
+            if seed % 7 == 6:
+                await asyncio.sleep(0.005)
+                call.cancel()
+                return
+            result = await call
+            done.append((prompt, sampling, result))
+            nodes.append(prompt + result.token_ids)
+
+        for turn in range(4):
+            await asyncio.gather(*(branch(10 * turn + i) for i in range(3)), return_exceptions=True)
+
+    async def run():
+        await asyncio.gather(*(grow(number) for number in range(6)))
+
+    asyncio.run(run())
+    assert len(done) > 50
+    assert sum(result.num_prefilled for _, _, result in done) < 0.7 * sum(len(prompt) for prompt, _, _ in done)
+    for prompt, sampling, result in done:
+        reference = forward_logprobs(model, prompt, result.token_ids, sampling.temperature)
+        torch.testing.assert_close(torch.tensor(result.logprobs), reference, atol=2e-5, rtol=0)
 
 
 def tokens_of(text: str) -> list[int]:
@@ -446,6 +486,27 @@ def test_a_copy_is_out_of_the_trainers_reach(make_engine):
     assert together(engine, [(PROMPTS[1], greedy())])[0].token_ids == before
     engine.sync_weights(model)
     assert together(engine, [(PROMPTS[1], greedy())])[0].token_ids == alone(model, PROMPTS[1]) != before
+
+
+def test_a_copy_samples_in_a_thread_while_the_model_is_trained(make_engine):
+    model = make_model()
+    engine = make_engine(model, copy_weights=True)
+    calls = [(prompt, SamplingParams(max_tokens=40, seed=i)) for i, prompt in enumerate(PROMPTS)]
+    expected = [result.token_ids for result in together(engine, calls)]
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(together(engine, calls)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    thread.start()
+    steps = 0
+    while thread.is_alive():
+        ids = torch.tensor([PROMPTS[4]])
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        steps += 1
+    thread.join()
+    assert steps > 0 and all(module.training for module in model.modules())
+    assert [result.token_ids for result in results] == expected
 
 
 def test_adapters_are_sampled_and_synced(make_engine):

@@ -23,20 +23,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from treegrpo.logprobs import unwrap
+from treegrpo.rollout import kv
 from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
-from treegrpo.rollout.kv import (
-    KVBatch,
-    Piece,
-    PrefixTree,
-    check_layers,
-    context_length,
-    kv_shape,
-    last_logits_keyword,
-)
 from treegrpo.rollout.sampling import Draw, StopText, sample
 
-MAX_PREFILL_TOKENS = 16384
-"""Tokens of one prefill forward, padding included; a single longer prompt goes alone."""
+MAX_PREFILL_COLUMNS = 32768
+"""Rows times columns of one prefill forward, cached ones and padding included; a longer prompt goes alone."""
 UNIFORM_BLOCK = 64
 """Random numbers a request draws at a time."""
 
@@ -49,7 +41,7 @@ class _Request:
     sampling: SamplingParams
     limit: int
     """Tokens to sample at most."""
-    session: PrefixTree | None
+    session: kv.PrefixTree | None
     future: asyncio.Future[Completion]
     watched: Collection[int]
     """Token ids after which the end has to be looked for."""
@@ -76,7 +68,7 @@ class _Suffix:
 
     requests: list[_Request]
     num_cached: int
-    pieces: list[Piece]
+    pieces: list[kv.Piece]
 
     @property
     def new_ids(self) -> list[int]:
@@ -136,13 +128,13 @@ class HFEngine:
         """Tokens sampled so far, those of cancelled requests included."""
         self._copies = copy_weights
         self._model = _copy(unwrap(model)) if copy_weights else unwrap(model)
-        self.max_context_length = context_length(self._model, max_context_length)
-        self._window = check_layers(self._model, self.max_context_length)
-        self._shape = kv_shape(self._model)
-        self._keep = last_logits_keyword(self._model)
+        self.max_context_length = kv.context_length(self._model, max_context_length)
+        self._window = kv.check_layers(self._model, self.max_context_length)
+        self._shape = kv.probe_shape(self._model)
+        self._keep = kv.last_logits_keyword(self._model)
         self._end_ids = _end_ids(self._model, tokenizer)
         self._stop_text = StopText(tokenizer)
-        self._sessions: dict[str, PrefixTree] = {}
+        self._sessions: dict[str, kv.PrefixTree] = {}
         self._waiting: list[_Request] = []
         self._in_flight: set[_Request] = set()
         self._driver: asyncio.Task[None] | None = None
@@ -151,7 +143,7 @@ class HFEngine:
         # from here on only the worker thread reads and writes
         self._pending: deque[_Request] = deque()
         self._rows: list[_Request] = []
-        self._batch = KVBatch(self._shape)
+        self._batch = kv.KVBatch(self._shape)
         self._plan: _DecodePlan | None = None
 
     async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, session: str = "") -> Completion:
@@ -162,7 +154,7 @@ class HFEngine:
         limit = min(sampling.max_tokens, self.max_context_length - len(ids))
         self._check_prompt(ids, limit)
         future = asyncio.get_running_loop().create_future()
-        tree = self._sessions.setdefault(session, PrefixTree()) if session else None
+        tree = self._sessions.setdefault(session, kv.PrefixTree()) if session else None
         watched = self._stop_text.watched(sampling, self._end_ids)
         random = np.random.default_rng(sampling.seed % 2**64)
         request = _Request(ids, sampling, limit, tree, future, watched, random)
@@ -204,8 +196,8 @@ class HFEngine:
         if self._copies:
             self._model.load_state_dict(source.state_dict())
         elif source is not self._model:
-            self._window, self._shape = check_layers(source, self.max_context_length), kv_shape(source)
-            self._model, self._keep, self._batch = source, last_logits_keyword(source), KVBatch(self._shape)
+            self._window, self._shape = kv.check_layers(source, self.max_context_length), kv.probe_shape(source)
+            self._model, self._keep, self._batch = source, kv.last_logits_keyword(source), kv.KVBatch(self._shape)
 
     def close(self) -> None:
         """Frees caches and the thread; what is still being generated is cancelled."""
@@ -221,7 +213,7 @@ class HFEngine:
 
     def _forget(self) -> None:
         self._pending.clear()
-        self._rows, self._batch, self._plan = [], KVBatch(self._shape), None
+        self._rows, self._batch, self._plan = [], kv.KVBatch(self._shape), None
 
     # the event loop's side
 
@@ -348,7 +340,7 @@ class HFEngine:
                 longest = len(chunk[0].new_ids)
                 columns = longest + max(s.num_cached for s in (*chunk, suffix))
                 if (
-                    longest * (len(chunk) + 1) > MAX_PREFILL_TOKENS
+                    columns * (len(chunk) + 1) > MAX_PREFILL_COLUMNS
                     or longest > 2 * len(suffix.new_ids) + 16
                     # a gap between prefix and suffix must not push keys out of a window counted in columns
                     or (self._window is not None and columns > self._window)
@@ -362,7 +354,7 @@ class HFEngine:
         """One forward. Columns: cached prefixes right-aligned before column P, new tokens right-aligned behind it."""
         device = self._shape.device
         chunk = sorted(chunk, key=lambda suffix: -suffix.num_cached)
-        batch = KVBatch(self._shape)
+        batch = kv.KVBatch(self._shape)
         width, past = max(len(suffix.new_ids) for suffix in chunk), chunk[0].num_cached
         batch.reserve(len(chunk), past, width)
         for suffix in chunk:
@@ -392,7 +384,7 @@ class HFEngine:
         return [(rows[i], completion) for i, completion in finished.items()]
 
     def _join(
-        self, chunk: list[_Suffix], batch: KVBatch, past: int, rows: list[_Request], finished: dict[int, Completion]
+        self, chunk: list[_Suffix], batch: kv.KVBatch, past: int, rows: list[_Request], finished: dict[int, Completion]
     ) -> None:
         """Stores what a prefill computed, and puts the requests that go on into the decode batch."""
         going_on = {request for i, request in enumerate(rows) if i not in finished}

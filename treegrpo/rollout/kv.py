@@ -254,7 +254,7 @@ def last_logits_keyword(model: nn.Module) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
 
-def kv_shape(model: nn.Module) -> KVShape:
+def probe_shape(model: nn.Module) -> KVShape:
     """Computes one token to see what the model caches; ValueError where that is not equal keys and values per layer."""
     name, config = type(model).__name__, _text_config(model)
     device = model.get_input_embeddings().weight.device
