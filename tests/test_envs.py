@@ -24,6 +24,9 @@ from treegrpo.envs.search import SearchEnv, Tags, search_prompt
 from treegrpo.envs.tags import format_valid
 from treegrpo.envs.tools import FactoryEnv, ToolEnv, make_env_factory
 from treegrpo.rewards import math_answer, resolve_rewards, score, search_em
+from treegrpo.rollout.engine import Completion
+from treegrpo.rollout.nodes import SearchOptions
+from treegrpo.rollout.search import search
 
 GSM8K = shared_data("gsm8k/test.jsonl.gz")
 QWEN = shared_data("tokenizers/qwen")
@@ -307,11 +310,12 @@ LLAMA = (
 
 
 def small_tokenizer(template: str, end: str, others: list[str]):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.BPE({chr(i): i for i in range(33, 127)} | {"\u0120": 127, "\u010a": 128}, []))
+    raw = Tokenizer(models.BPE({chr(i): i - 33 for i in range(33, 127)} | {"\u0120": 94, "\u010a": 95}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, extra_special_tokens=others)
     tokenizer.chat_template = template
     return tokenizer
@@ -519,6 +523,53 @@ def test_siblings_do_not_see_each_others_changes(chatml) -> None:
     left.wrapped.lock = threading.Lock()
     with pytest.raises(ValueError, match="Counter cannot be copied"):
         left.fork()
+
+
+class Scripted:
+    """An engine that counts on, by a step drawn from its seed, until it has called three times."""
+
+    max_context_length = 4000
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    async def generate(self, prompt_ids, sampling, *, session=""):
+        turns = self.tokenizer.decode(prompt_ids).count("</tool_call>")
+        text = "Done." if turns == 3 else call("increment", step=sampling.seed % 7)
+        ids = self.tokenizer.encode(text + self.tokenizer.eos_token, add_special_tokens=False)
+        return Completion(ids, [-0.5] * len(ids), "stop", len(prompt_ids))
+
+    async def release(self, session) -> None:
+        pass
+
+
+def test_a_tree_search_over_an_environment_class(chatml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every leaf's instance has exactly the steps of its own branch, and its text is what the template would write."""
+    monkeypatch.setitem(sys.modules, "my_envs", types.SimpleNamespace(Counter=Counter))
+    options = SearchOptions(num_trees=2, num_expansions=3, num_rounds=2, max_tokens=500, max_turns=4)
+    row = {"prompt": [{"role": "user", "content": "Go."}]}
+    groups = search(
+        Scripted(chatml),
+        make_env_factory("my_envs:Counter", tokenizer=chatml),
+        [row],
+        groups=["g"],
+        options=options,
+        seeds=[0],
+    )
+    logs = []
+    for trajectory, environment in zip(groups[0].trajectories, groups[0].environments, strict=True):
+        text = chatml.decode(trajectory.token_ids)
+        steps = [int(step) for step in re.findall(r'"step": (\d)', text)]
+        assert environment.wrapped.log == steps and len(steps) == 3
+        messages, count = [{"role": "user", "content": "Go. Count to three."}], 0
+        for step in steps:
+            count += step
+            messages.append({"role": "assistant", "content": call("increment", step=step)})
+            messages.append({"role": "tool", "name": "increment", "content": str(count)})
+        messages.append({"role": "assistant", "content": "Done."})
+        assert text == chatml.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+        logs.append(steps)
+    assert len(logs) == 14 and len({tuple(log) for log in logs}) > 3
 
 
 def test_classes_that_are_no_environment_are_refused(chatml) -> None:
