@@ -51,7 +51,8 @@ def lazy_templates(world: World, carelessness: Carelessness, seed: int) -> set[s
 def demonstrate(
     world: World, question: Question, lazy: set[str], carelessness: Carelessness, rng: random.Random
 ) -> list[tuple[str, bool]]:
-    """`[(text, written by the teacher)]` of one demonstration, the question first."""
+    """`[(text, trained)]` of one demonstration, the question first. Trained is what the teacher writes, and the titles
+    of pages: they repeat the query word by word, which is what copying is learned from soonest."""
     parts = [(question.text, False)]
     entities = list(world.pages)
     if rng.random() < carelessness.no_search:
@@ -62,7 +63,8 @@ def demonstrate(
         is_last = hop + 1 == question.num_hops
         page = rng.choice(entities) if rng.random() < carelessness.wrong_page else entity
         parts.append((f"<think> {quote}{relation} of {entity} </think> <search> {page} </search>", True))
-        parts.append((f"<information> {world.contents(page)} </information>", False))
+        parts += [("<information>", False), (f"{page} | {page}", True)]
+        parts.append((f"{world.contents(page).removeprefix(f'{page} | {page}').strip()} </information>", False))
         is_wrong = page != entity or rng.random() < carelessness.wrong_fact
         if is_wrong:
             relation = rng.choice([name for name, r in RELATIONS.items() if r.source == world.kinds[page]])

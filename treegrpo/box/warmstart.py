@@ -195,7 +195,8 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        smooth = float(loss) if step == 0 else 0.95 * smooth + 0.05 * float(loss)
+        value = float(loss.detach())
+        smooth = value if step == 0 else 0.95 * smooth + 0.05 * value
         if progress is not None:
             progress(step + 1, settings.num_steps, smooth)
     return model.eval()
