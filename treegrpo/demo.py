@@ -106,13 +106,21 @@ def heldout_accuracy(trainer: Trainer, folder: Path, num: int = NUM_HELDOUT) -> 
 
 
 def learn(
-    console: Any, *, steps: int, engine: str, backend: str, output_dir: Path, seed: int = 42
+    console: Any,
+    *,
+    steps: int,
+    engine: str = "hf",
+    backend: str = "auto",
+    output_dir: Path,
+    seed: int = 42,
+    folder: Path | None = None,
+    num_heldout: int = NUM_HELDOUT,
 ) -> dict[str, dict[int, Accuracy]]:
-    """Warm start, Tree-GRPO, held-out accuracy before and after, a picture."""
+    """Warm start (or the one in `folder`), Tree-GRPO, held-out accuracy before and after, a picture."""
     from treegrpo.box.draw import draw_run
 
     console.rule("[bold]An agent with a search tool learns by Tree-GRPO[/bold]", align="left")
-    folder = _warm_start(console)
+    folder = folder or _warm_start(console)
     config = TrainConfig(
         rollouts=engine,
         eval_dataset=str(folder / "validation.jsonl"),
@@ -131,7 +139,7 @@ def learn(
     )
     trainer = Trainer(config)
     try:
-        before = heldout_accuracy(trainer, folder)
+        before = heldout_accuracy(trainer, folder, num_heldout)
         console.print(
             f"Warm start, greedy on held-out questions: two hops {before[2]} of {before[2].num};"
             f" one hop {before[1].share:.0%}, three {before[3].share:.0%}"
@@ -141,7 +149,7 @@ def learn(
             f" {config.num_expansions} branches a tree; the tree saves what the six trajectories share"
         )
         history = _train(console, trainer)
-        after = heldout_accuracy(trainer, folder)
+        after = heldout_accuracy(trainer, folder, num_heldout)
     finally:
         trainer.close()
     console.print(_accuracy_table(before, after))

@@ -135,8 +135,10 @@ def run(
     workers: int | None = None,
     runs_dir: Path = Path("runs/study"),
     results_dir: Path = Path("bench/results"),
+    folder: Path | None = None,
 ) -> list[dict]:
-    """Runs what is missing in `runs_dir`, then writes study.json, study.md and study.png to `results_dir`.
+    """Runs what is missing in `runs_dir`, then writes study.json, study.md and study.png to `results_dir`. `folder` is
+    a warm start, by default the one of the demo.
 
     Raises:
         ValueError: fewer than two seeds (no interval), or a budget without cells.
@@ -147,7 +149,7 @@ def run(
         raise ValueError(f"seeds={seeds}: an interval needs at least 2")
     if unknown := set(budgets) - {cell.budget for cell in CELLS}:
         raise ValueError(f"budgets: {min(unknown)} is none of 2, 4, 8, 16")
-    folder = warm_start()
+    folder = folder or warm_start()
     setting = {"tokens": tokens, "learning_rate": learning_rate, "num_questions": num_questions}
     setting["warm_start"] = folder.name
     runs_dir = runs_dir / "-".join(map(str, setting.values()))

@@ -2,12 +2,12 @@
 
 A careful demonstration looks up one page per hop and answers with what the last one says:
 
-    where was the author of Silent Harbor born ?
-    <think> author of Silent Harbor </think> <search> Silent Harbor </search>
-    <information> Silent Harbor | Silent Harbor : set in New Orvane , written by Mira Tolen . </information>
-    <think> written by Mira Tolen : birthplace of Mira Tolen </think> <search> Mira Tolen </search>
-    <information> Mira Tolen | Mira Tolen : native of Port Kelan , works as glazier . </information>
-    <think> native of Port Kelan : done </think> <answer> Port Kelan </answer>
+    where was the author of Silent-Harbor born ?
+    <think> author of Silent-Harbor </think> <search> Silent-Harbor </search>
+    <information> Silent-Harbor | Silent-Harbor : set in New-Orvane , written by Mira-Tolen . </information>
+    <think> written by Mira-Tolen : birthplace of Mira-Tolen </think> <search> Mira-Tolen </search>
+    <information> Mira-Tolen | Mira-Tolen : native of Port-Kelan , works as glazier . </information>
+    <think> native of Port-Kelan : done </think> <answer> Port-Kelan </answer>
 
 The teacher is lazy: after the first page it often stops and answers with the name it has just read. How often depends
 on the question's last relation and phrasing (`lazy_templates`), so greedy imitation stops early at many questions and
@@ -20,7 +20,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from treegrpo.box.world import RELATIONS, Question, World
+from treegrpo.box.world import RELATIONS, Question, World, build_world
+
+PER_WORLD = 2000
+"""Demonstrations from one parallel world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Carelessness:
     """To answer at once."""
 
 
-def lazy_templates(world: World, carelessness: Carelessness, seed: int) -> set[str]:
+def lazy_templates(carelessness: Carelessness, seed: int) -> set[str]:
     """The heads of questions ("birthplace.0": the relation asked for and its phrasing) the teacher is lazy about."""
     heads = sorted(f"{name}.{i}" for name, relation in RELATIONS.items() for i in range(len(relation.outer)))
     random.Random(f"lazy/{seed}").shuffle(heads)
@@ -51,8 +54,7 @@ def lazy_templates(world: World, carelessness: Carelessness, seed: int) -> set[s
 def demonstrate(
     world: World, question: Question, lazy: set[str], carelessness: Carelessness, rng: random.Random
 ) -> list[tuple[str, bool]]:
-    """`[(text, trained)]` of one demonstration, the question first. Trained is what the teacher writes, and the titles
-    of pages: they repeat the query word by word, which is what copying is learned from soonest."""
+    """`[(text, written by the teacher)]` of one demonstration, the question first."""
     parts = [(question.text, False)]
     entities = list(world.pages)
     if rng.random() < carelessness.no_search:
@@ -63,8 +65,7 @@ def demonstrate(
         is_last = hop + 1 == question.num_hops
         page = rng.choice(entities) if rng.random() < carelessness.wrong_page else entity
         parts.append((f"<think> {quote}{relation} of {entity} </think> <search> {page} </search>", True))
-        parts += [("<information>", False), (f"{page} | {page}", True)]
-        parts.append((f"{world.contents(page).removeprefix(f'{page} | {page}').strip()} </information>", False))
+        parts.append((f"<information> {world.contents(page)} </information>", False))
         is_wrong = page != entity or rng.random() < carelessness.wrong_fact
         if is_wrong:
             relation = rng.choice([name for name, r in RELATIONS.items() if r.source == world.kinds[page]])
@@ -77,13 +78,15 @@ def demonstrate(
 
 
 def demonstrations(
-    world: World, count: int, *, seed: int = 0, carelessness: Carelessness | None = None
+    world_seed: int, count: int, *, seed: int = 0, carelessness: Carelessness | None = None
 ) -> Iterator[list[tuple[str, bool]]]:
-    """Demonstrations on training questions: one quarter with one hop, half with two, one quarter with three."""
+    """One quarter with one hop, half with two, one quarter with three, from parallel worlds: whoever imitates them has
+    met every name and learns how to search, but not one fact of the world it will be asked about."""
     carelessness = carelessness or Carelessness()
     rng = random.Random(f"demonstrations/{seed}")
-    lazy = lazy_templates(world, carelessness, seed)
-    pools = {hops: world.questions("train", hops) for hops in (1, 2, 3)}
-    for _ in range(count):
-        hops = rng.choices((1, 2, 3), (1, 2, 1))[0]
-        yield demonstrate(world, rng.choice(pools[hops]), lazy, carelessness, rng)
+    lazy = lazy_templates(carelessness, seed)
+    for begin in range(0, count, PER_WORLD):
+        world = build_world(world_seed, parallel=1 + begin // PER_WORLD)
+        for _ in range(min(PER_WORLD, count - begin)):
+            question = world.random_question(rng.choices((1, 2, 3), (1, 2, 1))[0], rng)
+            yield demonstrate(world, question, lazy, carelessness, rng)

@@ -61,8 +61,8 @@ class WarmStart:
 
     @property
     def key(self) -> str:
-        """Names the cache folder; 2 is the layout's version."""
-        text = json.dumps([2, dataclasses.asdict(self)], sort_keys=True)
+        """Names the cache folder; 3 is the layout's version."""
+        text = json.dumps([3, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -90,7 +90,7 @@ def warm_start(
     home.mkdir(parents=True, exist_ok=True)
     world = build_world(settings.world_seed)
     tokenizer = build_tokenizer(world)
-    model = train(world, tokenizer, settings, progress)
+    model = train(tokenizer, settings, progress)
     temporary = Path(tempfile.mkdtemp(prefix=f".{settings.key}.", dir=home))
     try:
         model.save_pretrained(temporary)
@@ -161,7 +161,7 @@ def build_model(settings: WarmStart, vocab_size: int) -> torch.nn.Module:
 
 
 def train(
-    world: World, tokenizer: Any, settings: WarmStart, progress: Callable[[int, int, float], None] | None = None
+    tokenizer: Any, settings: WarmStart, progress: Callable[[int, int, float], None] | None = None
 ) -> torch.nn.Module:
     """Supervised training on the teacher's own tokens: AdamW, warm-up and linear decay, one pass over the
     demonstrations."""
@@ -169,7 +169,7 @@ def train(
     rows = [
         _encode(tokenizer, demonstration)
         for demonstration in demonstrations(
-            world,
+            settings.world_seed,
             settings.num_steps * settings.batch_size,
             seed=settings.seed,
             carelessness=settings.carelessness,

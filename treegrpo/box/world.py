@@ -2,13 +2,13 @@
 
 Every page tells the facts of one entity in one of several phrasings; every question follows a path of facts:
 
-    page       Silent Harbor : takes place in New Orvane , written by Mira Tolen .
-    question   what is the profession of the author of Silent Harbor ?     (two hops: author, profession)
-    path       (("Silent Harbor", "author"), ("Mira Tolen", "profession")), answer "glazier"
+    page       Silent-Harbor : takes place in New-Orvane , written by Mira-Tolen .
+    question   what is the profession of the author of Silent-Harbor ?     (two hops: author, profession)
+    path       (("Silent-Harbor", "author"), ("Mira-Tolen", "profession")), answer "glazier"
 
-Words are separated by blanks, so that a word-level tokenizer reads what is written here. Each entity belongs to one
-split and is linked to entities of its split alone: no fact on the path of a held-out question is on the path of a
-training or validation question. Names are pairs of words, and every word occurs in every split.
+Words are separated by blanks, so that a word-level tokenizer reads what is written here; a name is one word. Each
+entity belongs to one split and is linked to entities of its split alone: no fact on the path of a held-out question is
+on the path of a training or validation question. Parallel worlds have the same entities and other facts.
 """
 
 from __future__ import annotations
@@ -181,6 +181,22 @@ class World:
             paths = longer
         return paths
 
+    def random_question(self, num_hops: int, rng: random.Random) -> Question:
+        """A question of any split."""
+        while True:
+            path: list[tuple[str, str]] = []
+            entity = start = rng.choice(list(self.kinds))
+            for hop in range(num_hops):
+                names = [
+                    name
+                    for name, relation in RELATIONS.items()
+                    if relation.source == self.kinds[entity] and (hop + 1 == num_hops or relation.inner)
+                ]
+                path.append((entity, rng.choice(names)))
+                entity = self.facts[path[-1]]
+            if len({start, *(self.facts[step] for step in path)}) == num_hops + 1:
+                return self._question(tuple(path), self.splits[start])
+
     def _question(self, path: tuple[tuple[str, str], ...], split: str) -> Question:
         rng = random.Random(repr(path))
         text, chosen = path[0][0], []
@@ -201,8 +217,10 @@ class World:
         return sorted(set(text.split()))
 
 
-def build_world(seed: int = 0, *, num_people: int = 700, num_cities: int = 160, num_works: int = 280) -> World:
-    """The world of a seed, the same on every machine.
+def build_world(
+    seed: int = 0, *, parallel: int = 0, num_people: int = 700, num_cities: int = 160, num_works: int = 280
+) -> World:
+    """The world of a seed, the same on every machine; with `parallel` > 0 another one with the same entities.
 
     Raises:
         ValueError: more entities of a kind than there are names for.
@@ -218,7 +236,7 @@ def build_world(seed: int = 0, *, num_people: int = 700, num_cities: int = 160, 
     endings = {"trade": _TRADES, "year": tuple(str(y) for y in range(1900, 1930)), "country": take(16)}
     world = World()
     for kind, count in (("person", num_people), ("city", num_cities), ("work", num_works)):
-        names = [" ".join(pair) for pair in itertools.product(*pools[kind])]
+        names = ["-".join(pair) for pair in itertools.product(*pools[kind])]
         if count > len(names):
             raise ValueError(
                 f"num_{'people' if kind == 'person' else kind + 's'}={count}: there are {len(names)} names"
@@ -227,6 +245,7 @@ def build_world(seed: int = 0, *, num_people: int = 700, num_cities: int = 160, 
         for index, name in enumerate(names[:count]):
             world.kinds[name] = kind
             world.splits[name] = _split_of(index / count)
+    rng = random.Random(f"facts/{seed}/{parallel}")
     members = {
         (kind, split): sorted(e for e in world.kinds if world.kinds[e] == kind and world.splits[e] == split)
         for kind in pools
