@@ -185,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": {"message": "The model does not exist."}}, 404)
         if any(not 0 <= i < VOCAB for i in prompt):
             return self.answer({"error": {"message": f"Token id {max(prompt)} is out of vocabulary"}}, 400)
+        # as if the model's generation_config.json said top_k=1 and penalties: servers use it where a request is silent
+        said = {"top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"} <= params.keys()
         with state.lock:
             cached = state.num_cached(prompt)
             ids, logprobs, reason = complete(
@@ -192,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
                 state.tokenizer,
                 prompt,
                 max_tokens=params["max_tokens" if is_openai else "max_new_tokens"],
-                temperature=params["temperature"],
+                temperature=params["temperature"] if said else 0.0,
                 top_p=params["top_p"],
                 stop=params["stop"],
                 stop_token_ids=params["stop_token_ids"],

@@ -400,7 +400,7 @@ def test_groups_that_are_complete_survive_a_server_that_fails_later(engine):
     options = SearchOptions(num_trees=1, num_expansions=1, num_rounds=1, max_tokens=4, max_turns=3)
     rows = [{"prompt": "w1 w2 w3"}, {"prompt": "w9 w10"}]
     try:
-        with pytest.raises(EngineError, match="after 2 tries .*said 503"):
+        with pytest.raises(EngineError, match=r"after 2 tries .*said 503"):
             search(one, Second, rows, groups=["good", "bad"], options=options, seeds=[1, 2], on_group=keep)
     finally:
         misbehave(one, "503", 0)
