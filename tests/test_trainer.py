@@ -353,7 +353,8 @@ def test_unusable_backend_writes_nothing(files, tmp_path):
 
 def test_two_processes_give_the_curve_of_one(files, tmp_path):
     """Three rows on one process, one on the other, gradients averaged by DDP over gloo."""
-    changes = {"groups_per_step": 4, "row_token_budget": 40, "num_iterations": 2, "max_steps": 3, "save_strategy": "steps"}
+    changes = {"groups_per_step": 4, "row_token_budget": 40, "num_iterations": 2, "max_steps": 3}
+    changes["save_strategy"] = "steps"
     config = settings(files, tmp_path / "two", loss_type="grpo", **changes)
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(config.to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "treegrpo"]

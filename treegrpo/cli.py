@@ -38,7 +38,7 @@ def inspect(
         file: Token trajectories, .jsonl or .jsonl.gz.
         group: Only this group.
         samples: Whole trajectories, or one sample per assistant turn.
-        advantage_estimator: tree_grpo, grpo, intra or inter; shown where all rewards are known.
+        advantage_estimator: tree_grpo, grpo, intra, treerl, spo, ...; shown where all rewards are known.
         max_groups: Draw at most so many groups.
         png: Also write a picture of the first drawn group: tree, packed row and mask.
     """
@@ -211,7 +211,7 @@ def convert(
 
 def demo(
     part: Literal["both", "learn", "compare"] = "both",
-    steps: int = 40,
+    steps: int = 60,
     engine: str = "hf",
     compare_steps: int = 6,
     data: Path | None = None,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from treegrpo.advantages import ESTIMATORS, estimator_options
 from treegrpo.rollout import settings as rollouts
 from treegrpo.rollout.settings import RolloutConfig
 
@@ -61,8 +62,10 @@ class TrainConfig(RolloutConfig):
     """Seed of random weights, LoRA weights and the order of groups."""
 
     advantage_estimator: str = "tree_grpo"
-    """Who is compared with whom: tree_grpo (own tree plus prompt), grpo (prompt), intra, inter, or another of
-    treegrpo.advantages (treerl, treepo, spo, at2po, ...)."""
+    """Who is compared with whom: tree_grpo (own tree plus prompt), grpo (prompt), intra, inter, treerl, treepo,
+    siblings, spo, at2po, arpo_hard, arpo_soft, lambda_grpo, or grid with options (sources: treegrpo.advantages)."""
+    advantage_options: tuple[str, ...] = ()
+    """Options of the estimator as name=value, such as baseline=parent value=child_mean norm=none."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide centred rewards by the std of their own comparison set, of the whole step, or not at all."""
     loss_type: str = "dapo"
@@ -141,6 +144,28 @@ class TrainConfig(RolloutConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
 
+        self.estimator_options()
+
+    def estimator_options(self) -> dict[str, str | float]:
+        """Keywords of `compute_advantages` beside the estimator."""
+        # Only the z-score estimators know TRL's scale_rewards; its default is what the others do anyway.
+        options: dict[str, str | float] = {} if self.scale_rewards == "group" else {"scale_rewards": self.scale_rewards}
+        for text in self.advantage_options:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"advantage_options: {text!r} is not name=value")
+            if name in ("eps", "min_std"):
+                options[name] = float(value)
+            else:
+                options[name] = value
+        valid = {*estimator_options(self.advantage_estimator), "eps", "singleton"}
+        if unknown := sorted(set(options) - valid):
+            raise ValueError(
+                f"advantage_options: {self.advantage_estimator} has no option {unknown[0]!r}; it takes"
+                f" {', '.join(sorted(valid))}"
+            )
+        return options
+
     def check_paths(self) -> None:
         """ValueError unless rollouts and model are given and exist; called before anything is loaded."""
         if self.is_replay:
@@ -208,7 +233,7 @@ _CHOICES = {
     "old_logprobs": ("computed", "recorded"),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
     "scale_rewards": ("group", "batch", "none"),
-    "advantage_estimator": ("tree_grpo", "grpo", "intra", "inter"),
+    "advantage_estimator": ESTIMATORS,
     "save_strategy": ("steps", "no"),
 }
 

@@ -38,7 +38,7 @@ def run(
     console: Any,
     *,
     part: str = "both",
-    steps: int = 40,
+    steps: int = 60,
     engine: str = "hf",
     compare_steps: int = 6,
     data: Path | None = None,

@@ -22,7 +22,7 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
     config.check_paths()
     model_config = models.read_model_config(config.model)
     # An unknown estimator would otherwise show only after the first step was sampled.
-    compute_advantages(_two_leaves(), config.advantage_estimator)
+    compute_advantages(_two_leaves(), config.advantage_estimator, **config.estimator_options())
     weights = "from the folder" if Path(config.model).is_dir() else f"random, seed {config.seed}"
     rows = [
         ("model", f"{model_config.model_type}, {_num_parameters(model_config):,} parameters, weights {weights}"),

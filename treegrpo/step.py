@@ -53,18 +53,13 @@ def pack_step(
     """The data of one step from its groups `[read][group]`; this process packs every world-th group of a read."""
     trees = [tree for read in reads for tree in read]
     # Over the whole step: comparison sets are groups, but scale_rewards="batch" divides by the spread of all of them.
-    advantages = compute_advantages(trees, config.advantage_estimator, **_estimator_options(config))
+    advantages = compute_advantages(trees, config.advantage_estimator, **config.estimator_options())
     rows, begin = [], 0
     for read in reads:
         own = range(begin + rank, begin + len(read), world)
         rows += _packed_rows([trees[j] for j in own], [advantages[j] for j in own], config, device)
         begin += len(read)
     return StepData(trees, rows)
-
-
-def _estimator_options(config: TrainConfig) -> dict[str, str]:
-    # Only the z-score estimators know TRL's scale_rewards; its default is what the others do anyway.
-    return {} if config.scale_rewards == "group" else {"scale_rewards": config.scale_rewards}
 
 
 def _packed_rows(

@@ -30,13 +30,13 @@ PER_WORLD = 2000
 class Carelessness:
     """How often the teacher errs; probabilities."""
 
-    lazy: float = 0.75
+    lazy: float = 0.7
     """To stop one hop early at a question the teacher is lazy about, per hop."""
-    eager: float = 0.2
+    eager: float = 0.15
     """The same at the other questions."""
-    share_lazy: float = 0.6
+    share_lazy: float = 0.5
     """Share of the question templates the teacher is lazy about."""
-    wrong_fact: float = 0.08
+    wrong_fact: float = 0.05
     """To answer with another fact of the last page."""
     wrong_page: float = 0.06
     """To look up a page that nobody asked for."""

@@ -50,10 +50,10 @@ class WarmStart:
     world_seed: int = 0
     seed: int = 0
     """Of weights and demonstrations."""
-    num_steps: int = 900
+    num_steps: int = 1300
     batch_size: int = 32
     """Demonstrations per step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     carelessness: Carelessness = field(default_factory=Carelessness)
     hidden_size: int = 128
     intermediate_size: int = 512
