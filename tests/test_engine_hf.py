@@ -150,6 +150,15 @@ def test_a_small_batch_bound_changes_nothing(make_engine):
     assert [x.token_ids for x in wide] == [x.token_ids for x in narrow]
 
 
+def test_a_row_outlives_its_neighbour_and_the_columns_it_left(make_engine):
+    model = make_model()
+    engine = make_engine(model, ends=False)
+    prompts = (list(range(3, 33)), list(range(10, 30)))
+    _, result = together(engine, [(prompts[0], greedy(2)), (prompts[1], greedy(150))])
+    reference = forward_logprobs(model, prompts[1], result.token_ids)
+    torch.testing.assert_close(torch.tensor(result.logprobs), reference, atol=1e-5, rtol=0)
+
+
 def test_a_tree_prefills_each_token_once(make_engine):
     engine = make_engine(ends=False)
     prompt = list(range(10, 30))
@@ -628,6 +637,8 @@ def test_a_window_as_long_as_the_context_is_served(make_engine):
     prompts = [[*range(3, 18), 40], [*range(20, 36)], [5], [7, 8]]
     for prompt, result in zip(prompts, together(engine, [(p, greedy(8)) for p in prompts], "s"), strict=True):
         assert result.token_ids == alone(model, prompt, 8)
+        reference = forward_logprobs(model, prompt, result.token_ids)
+        torch.testing.assert_close(torch.tensor(result.logprobs), reference, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
