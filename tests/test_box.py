@@ -207,6 +207,7 @@ def test_study_numbers_by_hand():
             "num_expansions": expansions,
             "seed": seed,
             "accuracy": {hops: [right, 10] for hops in (1, 2, 3)},
+            "milestones": [[30, right - 1, 10], [60, right, 10]],
             "generated_tokens": 100,
             "tool_calls": 5,
             "steps": 3,
@@ -222,6 +223,7 @@ def test_study_numbers_by_hand():
     assert chain["hops2"] == pytest.approx(0.3) and tree["hops2"] == pytest.approx(0.5)
     assert tree["hops2_interval"] == 0 and tree["versus_chain"] == pytest.approx(0.2)
     assert tree["versus_chain_interval"] == pytest.approx(1.2706)
+    assert tree["hops2_at_0.25"] == pytest.approx(0.4) and chain["hops2_at_0.5"] == pytest.approx(0.3)
     assert tree["packing_ratio"] == 1.5 and chain["versus_chain"] == 0
     for cell in study.CELLS:
         if cell.num_expansions:

@@ -211,7 +211,7 @@ def convert(
 
 def demo(
     part: Literal["both", "learn", "compare"] = "both",
-    steps: int = 60,
+    steps: int = 40,
     engine: str = "hf",
     compare_steps: int = 6,
     data: Path | None = None,
@@ -253,8 +253,8 @@ def demo(
 
 def study(
     seeds: int = 5,
-    tokens: int = 120_000,
-    learning_rate: float = 1e-3,
+    tokens: int = 80_000,
+    learning_rate: float = 7e-4,
     questions: int = 400,
     budgets: tuple[int, ...] = (2, 4, 8, 16),
     workers: int | None = None,

@@ -27,7 +27,7 @@ LEARNING = {
     "num_rounds": 1,
     "advantage_estimator": "tree_grpo",
     "loss_type": "dapo",
-    "learning_rate": 1e-3,
+    "learning_rate": 7e-4,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 3,
 }
@@ -38,7 +38,7 @@ def run(
     console: Any,
     *,
     part: str = "both",
-    steps: int = 60,
+    steps: int = 40,
     engine: str = "hf",
     compare_steps: int = 6,
     data: Path | None = None,
@@ -94,11 +94,13 @@ class Accuracy:
         return f"{self.share:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def heldout_accuracy(trainer: Trainer, folder: Path, num: int = NUM_HELDOUT) -> dict[int, Accuracy]:
+def heldout_accuracy(
+    trainer: Trainer, folder: Path, num: int = NUM_HELDOUT, all_hops: tuple[int, ...] = (1, 2, 3)
+) -> dict[int, Accuracy]:
     """Greedy exact match on held-out questions by number of hops; at most `num` of each."""
     rows = read_rows(folder / "heldout.jsonl")
     result = {}
-    for hops in (1, 2, 3):
+    for hops in all_hops:
         chosen = [row for row in rows if row["num_hops"] == hops][:num]
         scores = trainer.online.evaluate(trainer.policy, rows=chosen)
         result[hops] = Accuracy(round(scores["eval_em"] * len(chosen)), len(chosen))
@@ -157,7 +159,7 @@ def learn(
     console.print(
         f"{history[-1]['rollout/total_generated_tokens']:,} tokens sampled,"
         f" {sum(row['rollout/tool_calls'] for row in history):,.0f} tool calls; trained on"
-        f" {total['tree/unique_tokens']:,} unique tokens instead of {total['tree/chain_tokens']:,}"
+        f" {total['tree/unique_tokens']:,.0f} unique tokens instead of {total['tree/chain_tokens']:,.0f}"
         f" ({total['tree/chain_tokens'] / total['tree/unique_tokens']:.2f}x)"
     )
     picture = draw_run(history, trainer.evaluations, trainer.sampled.trajectories(), trainer.tokenizer, output_dir)

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 CHAINS_PER_STEP = 96
+# Shares of the tokens after which the two-hop questions are asked, before the end.
+MILESTONES = (0.25, 0.5)
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 _T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
@@ -102,8 +104,14 @@ def run_cell(cell: Cell, seed: int, tokens: int, learning_rate: float, num_quest
                 **settings,
             )
         )
+        history, milestones = [], []
         try:
-            history = list(trainer.steps())
+            for row in trainer.steps():
+                history.append(row)
+                share = row["rollout/total_generated_tokens"] / tokens
+                if len(milestones) < len(MILESTONES) and share >= MILESTONES[len(milestones)]:
+                    found = heldout_accuracy(trainer, Path(folder), num_questions, (2,))[2]
+                    milestones.append([row["rollout/total_generated_tokens"], found.right, found.num])
             accuracy = heldout_accuracy(trainer, Path(folder), num_questions)
         finally:
             trainer.close()
@@ -118,6 +126,7 @@ def run_cell(cell: Cell, seed: int, tokens: int, learning_rate: float, num_quest
         "trained_chain_tokens": total["tree/chain_tokens"],
         "trained_unique_tokens": total["tree/unique_tokens"],
         "zero_std_share": statistics.mean(row["frac_reward_zero_std"] for row in history),
+        "milestones": milestones,
         "reward": [round(row["reward"], 4) for row in history],
         "accuracy": {hops: [a.right, a.num] for hops, a in accuracy.items()},
         "seconds": round(time.perf_counter() - started, 1),
@@ -128,8 +137,8 @@ def run(
     console: Any,
     *,
     seeds: int = 5,
-    tokens: int = 120_000,
-    learning_rate: float = 1e-3,
+    tokens: int = 80_000,
+    learning_rate: float = 7e-4,
     num_questions: int = 400,
     budgets: Sequence[int] = (2, 4, 8, 16),
     workers: int | None = None,
@@ -226,6 +235,9 @@ def summary(results: list[dict]) -> list[dict]:
         for hops in (1, 2, 3):
             values = [r["accuracy"][hops][0] / r["accuracy"][hops][1] for r in own]
             row[f"hops{hops}"], row[f"hops{hops}_interval"] = mean_interval(values)
+        for index, share_of in enumerate(MILESTONES):
+            values = [r["milestones"][index][1] / r["milestones"][index][2] for r in own]
+            row[f"hops2_at_{share_of}"], row[f"hops2_at_{share_of}_interval"] = mean_interval(values)
         chain = next(r["name"] for r in results if r["budget"] == budget and not r["num_expansions"])
         differences = [share[budget, name, r["seed"]] - share[budget, chain, r["seed"]] for r in own]
         row["versus_chain"], row["versus_chain_interval"] = mean_interval(differences)
@@ -237,8 +249,9 @@ def summary(results: list[dict]) -> list[dict]:
     return rows
 
 
-_COLUMNS = ("budget", "method", "two hops", "versus chain", "one hop", "three hops", "tokens", "tool calls")
-_COLUMNS += ("equal groups", "chain / tree tokens", "seconds")
+_COLUMNS = ("budget", "method", "two hops, at 1/4", "at 1/2", "at the end", "versus chain", "one hop", "three hops")
+_COLUMNS += ("tokens", "tool calls")
+_COLUMNS += ("equal groups", "chain / tree tokens")
 
 
 def _cells(row: dict) -> list[str]:
@@ -247,6 +260,7 @@ def _cells(row: dict) -> list[str]:
     return [
         str(row["budget"]),
         row["name"],
+        *(percent(f"hops2_at_{share}") for share in MILESTONES),
         percent("hops2"),
         "" if is_chain else f"{100 * row['versus_chain']:+.1f} ± {100 * row['versus_chain_interval']:.1f}",
         percent("hops1"),
@@ -255,7 +269,6 @@ def _cells(row: dict) -> list[str]:
         f"{row['tool_calls']:,.0f}",
         f"{row['zero_std_share']:.0%}",
         f"{row['packing_ratio']:.2f}x",
-        f"{row['seconds']:.0f}",
     ]
 
 

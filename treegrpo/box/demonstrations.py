@@ -34,7 +34,7 @@ class Carelessness:
     """To stop one hop early at a question the teacher is lazy about, per hop."""
     eager: float = 0.15
     """The same at the other questions."""
-    share_lazy: float = 0.5
+    share_lazy: float = 0.7
     """Share of the question templates the teacher is lazy about."""
     wrong_fact: float = 0.05
     """To answer with another fact of the last page."""

@@ -80,7 +80,7 @@ def draw_tree(figure: Any, tree: RolloutTree, tokenizer: Any) -> None:
         if parent is not None:
             axis.plot([parent["x"] + 0.86, node["x"]], [parent["y"], node["y"]], color="0.5", linewidth=1, zorder=0)
         text = "\n".join(textwrap.wrap(_shortened(tokenizer.decode(node["ids"])), _WIDTH))
-        label = f"{text}\n[{node['label']}]" if node["label"] else text
+        label = "\n".join([text, *(f"[{label}]" for label in node["labels"])])
         color = colors(norm(node["advantage"])) if parent is not None else (0.93, 0.93, 0.93, 1)
         axis.text(
             node["x"], node["y"], label, fontsize=7, va="center", bbox={"facecolor": color, "alpha": 0.6, "pad": 3}
@@ -103,9 +103,9 @@ def _nodes(tree: RolloutTree, advantages: list[np.ndarray]) -> list[dict[str, An
     """Agent steps as boxes: the prompt first; equal steps of one sampled tree are one box."""
     prompt_end = int(tree.trajectories[0].steps[0])
     prompt = tree.trajectories[0].token_ids[:prompt_end]
-    nodes = [{"ids": prompt, "parent": -1, "x": 0, "values": [], "lanes": [], "label": ""}]
+    nodes = [{"ids": prompt, "parent": -1, "x": 0, "values": [], "labels": []}]
     found: dict[tuple, int] = {}
-    for lane, (trajectory, advantage) in enumerate(zip(tree.trajectories, advantages, strict=True)):
+    for trajectory, advantage in zip(tree.trajectories, advantages, strict=True):
         above = 0
         cuts = [*trajectory.steps.tolist(), trajectory.num_tokens]
         for step, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
@@ -113,12 +113,31 @@ def _nodes(tree: RolloutTree, advantages: list[np.ndarray]) -> list[dict[str, An
             if key not in found:
                 found[key] = len(nodes)
                 ids = trajectory.token_ids[begin:end][trajectory.loss_mask[begin:end]]
-                nodes.append({"ids": ids, "parent": above, "x": step + 1, "values": [], "lanes": [], "label": ""})
+                nodes.append({"ids": ids, "parent": above, "x": step + 1, "values": [], "labels": []})
             above = found[key]
             nodes[above]["values"].append(float(advantage[min(step, len(advantage) - 1)]))
-            nodes[above]["lanes"].append(lane)
-        nodes[above]["label"] = f"tree {trajectory.tree}, reward {trajectory.reward:g}, advantage {advantage[-1]:+.2f}"
+        nodes[above]["labels"].append(
+            f"tree {trajectory.tree}, reward {trajectory.reward:g}, advantage {advantage[-1]:+.2f}"
+        )
     for node in nodes:
         node["advantage"] = float(np.mean(node["values"])) if node["values"] else 0.0
-        node["y"] = float(np.mean(node["lanes"])) if node["lanes"] else (tree.num_leaves - 1) / 2
+    _place(nodes)
     return nodes
+
+
+def _place(nodes: list[dict[str, Any]]) -> None:
+    """y of every box: leaves one below the other in depth-first order, the others in the middle of their children."""
+    children: list[list[int]] = [[] for _ in nodes]
+    for index, node in enumerate(nodes[1:], 1):
+        children[node["parent"]].append(index)
+    lane = 0
+    open_boxes = [(0, False)]
+    while open_boxes:
+        index, is_done = open_boxes.pop()
+        if is_done:
+            nodes[index]["y"] = float(np.mean([nodes[child]["y"] for child in children[index]]))
+        elif children[index]:
+            open_boxes += [(index, True), *((child, False) for child in reversed(children[index]))]
+        else:
+            nodes[index]["y"] = float(lane)
+            lane += 1

@@ -50,10 +50,10 @@ class WarmStart:
     world_seed: int = 0
     seed: int = 0
     """Of weights and demonstrations."""
-    num_steps: int = 1300
-    batch_size: int = 32
+    num_steps: int = 1200
+    batch_size: int = 16
     """Demonstrations per step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     carelessness: Carelessness = field(default_factory=Carelessness)
     hidden_size: int = 128
     intermediate_size: int = 512
@@ -61,8 +61,8 @@ class WarmStart:
 
     @property
     def key(self) -> str:
-        """Names the cache folder; 3 is the layout's version."""
-        text = json.dumps([3, dataclasses.asdict(self)], sort_keys=True)
+        """Names the cache folder; 4 is the layout's version."""
+        text = json.dumps([4, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -136,19 +136,19 @@ def build_tokenizer(world: World) -> Any:
 
 
 def build_model(settings: WarmStart, vocab_size: int) -> torch.nn.Module:
-    """About a million parameters, Qwen3's architecture, random weights."""
+    """About a million parameters, Llama's architecture, random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from treegrpo.models import seeded
 
     config = AutoConfig.for_model(
-        "qwen3",
+        "llama",
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
         num_hidden_layers=settings.num_hidden_layers,
         num_attention_heads=settings.hidden_size // 32,
-        num_key_value_heads=max(1, settings.hidden_size // 64),
+        num_key_value_heads=settings.hidden_size // 32,
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,

@@ -71,9 +71,7 @@ class RolloutEngine(Protocol):
     max_context_length: int
     """Prompt and completion together."""
 
-    async def generate(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, *, session: str = ""
-    ) -> Completion:
+    async def generate(self, prompt_ids: Sequence[int], sampling: SamplingParams, *, session: str = "") -> Completion:
         """One completion of `prompt_ids`. `session` names the group: calls of one session share prefixes.
 
         Raises:
