@@ -44,6 +44,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a warm start too short to know anything; see boxes.py."""
+    from boxes import quick_box
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = quick_box(tmp_path_factory.mktemp("box"))
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexes are cached in a folder of this test run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and friends hand out NaN-filled memory, so that an output nobody writes fails the comparison."""

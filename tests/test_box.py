@@ -6,11 +6,10 @@ import io
 import json
 import random
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
-from boxes import QUICK, quick_box
+from boxes import QUICK
 from rich.console import Console
 
 from treegrpo import demo, study
@@ -22,23 +21,13 @@ from treegrpo.envs.retrievers import BM25Retriever
 from treegrpo.envs.search import SearchEnv
 from treegrpo.envs.tags import format_valid, last_answer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 CAREFUL = Carelessness(lazy=0, eager=0, wrong_fact=0, wrong_page=0, no_search=0)
 
 
 @pytest.fixture(scope="module")
 def world():
     return build_world(0)
-
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory) -> Path:
-    return quick_box(tmp_path_factory.mktemp("box"))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def test_the_world_is_large_and_the_same_every_time(world):

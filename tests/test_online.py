@@ -9,12 +9,11 @@ import math
 import shutil
 import signal
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from boxes import online_config, quick_box
+from boxes import online_config
 
 from treegrpo import checkpoint, load
 from treegrpo.metrics import read_metrics
@@ -24,20 +23,10 @@ from treegrpo.rollout.search import SampledGroup, SearchOptions
 from treegrpo.trainer import Trainer
 from treegrpo.tree import Trajectory, build_tree
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 # A late twin of a prompt forwards its last token once more, and a row's log-probs differ in the last bits with what
 # else is in the engine's batch: what was prefilled, and those bits, depend on timing as well.
 TIMED = ("step_time", "perf/", "rollout/seconds", "rollout/prefilled_tokens", "sampling/")
-
-
-@pytest.fixture(scope="module")
-def box(tmp_path_factory) -> Path:
-    return quick_box(tmp_path_factory.mktemp("box"))
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def run(box, output, **changes):

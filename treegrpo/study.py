@@ -74,8 +74,10 @@ CELLS = (
 def run_cell(cell: Cell, seed: int, tokens: int, learning_rate: float, num_questions: int, folder: str) -> dict:
     """One training run from the warm start in `folder`; its numbers."""
     import torch
+    from transformers.utils import logging
 
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     from treegrpo.config import TrainConfig
     from treegrpo.demo import LEARNING, box_settings, heldout_accuracy
     from treegrpo.trainer import Trainer
@@ -109,9 +111,9 @@ def run_cell(cell: Cell, seed: int, tokens: int, learning_rate: float, num_quest
             for row in trainer.steps():
                 history.append(row)
                 share = row["rollout/total_generated_tokens"] / tokens
-                if len(milestones) < len(MILESTONES) and share >= MILESTONES[len(milestones)]:
+                if passed := sum(share >= milestone for milestone in MILESTONES) - len(milestones):
                     found = heldout_accuracy(trainer, Path(folder), num_questions, (2,))[2]
-                    milestones.append([row["rollout/total_generated_tokens"], found.right, found.num])
+                    milestones += passed * [[row["rollout/total_generated_tokens"], found.right, found.num]]
             accuracy = heldout_accuracy(trainer, Path(folder), num_questions)
         finally:
             trainer.close()

@@ -223,6 +223,8 @@ class OnlineRollouts:
             values = [(means[name], len(group.trajectories)) for group, means in kept if not np.isnan(means[name])]
             if values:
                 metrics[name] = float(np.average(*np.array(values).T[:1], weights=[weight for _, weight in values]))
+        for name in ("generated_tokens", "prefilled_tokens", "tool_calls"):
+            metrics[f"rollout/{name}_per_prompt"] = getattr(stats, name) / stats.groups
         metrics["rollout/zero_std_groups"] = num_zero_std
         metrics["rollout/refilled_groups"] = len(rejected)
         return StepRollouts(
