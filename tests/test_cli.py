@@ -27,7 +27,9 @@ def test_help_lists_every_command_and_setting(capsys):
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("doctor", "inspect", "flops", "train", "eval", "report", "convert", "demo"))
+    assert all(
+        name in text for name in ("doctor", "inspect", "flops", "train", "eval", "report", "convert", "demo", "study")
+    )
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     text = capsys.readouterr().out

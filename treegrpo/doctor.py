@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,6 +18,8 @@ _PACKAGES = {
     "accelerate": "pip install 'treegrpo[train]'",
     "peft": "pip install 'treegrpo[train]' (needed for LoRA only)",
     "numpy": "pip install numpy",
+    "bm25s": "pip install 'treegrpo[search]' (needed for retriever=bm25: only)",
+    "math-verify": "pip install 'treegrpo[math]' (needed for math_answer only)",
 }
 _NEEDS_GPU = ("triton", "cuda", "gather")
 _CURES = {
@@ -39,7 +42,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding, in the order they are printed."""
-    return [_python(), *_packages(), *_compilers(), *_devices(), *_backends()]
+    return [_python(), *_packages(), *_compilers(), *_devices(), *_backends(), _engines()]
 
 
 def print_report(console) -> None:
@@ -83,7 +86,7 @@ def _packages() -> list[Finding]:
     for name, cure in _PACKAGES.items():
         try:
             version = importlib.metadata.version(name)
-            importlib.import_module(name)
+            importlib.import_module(name.replace("-", "_"))
         except importlib.metadata.PackageNotFoundError:
             findings.append(Finding(name, "not installed", cure))
         except ImportError as error:
@@ -91,6 +94,17 @@ def _packages() -> list[Finding]:
         else:
             findings.append(Finding(name, version))
     return findings
+
+
+def _engines() -> Finding:
+    """What `treegrpo train --rollouts` can sample with here."""
+    has = lambda *names: any(importlib.util.find_spec(name) for name in names)  # noqa: E731
+    states = {
+        "hf": "ready" if has("transformers") else "needs transformers",
+        "server:URL": "ready" if has("httpx", "httpx2") else "needs httpx (pip install 'treegrpo[server]')",
+        "vllm": "installed, not yet run by us" if has("vllm") else "not installed",
+    }
+    return Finding("rollouts", "; ".join(f"{name} {state}" for name, state in states.items()))
 
 
 def _compilers() -> list[Finding]:
