@@ -66,8 +66,10 @@ def test_a_run_repeats_bit_for_bit_and_learns_something(box, tmp_path):
     [{}, {"num_iterations": 2}, {"overlap_rollouts": True}, {"overlap_rollouts": True, "num_iterations": 2}],
     ids=["plain", "mid_iteration", "overlap", "overlap_mid_iteration"],
 )
-def test_a_resumed_run_is_the_uncut_one(box, tmp_path, changes):
+def test_a_resumed_run_is_the_uncut_one_bit_for_bit(box, tmp_path, changes):
     changes = {"max_steps": 5, "zero_std_groups": "refill", "max_refills": 1, **changes}
+    # the weights of off-policy steps would bring the engine's last bits into the loss
+    changes["vllm_importance_sampling_correction"] = False
     whole, weights, _ = run(box, tmp_path / "whole", **changes)
     cut = tmp_path / "cut"
     run(box, cut, save_strategy="steps", save_steps=3, **changes)
@@ -75,14 +77,8 @@ def test_a_resumed_run_is_the_uncut_one(box, tmp_path, changes):
         shutil.rmtree(path)
     resumed, again, _ = run(box, cut, resume_from_checkpoint="latest", **changes)
     assert [row["step"] for row in resumed] == [4, 5]
-    if changes.get("overlap_rollouts"):
-        # the importance weights hold the engine's last bits
-        for name in weights:
-            torch.testing.assert_close(weights[name], again[name], rtol=0, atol=1e-5)
-        assert [row["reward"] for row in whole[3:]] == [row["reward"] for row in resumed]
-    else:
-        assert [untimed(row) for row in whole[3:]] == [untimed(row) for row in resumed]
-        assert same(weights, again)
+    assert [untimed(row) for row in whole[3:]] == [untimed(row) for row in resumed]
+    assert same(weights, again)
 
 
 def test_overlap_samples_one_step_behind(box, tmp_path):
@@ -154,6 +150,17 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(b
     again = use(trainer(tmp_path / "cut", resume_from_checkpoint="latest"), Interrupter(KeyboardInterrupt(), 99))
     again.train()
     assert same(dict(whole.policy.named_parameters()), dict(again.policy.named_parameters()))
+
+
+def test_a_stopped_run_does_not_wait_for_what_it_samples_ahead(box, tmp_path):
+    trainer = Trainer(online_config(box, tmp_path, overlap_rollouts=True, save_strategy="steps", max_concurrency=4))
+    trainer.online.start_next(1, 3, trainer.policy)
+    first = trainer.online.pending
+    trainer.online.abandon()
+    assert trainer.online.pending is None
+    with pytest.raises(EngineError, match="stopped when 1 of 3 groups were sampled"):
+        first.result(30)
+    trainer.close()
 
 
 def test_ctrl_c_inside_an_update_waits_for_its_end(box, tmp_path):

@@ -172,7 +172,7 @@ class Trainer:
                 raise
 
     def _is_logged(self, step: int) -> bool:
-        return step % self.config.logging_steps == 0 or step == self.config.max_steps
+        return step % self.config.logging_steps == 0 or self._is_done()
 
     def _is_done(self) -> bool:
         limit = self.config.max_generated_tokens

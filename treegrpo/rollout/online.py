@@ -152,6 +152,7 @@ class OnlineRollouts:
         self.place = 0
         self.pending: Future[StepRollouts] | None = None
         self.waiting: list[StepRollouts] = []
+        self.is_abandoned = False
 
     def step_rollouts(
         self, reads: int, count: int, policy: torch.nn.Module, progress: Progress | None = None
@@ -172,7 +173,7 @@ class OnlineRollouts:
         """With `overlap`, begins to sample the step after this one from the weights `policy` has now."""
         if self.executor is not None and self.pending is None and not self.waiting:
             self.sampler.engine.sync_weights(policy)
-            self.pending = self.executor.submit(self._sample_step, reads, count, None)
+            self.pending = self.executor.submit(self._sample_step, reads, count, self._stop_if_abandoned)
 
     def evaluate(
         self,
@@ -267,11 +268,15 @@ class OnlineRollouts:
 
     def abandon(self) -> None:
         """Lets go of what is being sampled in the background; a resumed run samples it again."""
-        if self.pending is not None:
-            self.pending.cancel()
-            self.pending = None
+        self.is_abandoned, self.pending = True, None
+
+    def _stop_if_abandoned(self, done: int, total: int) -> None:
+        # Nothing else reaches a search in another thread; it is asked after every group.
+        if self.is_abandoned:
+            raise EngineError(f"the run was stopped when {done} of {total} groups were sampled")
 
     def close(self) -> None:
+        self.abandon()
         if self.executor is not None:
             self.executor.shutdown(cancel_futures=True)
         self.sampler.engine.close()
