@@ -118,6 +118,20 @@ def test_evaluation_keeps_the_best_checkpoint_which_loads_in_plain_transformers(
     assert all(t.reward is not None for t in load(rollouts[0]))
 
 
+def test_eval_samples_on_the_settings_of_the_run(box, tmp_path, capsys):
+    from treegrpo.cli import main
+
+    changes = {"eval_dataset": str(box / "validation.jsonl"), "eval_rows": 5, "eval_steps": 3, "save_strategy": "steps"}
+    history, _, _ = run(box, tmp_path / "run", **changes)
+    argv = ["eval", "--model", str(tmp_path / "run" / "checkpoint-3"), "--rollouts", "hf"]
+    out = tmp_path / "eval.json"
+    assert main([*argv, "--config", str(tmp_path / "run" / "config.yaml"), "--json", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["eval_reward"] == pytest.approx(history[-1]["eval_reward"]) and result["eval_num_prompts"] == 5
+    assert main(argv) == 2
+    assert "needs --config" in capsys.readouterr().err
+
+
 class Interrupter:
     """A reward that presses Ctrl-C, or breaks the engine's connection, the n-th time it is asked."""
 

@@ -110,19 +110,26 @@ def evaluate(
     row_token_budget: int | None = None,
     backend: str = "auto",
     seed: int = 42,
+    config: Path | None = None,
+    dataset: Path | None = None,
+    rows: int | None = None,
     json: Path | None = None,
 ) -> None:
-    """Log-probs and perplexity of a checkpoint on rollouts, rewarded leaves against others, tree against chain.
+    """Log-probs of a checkpoint on logged rollouts, or the rewards of what it samples on held-out prompts.
 
     Args:
         model: A checkpoint or model folder, or a config for random weights.
-        rollouts: replay:FILE.
+        rollouts: replay:FILE, or an engine (hf, vllm, server:URL) that samples one chain a prompt.
         samples: Whole trajectories, or one sample per assistant turn.
         attention: tree, chain, or both: then the largest difference of a token's log-prob is shown.
         temperature: The logits are divided by it.
         row_token_budget: Unique tokens in one packed row.
         backend: Kernel backend.
         seed: Seed of random weights.
+        config: With an engine: the run's settings (environment, retriever, rewards), such as the config.yaml in its
+            output_dir.
+        dataset: With an engine: the prompts; default the eval_dataset of the config.
+        rows: With an engine: only the first so many prompts.
         json: Also write the numbers there.
     """
     from rich.table import Table
@@ -132,17 +139,19 @@ def evaluate(
     from treegrpo.report import number
 
     _quiet_transformers()
-    trajectories = load(_existing(Path(rollouts.removeprefix("replay:"))))
-    result = run(
-        model,
-        trajectories,
-        samples=samples,
-        attention=attention,
-        temperature=temperature,
-        row_token_budget=row_token_budget,
-        backend=backend,
-        seed=seed,
-    )
+    if rollouts.startswith("replay:"):
+        result = run(
+            model,
+            load(_existing(Path(rollouts.removeprefix("replay:")))),
+            samples=samples,
+            attention=attention,
+            temperature=temperature,
+            row_token_budget=row_token_budget,
+            backend=backend,
+            seed=seed,
+        )
+    else:
+        result = _sampled_evaluation(model, rollouts, config, dataset, rows)
     table = Table(title=f"{model} on {rollouts}", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -151,6 +160,22 @@ def evaluate(
     _console().print(table)
     if json is not None:
         _write_json(json, result)
+
+
+def _sampled_evaluation(
+    model: str, rollouts: str, config: Path | None, dataset: Path | None, rows: int | None
+) -> dict[str, float]:
+    from dataclasses import replace
+
+    from treegrpo.evaluate import evaluate_sampled
+
+    if config is None:
+        raise ValueError(f"rollouts={rollouts!r} needs --config, the settings of the run (its output_dir/config.yaml)")
+    settings = read_config(config)
+    changes = {"eval_dataset": str(dataset)} if dataset is not None else {}
+    changes |= {"eval_rows": rows} if rows is not None else {}
+    settings = replace(settings, model=model, rollouts=rollouts, **changes)
+    return evaluate_sampled(settings)
 
 
 def report(run_dir: tyro.conf.Positional[Path], /) -> None:

@@ -1,8 +1,9 @@
-"""`treegrpo eval`: what a model thinks of logged rollouts. Log-probs of the trained tokens, and whether rewarded leaves
-are likelier."""
+"""`treegrpo eval`: what a model thinks of logged rollouts (log-probs of the trained tokens, and whether rewarded leaves
+are likelier), or what it earns with those it samples."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from treegrpo import models
+from treegrpo.config import TrainConfig
 from treegrpo.logprobs import chain_logprobs, token_logprobs
 from treegrpo.packing import TreeBatch, pack
 from treegrpo.rollout.replay import check_vocabulary
@@ -63,6 +65,33 @@ def evaluate(
             sums.difference = max(sums.difference, float((logp - chain)[batch.leaf_mask].abs().max()))
         sums.add(batch, logp, entropy)
     return sums.result(trees, attention)
+
+
+def evaluate_sampled(config: TrainConfig) -> dict[str, float]:
+    """Rewards of one chain a prompt of `config.eval_dataset`, sampled as `config` says by `config.model`.
+
+    Raises:
+        ValueError: a file or setting is missing or wrong.
+        EngineError: the engine gave up.
+    """
+    from treegrpo.envs.data import read_rows
+    from treegrpo.rollout import build, online
+
+    if config.eval_dataset is None:
+        raise ValueError("eval_dataset is missing: give --dataset FILE, a file of prompts")
+    config = dataclasses.replace(config, dataset=config.eval_dataset, overlap_rollouts=False)
+    config.check_paths()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.build_model(config.model, config.seed).to(device).eval()
+    sampler = build.make_sampler(config, model, build.load_tokenizer(config))
+    try:
+        rows = read_rows(config.eval_dataset)[: config.eval_rows]
+        options = build.search_options(config)
+        result = online.evaluate(sampler, rows, options, temperature=config.eval_temperature, seed=config.seed)
+    finally:
+        sampler.engine.close()
+    result.pop("eval_rewards")
+    return {"eval_num_prompts": len(rows), **result}
 
 
 class _Sums:
