@@ -6,14 +6,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from boxes import online_config
+from safetensors.torch import load_file
 
 from treegrpo import checkpoint, load
 from treegrpo.metrics import read_metrics
@@ -23,6 +29,7 @@ from treegrpo.rollout.search import SampledGroup, SearchOptions
 from treegrpo.trainer import Trainer
 from treegrpo.tree import Trajectory, build_tree
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 # A late twin of a prompt forwards its last token once more, and a row's log-probs differ in the last bits with what
 # else is in the engine's batch: what was prefilled, and those bits, depend on timing as well.
@@ -326,6 +333,29 @@ def test_processes_share_the_prompts_and_see_all_of_them():
     for thread in threads:
         thread.join(20)
     assert results[0] == results[1] == [[["g0", "g1", "g2"]], [["g3", "g4", "g5"]]]
+
+
+def test_two_real_processes_sample_what_one_does(box, tmp_path):
+    """Each process samples its prompts, both hold all of them, gradients are averaged over gloo."""
+    changes = {"groups_per_step": 4, "max_steps": 2, "save_strategy": "steps"}
+    config = online_config(box, tmp_path / "two", **changes)
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "treegrpo"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "tests"))
+    done = subprocess.run(
+        [*command, "train", "--config", str(tmp_path / "two.yaml")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, weights, _ = run(box, tmp_path / "one", **changes)
+    two = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    for a, b in zip(one, two, strict=True):
+        for name in ("reward", "rollout/generated_tokens", "rollout/leaves", "rewards/token_reward/mean"):
+            assert b[name] == a[name], name
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3, abs=1e-6)
+    saved = load_file(tmp_path / "two" / "checkpoint-2" / "model.safetensors")
+    for name, value in saved.items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-3)
 
 
 def test_an_empty_dataset_is_refused():

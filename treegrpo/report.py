@@ -46,11 +46,12 @@ class _Bar(RunProgress):
         self.task = progress.add_task(name, total=max_steps, completed=step, text="")
 
     def advance(self, row: dict[str, Any]) -> None:
-        parts = [f"loss {row['loss']:+.4f}", f"reward {row['reward']:.3f}"]
+        parts = [f"loss {row['loss']:+.4f}", f"reward {row['reward']:.3f}", f"{row['step_time']:.2f} s"]
         if "tools/call_frequency" in row:
             saved = row["tree/chain_tokens"] - row["tree/unique_tokens"]
-            parts += [f"{row['tools/call_frequency']:.2f} tool calls", f"{saved:,.0f} tokens saved"]
-        self.text = "  ".join([*parts, f"{row['step_time']:.2f} s"])
+            # What matters first: a narrow terminal cuts the end.
+            parts = [parts[1], f"{row['tools/call_frequency']:.1f} calls", f"{saved:,.0f} tokens saved", parts[2]]
+        self.text = "  ".join(parts)
         self.progress.update(self.task, completed=row["step"], text=self.text)
 
     def sampling(self, done: int, total: int) -> None:
@@ -67,7 +68,7 @@ def progress_bar(name: str, step: int, max_steps: int, enabled: bool = True) -> 
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=14),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
