@@ -1,111 +1,25 @@
-"""The client of completions servers against a real server process that serves a real tiny model (both dialects), and
-against one that is unreachable, slow or answers garbage."""
+"""The client of completions servers against a real server process that serves a real tiny model (both dialects): what
+it samples, alone and under a tree search, its weights, its arguments."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
-import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import completions_server
 import numpy as np
 import pytest
+import served_engine
 import torch
+from served_engine import DIALECTS, GREEDY, PROMPT, Turns, expected, generate, misbehave, seen
 
-from treegrpo.envs.base import Environment, StepResult
 from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
 from treegrpo.rollout.search import SearchOptions, search
-from treegrpo.rollout.server import MAX_BODY, ServerEngine
+from treegrpo.rollout.server import ServerEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PROMPT = [1, 5, 9, 11]
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
-DIALECTS = ("openai", "sglang")
-
-
-@pytest.fixture(scope="module")
-def urls(tmp_path_factory):
-    """One process for all tests: `{dialect: address}`."""
-    log = tmp_path_factory.mktemp("server") / "stderr.txt"
-    with open(log, "wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("completions_server.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-        )
-        try:
-            ports = process.stdout.readline().split()
-            assert len(ports) == 2, log.read_text()
-            yield {d: f"http://127.0.0.1:{int(p)}" for d, p in zip(DIALECTS, ports, strict=True)}
-        finally:
-            process.communicate()
-            assert process.returncode == 0
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return completions_server.tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(one_thread):
-    return completions_server.tiny_model()
-
-
-@pytest.fixture
-def engine(urls, tokenizer):
-    made = []
-
-    def make(served="openai", **options):
-        options = {"backoff": 0.01, "frozen": "sync" not in options and "sync_dir" not in options, **options}
-        made.append(ServerEngine(urls[served], tokenizer, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def post(url, body):
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=10).close()
-
-
-def seen(url):
-    with urllib.request.urlopen(url + "/count", timeout=10) as response:
-        return json.load(response)
-
-
-def misbehave(engine, kind, times=1, **more):
-    post(engine.url + "/misbehave", {"kind": kind, "times": times, **more})
-
-
-def generate(engine, prompt=PROMPT, sampling=GREEDY):
-    return asyncio.run(engine.generate(prompt, sampling))
-
-
-def expected(model, tokenizer, prompt, sampling):
-    return completions_server.complete(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        stop=list(sampling.stop),
-        stop_token_ids=[*sampling.stop_token_ids, tokenizer.eos_token_id],
-        seed=sampling.seed,
-    )
+urls, tokenizer, model, engine = served_engine.urls, served_engine.tokenizer, served_engine.model, served_engine.engine
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -184,175 +98,7 @@ def test_max_tokens_ends_where_the_context_does(engine):
         generate(one, [])
 
 
-# what a server may do wrong
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def test_unreachable(tokenizer):
-    url = f"http://127.0.0.1:{free_port()}"
-    start = time.monotonic()
-    with pytest.raises(EngineError, match=r"unreachable or too slow after 4 tries over .* s \(last: ConnectError"):
-        ServerEngine(url, tokenizer, max_retries=3, backoff=0.01)
-    late = ServerEngine(
-        url, tokenizer, dialect="openai", model="m", max_context_length=99, max_retries=2, backoff=0.01, frozen=True
-    )
-    with pytest.raises(EngineError, match=r"after 3 tries .* is the server running"):
-        generate(late)
-    assert (late.num_requests, late.num_retries) == (3, 2)
-    assert time.monotonic() - start < 5
-
-
-@pytest.mark.parametrize("kind", ["sleep", "drip"])
-def test_too_slow(engine, kind):
-    """A server that sends a byte now and then is as slow as one that is silent."""
-    one = engine(timeout=0.3, max_retries=1)
-    misbehave(one, kind, 2)
-    start = time.monotonic()
-    with pytest.raises(EngineError, match=r"too slow after 2 tries over .* \(last: no answer within 0.3 s\)"):
-        generate(one)
-    assert time.monotonic() - start < 1.5
-
-
-@pytest.mark.parametrize(
-    ("dialect", "kind", "message"),
-    [
-        ("openai", "not json", r"not JSON .*<html>it works!</html>"),
-        ("sglang", "not json", r"not JSON .*<html>it works!</html>"),
-        ("openai", "deep", r"not JSON .*and 199800 bytes"),
-        ("openai", "a list", r"the answer is not a JSON object; it answered '\[1, 2\]'"),
-        ("openai", "empty object", "choices is missing or no list"),
-        ("sglang", "empty object", "meta_info is missing or no dict"),
-        ("openai", "nan", "log-prob 7 is nan"),
-        ("sglang", "nan", "log-prob 7 is nan"),
-        ("openai", "minus infinity", "log-prob 7 is -inf"),
-        ("sglang", "positive", "log-prob 7 is 0.5, not a finite number up to 0"),
-        ("openai", "null", "log-prob 7 is None"),
-        ("openai", "lengths", "8 token ids but 7 log-probs"),
-        ("sglang", "lengths", "8 completion_tokens but 7 log-probs"),
-        ("openai", "no token", "no token was sampled"),
-        ("sglang", "no token", "no token was sampled"),
-        ("openai", "too many", "400 tokens where max_tokens is 8"),
-        ("openai", "big id", "token 7 is 48, not an id below the vocabulary size 48"),
-        ("sglang", "negative id", "token 7 is -1"),
-        ("sglang", "text id", "token 7 is '7'"),
-        ("openai", "true id", "token 7 is True"),
-        ("openai", "no ids", "no token_ids: the server does not answer with token ids"),
-        ("openai", "abort", "finish reason 'abort'"),
-        ("sglang", "abort", "finish reason 'abort'"),
-        ("openai", "other prompt", "changed the prompt's token ids"),
-        ("sglang", "other prompt", "counts 5 prompt tokens where 4 were sent"),
-        ("openai", "huge", f"larger than {MAX_BODY} bytes"),
-    ],
-)
-def test_garbage_is_named_and_not_asked_for_again(engine, dialect, kind, message):
-    one = engine(dialect)
-    misbehave(one, kind)
-    before = seen(one.url)["completions"]
-    with pytest.raises(EngineError, match=message) as caught:
-        generate(one)
-    assert len(str(caught.value)) < 700
-    assert seen(one.url)["completions"] == before + 1
-    assert generate(one).finish_reason == "length"
-
-
-@pytest.mark.parametrize("kind", ["503", "429", "close"])
-def test_what_may_pass_is_tried_again(engine, model, tokenizer, kind):
-    one = engine("sglang")
-    before, asked = seen(one.url)["completions"], one.num_requests
-    misbehave(one, kind, 2)
-    assert generate(one).token_ids == expected(model, tokenizer, PROMPT, GREEDY)[0]
-    assert seen(one.url)["completions"] == before + 3
-    assert (one.num_requests, one.num_retries) == (asked + 3, 2)
-
-
-def test_refusals_and_redirects_are_final(engine):
-    one = engine("sglang")
-    before = seen(one.url)["completions"]
-    with pytest.raises(EngineError, match=r"HTTP 400: .*Token id 99 is out of vocabulary"):
-        generate(one, [1, 99])
-    misbehave(one, "307")
-    with pytest.raises(EngineError, match=r"HTTP 307 .redirects are not followed"):
-        generate(one)
-    assert seen(one.url)["completions"] == before + 2
-    with pytest.raises(EngineError, match=r"HTTP 404: .*model does not exist"):
-        generate(engine("openai", model="another", max_context_length=20))
-
-
-def test_one_failure_leaves_the_other_result(engine, model, tokenizer):
-    one = engine(max_retries=1)
-    misbehave(one, "503", 2, first_id=3)
-
-    async def run():
-        return await asyncio.gather(one.generate([3, 4], GREEDY), one.generate(PROMPT, GREEDY), return_exceptions=True)
-
-    bad, good = asyncio.run(run())
-    assert isinstance(bad, EngineError)
-    assert "said 503" in str(bad)
-    assert good.token_ids == expected(model, tokenizer, PROMPT, GREEDY)[0]
-
-
-def test_a_cancelled_call_does_not_spoil_the_next(engine, model, tokenizer):
-    one = engine()
-    misbehave(one, "sleep", 1)
-
-    async def run():
-        task = asyncio.create_task(one.generate(PROMPT, GREEDY))
-        await asyncio.sleep(0.1)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return await one.generate(PROMPT, GREEDY)
-
-    assert asyncio.run(run()).token_ids == expected(model, tokenizer, PROMPT, GREEDY)[0]
-
-
-class Page(BaseHTTPRequestHandler):
-    """Says the same to everything, as a web server that knows nothing of models."""
-
-    def do_GET(self):
-        body = b"<html>it works!</html>"
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-def test_something_else_at_the_address(tokenizer):
-    with HTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        with pytest.raises(EngineError, match=r"/v1/models: not JSON .*<html>it works!</html>"):
-            ServerEngine(url, tokenizer)
-        server.shutdown()
-
-
 # under a tree search
-
-
-class Turns(Environment):
-    """Two tool calls, whatever is said, then the answer."""
-
-    stop = ("w7", "w8", "</search>")
-
-    def __init__(self):
-        self.num_turns = 0
-
-    def reset(self, row):
-        self.num_turns = 0
-        return row["prompt"]
-
-    def step(self, action, *, is_last=False):
-        self.num_turns += 1
-        done = is_last or self.num_turns == 3
-        return StepResult(done=done, observation=None if done else " w40 w41", num_tool_calls=0 if done else 1)
 
 
 class Here:
@@ -381,31 +127,6 @@ def test_a_tree_search_over_the_server_is_the_one_over_the_model(engine, model, 
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
         # the shared prefixes of a tree are read from the server's cache
         assert one.stats.prefilled_tokens < other.stats.prefilled_tokens / 2
-
-
-def test_groups_that_are_complete_survive_a_server_that_fails_later(engine):
-    one = engine(max_retries=1)
-    misbehave(one, "503", 99, first_id=completions_server.WORDS.index("w9"))
-    kept, first_is_kept = [], threading.Event()
-
-    class Second(Turns):
-        def reset(self, row):
-            assert row["prompt"] != "w9 w10" or first_is_kept.wait(10)
-            return super().reset(row)
-
-    def keep(group):
-        kept.append(group)
-        first_is_kept.set()
-
-    options = SearchOptions(num_trees=1, num_expansions=1, num_rounds=1, max_tokens=4, max_turns=3)
-    rows = [{"prompt": "w1 w2 w3"}, {"prompt": "w9 w10"}]
-    try:
-        with pytest.raises(EngineError, match=r"after 2 tries .*said 503"):
-            search(one, Second, rows, groups=["good", "bad"], options=options, seeds=[1, 2], on_group=keep)
-    finally:
-        misbehave(one, "503", 0)
-    assert [group.group for group in kept] == ["good"]
-    assert len(kept[0].trajectories) == 2
 
 
 # weights
