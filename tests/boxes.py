@@ -6,6 +6,7 @@ from pathlib import Path
 
 from treegrpo.box.warmstart import ROLLOUT_SETTINGS, WarmStart, warm_start
 from treegrpo.config import TrainConfig
+from treegrpo.envs.base import Environment, StepResult
 
 QUICK = WarmStart(num_steps=60, batch_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=2)
 
@@ -41,3 +42,15 @@ def online_config(box: Path, output: Path, **changes) -> TrainConfig:
         "seed": 1,
     }
     return TrainConfig(**{**base, **changes})
+
+
+class EchoEnv(Environment):
+    """Answers every step with two words, until it is the last."""
+
+    stop = ("</search>",)
+
+    def reset(self, row):
+        return row["prompt"]
+
+    def step(self, action, *, is_last=False):
+        return StepResult(done=is_last, observation=None if is_last else "w3 w4", num_tool_calls=int(not is_last))
