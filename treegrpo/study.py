@@ -10,8 +10,10 @@ One JSON file a run; a run whose file is there is not run again.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import statistics
 import tempfile
 import time
@@ -181,12 +183,19 @@ def run(
         result["accuracy"] = {int(hops): value for hops, value in result["accuracy"].items()}
     rows = summary(results)
     results_dir.mkdir(parents=True, exist_ok=True)
-    _write(results_dir / "study.json", json.dumps({"setting": setting, "summary": rows, "runs": results}, indent=1))
+    saved = {"setting": setting, "machine": machine(), "summary": rows, "runs": results}
+    _write(results_dir / "study.json", json.dumps(saved, indent=1))
     _write(results_dir / "study.md", markdown(rows))
     draw(rows, results, results_dir / "study.png")
     console.print(table(rows))
     console.print(f"wrote study.json, study.md and study.png to {results_dir}")
     return rows
+
+
+def machine() -> dict[str, Any]:
+    """Where this ran: processor, cores, versions."""
+    versions = {name: importlib.metadata.version(name) for name in ("treegrpo", "torch", "transformers", "numpy")}
+    return {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
 
 def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Iterable[dict]:
