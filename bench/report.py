@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-SUITES = ("step", "rate", "growth", "attention", "head", "plan", "pack")
+SUITES = ("step", "rate", "growth", "attention", "head", "plan", "pack", "rollout")
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -129,6 +129,23 @@ def rate_table(rows: list[Row]) -> str:
     return markdown(header, body)
 
 
+def rollout_table(rows: list[Row]) -> str:
+    header = ["workload", "contender", "sampled", "prefilled", "median", "sampled/s", "generate time / this"]
+    body = [
+        [
+            row["workload"],
+            row["contender"],
+            f"{row['tokens']:,}",
+            f"{row['prefilled_tokens']:,}",
+            seconds(row["median_s"]),
+            f"{row['tokens'] / row['median_s']:,.0f}",
+            times(row.get("time_ratio")),
+        ]
+        for row in rows
+    ]
+    return markdown(header, body)
+
+
 def plain_table(rows: list[Row]) -> str:
     header = ["workload", "contender", "tokens", "chain tokens", "head rows", "median", "GFLOP/s", "chain time / this"]
     body = []
@@ -151,8 +168,9 @@ TITLES = {
     "head": "Log-prob head, forward + backward",
     "plan": "TreePlan",
     "pack": "Trie and packing",
+    "rollout": "Sampling rollouts: the hf engine against resubmitting the whole context to `generate`",
 }
-TABLES = {"step": step_table, "rate": rate_table, "attention": attention_table}
+TABLES = {"step": step_table, "rate": rate_table, "attention": attention_table, "rollout": rollout_table}
 
 
 def page(machine: dict[str, Any], rows: list[Row]) -> str:

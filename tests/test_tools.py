@@ -71,7 +71,8 @@ def small_tokenizer(template: str, end: str, others: list[str]):
     raw = Tokenizer(models.BPE({chr(i): i - 33 for i in range(33, 127)} | {"\u0120": 94, "\u010a": 95}, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, extra_special_tokens=others)
+    raw.add_special_tokens(others)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end)
     tokenizer.chat_template = template
     return tokenizer
 

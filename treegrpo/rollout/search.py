@@ -16,6 +16,8 @@ import inspect
 import logging
 import math
 import random
+import signal
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -86,9 +88,34 @@ def search(
     """
     work = search_async(engine, make_env, rows, groups=groups, options=options, seeds=seeds, on_group=on_group)
     try:
-        return asyncio.run(work)
+        return _run(work)
     finally:
         work.close()
+
+
+def _run(work: Coroutine[Any, Any, Result]) -> Result:
+    """asyncio.run, in which an interrupt cancels `work` and lets it end; that of Python 3.10 breaks out of its loop."""
+    if sys.version_info >= (3, 11) or threading.current_thread() is not threading.main_thread():
+        return asyncio.run(work)
+
+    async def cancelled_by_interrupt() -> Result:
+        loop, task, came = asyncio.get_running_loop(), asyncio.ensure_future(work), []
+
+        def on_interrupt(number: int, frame: Any) -> None:
+            came.append(number)
+            loop.call_soon_threadsafe(task.cancel)
+
+        before = signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if came:
+                raise KeyboardInterrupt from None
+            raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    return asyncio.run(cancelled_by_interrupt())
 
 
 async def search_async(
