@@ -250,16 +250,26 @@ def test_a_full_context_ends_the_branch(length, tokens, turns, end):
 
 
 def test_chat_prompts():
+    def look(word: str) -> str:
+        """Looks a word up.
+
+        Args:
+            word: Which.
+        """
+        return word
+
     class Chat(Notebook):
         def reset(self, row):
             return [{"role": "user", "content": row["question"]}]
 
         def tools(self):
-            return [len]
+            return [look, {"type": "function"}]
 
     engine = Engine()
     (group,) = run(engine, Chat)
-    assert engine.tokenizer.chat == dict(tools=[len], add_generation_prompt=True, tokenize=True, return_dict=False)
+    schemas = engine.tokenizer.chat.pop("tools")
+    assert schemas[0]["function"]["name"] == "look" and schemas[1] == {"type": "function"}
+    assert engine.tokenizer.chat == dict(add_generation_prompt=True, tokenize=True, return_dict=False)
     assert group.prompt == [{"role": "user", "content": "question 0 ?"}]
     prompt = engine.tokenizer.encode("user : question 0 ?", add_special_tokens=False)
     assert all(t.token_ids[:5].tolist() == prompt and t.steps[0] == 5 for t in group.trajectories)

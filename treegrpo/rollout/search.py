@@ -385,7 +385,10 @@ def _stepped(environment: Environment, action: str, is_last: bool) -> Awaitable[
 def _encode_prompt(tokenizer: Any, environment: Environment, prompt: str | list[dict[str, Any]]) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt, add_special_tokens=False))
-    tools = environment.tools() or None
+    from transformers.utils import get_json_schema
+
+    # transformers 4 turns functions into schemas itself, but not methods.
+    tools = [get_json_schema(tool) if callable(tool) else tool for tool in environment.tools()] or None
     return list(
         tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False)
     )
