@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -78,6 +79,13 @@ def test_inspect_draws_nodes_rewards_and_picture(tmp_path, capsys):
     assert picture.stat().st_size > 10_000
     assert main(["inspect", str(rollouts), "--samples", "call", "--max-groups", "1"]) == 0
     assert "3 more groups" in capsys.readouterr().out
+
+
+def test_group_names_are_shown_as_they_are(tmp_path, capsys):
+    rows = [dataclasses.replace(row, group="train.jsonl:train:7@3") for row in tiny.trajectories(1)]
+    rollouts, _ = tiny.write(tmp_path, rows)
+    assert main(["inspect", str(rollouts)]) == 0
+    assert "group train.jsonl:train:7@3" in capsys.readouterr().out
 
 
 def test_flops_prints_a_table_and_writes_json(tmp_path, capsys):

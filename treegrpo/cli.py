@@ -402,9 +402,10 @@ def _write_json(path: Path, values: dict) -> None:
 def _console():
     from rich.console import Console
 
-    console = Console()
+    # A group called "train:7" is not a picture of one.
+    console = Console(emoji=False)
     # A pipe has no width: 80 columns would fold the tables.
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=140, emoji=False)
 
 
 def _quiet_transformers() -> None:
