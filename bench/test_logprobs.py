@@ -94,9 +94,8 @@ def test_head(workload, contender, meter, device, quick):
     network, batch, run = headless(device, quick), batch_of(workload, device, quick), CONTENDERS[contender]
     is_tree = contender == "tree_head"
     if contender == "chain_full_logits" and batch.num_chain_tokens * network.config.vocab_size > MAX_FULL_LOGITS:
-        pytest.skip(
-            f"logits of {batch.num_chain_tokens} tokens do not fit: {4 * MAX_FULL_LOGITS >> 30} GiB is the limit"
-        )
+        reason = f"logits of {batch.num_chain_tokens} tokens do not fit: {4 * MAX_FULL_LOGITS >> 30} GiB is the limit"
+        pytest.skip(reason)
     rows = int(batch.trained.sum() if is_tree else batch.leaf_mask.sum())
     meter.benchmark.group = f"log-prob head {workload}"
     meter.measure(

@@ -80,7 +80,7 @@ def test_room_ends_a_completion_and_bad_prompts_are_refused(make_engine):
     engine = make_engine(ends=False, max_context_length=10)
     result = together(engine, [([5, 6, 7, 8], greedy(50))])[0]
     assert (len(result.token_ids), result.finish_reason) == (6, "length")
-    for prompt, message in (([], "empty"), ([5] * 10, "max_context_length = 10"), ([5, VOCAB], r"prompt_ids\[1\]")):
+    for prompt, message in (([], "empty"), ([5] * 10, "max_context_length=10"), ([5, VOCAB], r"prompt_ids\[1\]")):
         with pytest.raises(ValueError, match=message):
             together(engine, [(prompt, greedy())])
     for options, message in (({"max_context_length": 10**6}, "256 positions"), ({"max_batch": 0}, "max_batch")):

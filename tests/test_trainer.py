@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,20 @@ def test_resume_is_bit_exact(files, tmp_path, changes):
             k: v for k, v in b.items() if not k.startswith(timed)
         }
     assert [row["step"] for row in read_metrics(cut / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_from_before_rollouts_were_sampled_resumes(files, tmp_path):
+    run(files, tmp_path, save_strategy="steps", save_steps=2, max_steps=3)
+    (path, last) = checkpoint.listed(tmp_path)
+    shutil.rmtree(last)
+    state = json.loads((path / "trainer_state.json").read_text())
+    del state["generated_tokens"], state["best_reward"]
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    sizes = json.loads((path / "manifest.json").read_text())
+    sizes["trainer_state.json"] = (path / "trainer_state.json").stat().st_size
+    (path / "manifest.json").write_text(json.dumps(sizes))
+    resumed, _ = run(files, tmp_path, resume_from_checkpoint="latest", max_steps=3)
+    assert [row["step"] for row in resumed] == [3]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])

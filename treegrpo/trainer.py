@@ -354,7 +354,8 @@ class Trainer:
                 f"checkpoint {path}: its optimiser does not fit this model ({error}); resume with the same settings"
             ) from error
         self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self.generated_tokens, self.best_reward = state["generated_tokens"], state["best_reward"]
+        # Checkpoints from before rollouts were sampled have neither.
+        self.generated_tokens, self.best_reward = state.get("generated_tokens", 0), state.get("best_reward")
         self.num_read = self.step // self.config.num_iterations
         if self._is_done():
             raise ValueError(

@@ -63,6 +63,20 @@ class EngineError(RuntimeError):
     """The engine cannot answer: unreachable, too slow, or what it sent is not an answer. Says which and the cure."""
 
 
+def checked_prompt(prompt_ids: Sequence[int], max_context_length: int) -> tuple[list[int], int]:
+    """The prompt as a list, and how many tokens may follow it. ValueError as `RolloutEngine.generate` says."""
+    ids = [int(token) for token in prompt_ids]
+    if not ids:
+        raise ValueError("prompt_ids is empty: give at least one token, such as the beginning of sequence")
+    room = max_context_length - len(ids)
+    if room < 1:
+        raise ValueError(
+            f"prompt_ids has {len(ids)} tokens, which leaves no room below max_context_length={max_context_length}:"
+            " shorten the prompt, or give the model a longer context"
+        )
+    return ids, room
+
+
 class RolloutEngine(Protocol):
     """What search.py needs of an engine. Calls overlap: many branches are awaited at once."""
 

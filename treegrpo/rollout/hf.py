@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from treegrpo.logprobs import unwrap
 from treegrpo.rollout import kv
-from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
+from treegrpo.rollout.engine import Completion, EngineError, SamplingParams, checked_prompt
 from treegrpo.rollout.sampling import Draw, StopText, sample
 
 MAX_PREFILL_COLUMNS = 32768
@@ -150,9 +150,9 @@ class HFEngine:
         """One completion; see `RolloutEngine.generate`. EngineError, with the cause, where a forward failed."""
         if self._is_closed:
             raise EngineError("the engine is closed: make a new one")
-        ids = [int(token) for token in prompt_ids]
-        limit = min(sampling.max_tokens, self.max_context_length - len(ids))
-        self._check_prompt(ids, limit)
+        ids, room = checked_prompt(prompt_ids, self.max_context_length)
+        limit = min(sampling.max_tokens, room)
+        self._check_ids(ids)
         future = asyncio.get_running_loop().create_future()
         tree = self._sessions.setdefault(session, kv.PrefixTree()) if session else None
         watched = self._stop_text.watched(sampling, self._end_ids)
@@ -166,14 +166,7 @@ class HFEngine:
         finally:
             self._in_flight.discard(request)
 
-    def _check_prompt(self, ids: list[int], limit: int) -> None:
-        if not ids:
-            raise ValueError("prompt_ids is empty: give at least one token, such as the beginning of sequence")
-        if limit < 1:
-            raise ValueError(
-                f"prompt_ids has {len(ids)} tokens, which leaves no room below max_context_length ="
-                f" {self.max_context_length}: shorten the prompt or raise it"
-            )
+    def _check_ids(self, ids: list[int]) -> None:
         # one id outside would fail the forward of everybody
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         bad = next((i for i, token in enumerate(ids) if not 0 <= token < vocabulary), None)

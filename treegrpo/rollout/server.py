@@ -33,7 +33,7 @@ from treegrpo.rollout.answers import (
     read_openai,
     read_sglang,
 )
-from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
+from treegrpo.rollout.engine import Completion, EngineError, SamplingParams, checked_prompt
 from treegrpo.rollout.weights import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -141,15 +141,7 @@ class ServerEngine:
             EngineError: unreachable, too slow, or the answer is not one: ids outside the vocabulary, another number of
                 log-probs than ids, log-probs that are not finite or above 0, another prompt than the one sent.
         """
-        prompt = [int(i) for i in prompt_ids]
-        if not prompt:
-            raise ValueError("prompt_ids is empty: a completion needs at least one token before it")
-        room = self.max_context_length - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"prompt_ids has {len(prompt)} tokens, which leaves no room below max_context_length="
-                f"{self.max_context_length}: shorten the prompt or serve the model with a longer context"
-            )
+        prompt, room = checked_prompt(prompt_ids, self.max_context_length)
         max_tokens = min(sampling.max_tokens, room)
         build, read = {"openai": (self._openai_body, read_openai), "sglang": (self._sglang_body, read_sglang)}[
             self.dialect

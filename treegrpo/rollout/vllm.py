@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from treegrpo.rollout.answers import BadAnswer, check_sampled
-from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
+from treegrpo.rollout.engine import Completion, EngineError, SamplingParams, checked_prompt
 from treegrpo.rollout.weights import checkpoint_weights, save_checkpoint
 
 FIXED = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True}
@@ -106,15 +106,7 @@ class VLLMEngine:
         Raises:
             EngineError: vLLM failed, or what it returned is no completion.
         """
-        prompt = [int(i) for i in prompt_ids]
-        if not prompt:
-            raise ValueError("prompt_ids is empty: a completion needs at least one token before it")
-        room = self.max_context_length - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"prompt_ids has {len(prompt)} tokens, which leaves no room below max_context_length="
-                f"{self.max_context_length}: shorten the prompt or raise max_context_length"
-            )
+        prompt, room = checked_prompt(prompt_ids, self.max_context_length)
         if self.llm is None:
             raise EngineError("this vLLM engine is closed")
         end = self.tokenizer.eos_token_id
