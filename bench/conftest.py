@@ -8,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from bench import workloads
+from bench.timing import REPLAY, Stopwatch, rounds_for, spread
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 SECONDS_PER_BENCH = 1.0
 SLOW_SECONDS, SLOW_ROUNDS = 2.0, 2
+DEVICE_SECONDS_PER_BENCH, QUICK_DEVICE_ROUNDS = 0.4, 3
+
+_started = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="small workloads, one round: checks that every bench works")
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="checks that every bench works: small workloads and one round; on a GPU fewer workloads and three rounds",
+    )
+    parser.addoption(
+        "--bench-seconds",
+        type=float,
+        default=None,
+        help="start no further bench after this many seconds, so that the result file is still written",
+    )
 
 
 def is_quick(config: pytest.Config) -> bool:
@@ -32,9 +46,23 @@ def is_quick(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if is_quick(config):
+    if is_quick(config) and not torch.cuda.is_available():
         # nothing is timed, and small tensors lose more to threads waiting for each other than they gain
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        # rounds on a GPU are measured by Meter and replayed
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
+    """COMMIT names the commit on a machine that has a copy of the tree and no git."""
+    if os.environ.get("COMMIT"):
+        commit_info["id"] = os.environ["COMMIT"]
+        commit_info.pop("error", None)
 
 
 def _processor() -> str:
@@ -67,63 +95,103 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 class Meter:
-    """Measures one callable, after its check has passed; knows the device and whether this is a smoke run."""
+    """Measures one callable, after its check has passed; knows the device and whether this is a smoke run.
+
+    On a CPU pytest-benchmark's rounds are the wall's. On a GPU they are CUDA events, or the wall's for
+    ``clock="wall"``, measured here and replayed into pytest-benchmark; `extra_info` has them raw.
+    """
 
     def __init__(self, benchmark, device: torch.device, quick: bool) -> None:
         self.benchmark, self.device, self.quick = benchmark, device, quick
 
     def measure(
         self,
-        run: Callable[[], object],
+        run: Callable[[], object] | Sequence[Callable[[], object]],
         *,
         check: Callable[[], float],
         flops: int | None = None,
-        baseline: Callable[[], object] | None = None,
+        baseline: Callable[[], object] | Sequence[Callable[[], object]] | None = None,
         baseline_flops: int | None = None,
         rounds: int | None = None,
+        clock: str = "device",
         **info: object,
     ) -> None:
         """Record `run`'s time, if `check` does not raise; it returns the largest error against the oracle.
 
         A baseline is timed between the rounds, one call each, so that both meet the same machine: its median and the
         ratio (baseline / run) are stored with the row. `flops` gives GFLOP/s on visible pairs. Rounds fill
-        SECONDS_PER_BENCH, unless given; `check` is taken to have warmed `run` up.
+        SECONDS_PER_BENCH (on a GPU DEVICE_SECONDS_PER_BENCH), unless given; `check` is taken to have warmed `run` up.
+        Several `run`s, or baselines, are one computation on several inputs, taken in turn. ``clock="wall"`` measures
+        host and device together, for what synchronises anyway.
         """
+        runs, baselines = _several(run), _several(baseline) if baseline is not None else []
         error = check()
         self.benchmark.extra_info.update(info, device=str(self.device), oracle_error=error, oracle="passed")
-        if baseline is not None:
-            self._timed(baseline)
-        if self.quick:
-            rounds = 1
-        elif rounds is None:
-            once = self._timed(run)
-            fewest = MIN_ROUNDS if once < SLOW_SECONDS else SLOW_ROUNDS
-            rounds = int(min(max(SECONDS_PER_BENCH / once, fewest), MAX_ROUNDS))
-        baseline_times: list[float] = []
-        setup = None if baseline is None else lambda: baseline_times.append(self._timed(baseline))
-        self.benchmark.pedantic(self._synchronised, args=(run,), setup=setup, rounds=rounds, iterations=1)
+        measured = self._on_device if self.device.type == "cuda" else self._on_host
+        times, baseline_times = measured(runs, baselines, rounds, clock)
         if self.benchmark.disabled:
             return
         median = self.benchmark.stats.stats.median
+        self.benchmark.extra_info.update(spread(times))
         if flops is not None:
             self.benchmark.extra_info.update(flops=flops, gflops_per_s=flops / median / 1e9)
         if baseline_times:
             base = statistics.median(baseline_times)
-            self.benchmark.extra_info.update(baseline_s=base, time_ratio=base / median)
+            found = {f"baseline_{name}": value for name, value in spread(baseline_times).items()}
+            self.benchmark.extra_info.update(found, baseline_s=base, time_ratio=base / median)
             if baseline_flops is not None and flops is not None:
                 rate = baseline_flops / base / 1e9
                 ratio = flops / median / 1e9 / rate
                 self.benchmark.extra_info.update(baseline_gflops_per_s=rate, gflops_ratio=ratio)
 
-    def _synchronised(self, run: Callable[[], object]) -> None:
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def replay(self, times: Sequence[float]) -> None:
+        """Rounds measured elsewhere become this bench's; on a CPU a clock that is not pytest-benchmark's is lost."""
+        REPLAY.into(self.benchmark, times)
 
-    def _timed(self, run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        self._synchronised(run)
-        return time.perf_counter() - start
+    def _on_host(self, runs, baselines, rounds, clock) -> tuple[list[float], list[float]]:
+        watch = Stopwatch(self.device, wall=True)
+        turn = {"run": 0, "baseline": 0}
+        baseline_times: list[float] = []
+
+        def next_of(name, several):
+            turn[name] += 1
+            return several[turn[name] % len(several)]
+
+        def time_baseline() -> None:
+            baseline_times.extend(watch.once(next_of("baseline", baselines)))
+
+        if baselines:
+            watch.once(baselines[0])
+        if self.quick:
+            rounds = 1
+        elif rounds is None:
+            (once,) = watch.once(runs[0])
+            fewest = MIN_ROUNDS if once < SLOW_SECONDS else SLOW_ROUNDS
+            rounds = rounds_for(once, SECONDS_PER_BENCH, fewest, MAX_ROUNDS)
+        setup = time_baseline if baselines else None
+        self.benchmark.pedantic(lambda: next_of("run", runs)(), setup=setup, rounds=rounds, iterations=1)
+        return [] if self.benchmark.disabled else list(self.benchmark.stats.stats.data), baseline_times
+
+    def _on_device(self, runs, baselines, rounds, clock) -> tuple[list[float], list[float]]:
+        watch = Stopwatch(self.device, wall=clock == "wall")
+        for one in (*runs, *baselines):
+            (once,) = watch.once(one)
+        (once,) = watch.once(runs[0])
+        if self.quick:
+            rounds = min(rounds or QUICK_DEVICE_ROUNDS, QUICK_DEVICE_ROUNDS)
+        rounds = rounds or rounds_for(once, DEVICE_SECONDS_PER_BENCH, MIN_ROUNDS, MAX_ROUNDS)
+        times: list[float] = []
+        baseline_times: list[float] = []
+        for i in range(rounds):
+            if baselines:
+                baseline_times += watch.once(baselines[i % len(baselines)])
+            times += watch.once(runs[i % len(runs)])
+        self.replay(times)
+        return times, baseline_times
+
+
+def _several(run: Callable[[], object] | Sequence[Callable[[], object]]) -> list[Callable[[], object]]:
+    return [run] if callable(run) else list(run)
 
 
 @pytest.fixture
@@ -139,6 +207,14 @@ def device() -> torch.device:
 @pytest.fixture
 def meter(benchmark, device: torch.device, quick: bool) -> Meter:
     return Meter(benchmark, device, quick)
+
+
+@pytest.fixture(autouse=True)
+def in_time(request: pytest.FixtureRequest) -> None:
+    """After --bench-seconds no bench starts."""
+    limit, spent = request.config.getoption("--bench-seconds"), time.monotonic() - _started
+    if limit is not None and spent > limit:
+        pytest.skip(f"out of time: {spent:.0f} s of --bench-seconds {limit:.0f} are spent")
 
 
 @pytest.fixture(autouse=True)

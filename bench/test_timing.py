@@ -1,0 +1,48 @@
+"""The clocks: medians and spreads, replayed rounds, and the Meter's GPU path with the wall as its clock."""
+
+import pytest
+import torch
+
+from bench import conftest
+from bench.timing import REPLAY, Stopwatch, host_seconds, rounds_for, spread
+
+
+def test_spread_of_rounds():
+    assert spread([3.0, 1.0, 2.0, 5.0, 4.0]) == {"median_s": 3.0, "iqr_s": 2.0, "rounds_s": [3.0, 1.0, 2.0, 5.0, 4.0]}
+    assert spread([2.0]) == {"median_s": 2.0, "iqr_s": 0.0, "rounds_s": [2.0]}
+
+
+def test_rounds_fill_the_time_within_bounds():
+    assert [rounds_for(once, 0.4, 3, 9) for once in (0.08, 1.0, 1e-6)] == [5, 3, 9]
+
+
+def test_parts_are_called_once_in_order():
+    called = []
+    times = Stopwatch(torch.device("cpu")).once(lambda: called.append("forward"), lambda: called.append("backward"))
+    assert called == ["forward", "backward"] and len(times) == 2 and min(times) >= 0
+    assert host_seconds(lambda: called.append("host"), torch.device("cpu"), calls=3) >= 0
+    assert called.count("host") == 4
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_recorded_rounds_become_the_rounds_of_the_bench(benchmark):
+    REPLAY.into(benchmark, [0.5, 0.25, 0.75])
+    if not benchmark.disabled:
+        assert benchmark.stats.stats.data == [0.5, 0.25, 0.75]
+
+
+@pytest.mark.benchmark(timer=REPLAY)
+def test_rounds_on_a_device_take_turns_with_the_baseline(benchmark, monkeypatch):
+    meter = conftest.Meter(benchmark, torch.device("cpu"), quick=False)
+    monkeypatch.setattr(meter, "_on_host", meter._on_device)
+    called = []
+    runs = [lambda: called.append("a"), lambda: called.append("b")]
+    meter.measure(runs, check=lambda: 0.0, baseline=lambda: called.append("base"), rounds=2, flops=10, suite="timing")
+    # warm-up of all, one call to choose the rounds, then two rounds over the two inputs
+    assert called == ["a", "b", "base", "a", "base", "a", "base", "b"]
+    if not benchmark.disabled:
+        info = benchmark.extra_info
+        assert info["rounds_s"] == benchmark.stats.stats.data and len(info["baseline_rounds_s"]) == 2
+        assert {"median_s", "iqr_s", "time_ratio", "gflops_per_s"} <= set(info)
+    # a bench of the clock itself is no row of a report
+    benchmark.extra_info["oracle"] = "none"
