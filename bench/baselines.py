@@ -40,17 +40,18 @@ class Request:
 class Contender:
     name: str
     layout: str
-    """"tree": rows are the T packed tokens; "leaf": the L tokens of the flattened leaves."""
+    """"tree": rows are the T packed tokens; "leaf": the L tokens of the flattened leaves. On a GPU also "blocks" and
+    "padded" (race.py)."""
     unsupported: Callable[[Request], str | None]
     prepare: Callable[[Forest, torch.device], Attend]
     """Builds plan, mask or index lists once, as a training step would for all its layers."""
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
     return x.transpose(0, 1)[None]
 
 
-def _tree_backend(backend: str) -> Contender:
+def tree_backend(backend: str) -> Contender:
     def unsupported(request: Request) -> str | None:
         if backend == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "0":
             return "TRITON_INTERPRET is set: interpreted kernels have no speed worth noting"
@@ -74,7 +75,7 @@ def _dense_mask(forest: Forest, device: torch.device) -> Attend:
     mask = tk.reference.dense_mask(forest.subtree_end.to(device))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(*map(_heads_first, (q, k, v)), attn_mask=mask)
+        out = F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), attn_mask=mask)
         return out[0].transpose(0, 1)
 
     return attend
@@ -103,7 +104,7 @@ def _flex(forest: Forest, device: torch.device) -> Attend:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = compiled(*map(_heads_first, (q, k, v)), block_mask=block_mask)
+        out = compiled(*map(heads_first, (q, k, v)), block_mask=block_mask)
         return out[0].transpose(0, 1)
 
     return attend
@@ -114,7 +115,7 @@ def _per_leaf(forest: Forest, device: torch.device) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         leaves = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        outs = [F.scaled_dot_product_attention(*map(_heads_first, leaf), is_causal=True) for leaf in leaves]
+        outs = [F.scaled_dot_product_attention(*map(heads_first, leaf), is_causal=True) for leaf in leaves]
         return torch.cat([out[0].transpose(0, 1) for out in outs])
 
     return attend
@@ -155,7 +156,7 @@ def _always(request: Request) -> None:
     return None
 
 
-TREE_BACKENDS = tuple(_tree_backend(name) for name in ("cpu", "triton", "cuda", "gather"))
+TREE_BACKENDS = tuple(tree_backend(name) for name in ("cpu", "triton", "cuda", "gather"))
 PER_LEAF = Contender("chain_sdpa", "leaf", _always, _per_leaf)
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender

@@ -204,6 +204,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def compiled_ahead(device: torch.device) -> None:
+    """On a GPU: the race's kernels are compiled in parallel before the first of them is timed."""
+    if device.type == "cuda":
+        from bench.compile_ahead import run_all
+
+        print("\n" + "\n".join(run_all()))
+
+
 @pytest.fixture
 def meter(benchmark, device: torch.device, quick: bool) -> Meter:
     return Meter(benchmark, device, quick)

@@ -55,7 +55,7 @@ class Unavailable(Exception):
     """A workload that cannot be made here, with the reason."""
 
 
-class _Fresh:
+class Fresh:
     """Runs of token ids never used before."""
 
     def __init__(self) -> None:
@@ -66,29 +66,29 @@ class _Fresh:
         return np.arange(self.next - count, self.next)
 
 
-def _trajectory(parts: list[tuple[np.ndarray, int]], rng: np.random.Generator, **fields) -> Trajectory:
+def trajectory(parts: list[tuple[np.ndarray, int]], rng: np.random.Generator, **fields) -> Trajectory:
     """Joined (tokens, trained) runs, with a random reward of 0 or 1."""
     mask = np.concatenate([np.full(len(tokens), trained) for tokens, trained in parts])
     return Trajectory(np.concatenate([tokens for tokens, _ in parts]), mask, reward=float(rng.integers(2)), **fields)
 
 
 def chain(length: int = 4096) -> list[Trajectory]:
-    fresh, rng = _Fresh(), np.random.default_rng(0)
-    return [_trajectory([(fresh(length // 4), 0), (fresh(length - length // 4), 1)], rng)]
+    fresh, rng = Fresh(), np.random.default_rng(0)
+    return [trajectory([(fresh(length // 4), 0), (fresh(length - length // 4), 1)], rng)]
 
 
 def grpo_star(prompt: int = 512, group_size: int = 8, shortest: int = 128, longest: int = 384) -> list[Trajectory]:
-    fresh, rng = _Fresh(), np.random.default_rng(1)
+    fresh, rng = Fresh(), np.random.default_rng(1)
     start = fresh(prompt)
     lengths = rng.integers(shortest, longest + 1, group_size)
-    return [_trajectory([(start, 0), (fresh(int(length)), 1)], rng) for length in lengths]
+    return [trajectory([(start, 0), (fresh(int(length)), 1)], rng) for length in lengths]
 
 
 def search_agent(
     prompt: int = 200, action: int = 80, observation: int = 300, steps: int = 4, trees: int = 2, expand: int = 2
 ) -> list[Trajectory]:
     """Initialise, then expand once: `trees` chains, each with `expand` branches from uniformly drawn non-leaf nodes."""
-    fresh, rng = _Fresh(), np.random.default_rng(2)
+    fresh, rng = Fresh(), np.random.default_rng(2)
     start = (fresh(prompt), 0)
 
     def turns(count: int) -> list[list[tuple[np.ndarray, int]]]:
@@ -102,16 +102,16 @@ def search_agent(
         for _ in range(expand):
             kept = int(rng.integers(0, steps))
             rows.append((tree, first[:kept] + turns(steps - kept)))
-    return [_trajectory([start, *(part for turn in row for part in turn)], rng, tree=tree) for tree, row in rows]
+    return [trajectory([start, *(part for turn in row for part in turn)], rng, tree=tree) for tree, row in rows]
 
 
 def balanced(prompt: int, branching: int, depth: int, node: int, group: str = "") -> list[Trajectory]:
     """A prompt, then `depth` levels of trained `node`-token nodes, `branching` under each."""
-    fresh, rng = _Fresh(), np.random.default_rng(3)
+    fresh, rng = Fresh(), np.random.default_rng(3)
     paths = [[(fresh(prompt), 0)]]
     for _ in range(depth):
         paths = [[*path, (fresh(node), 1)] for path in paths for _ in range(branching)]
-    return [_trajectory(path, rng, group=group) for path in paths]
+    return [trajectory(path, rng, group=group) for path in paths]
 
 
 def growing_forest(num_trees: int, quick: bool = False) -> list[Trajectory]:
@@ -164,7 +164,7 @@ FULL: dict[str, Callable[[], list[Trajectory]]] = {
 }
 
 
-def _cut(rows: list[Trajectory], count: int, start: int, stop: int) -> list[Trajectory]:
+def cut(rows: list[Trajectory], count: int, start: int, stop: int) -> list[Trajectory]:
     """Tokens start to stop of `count` rows: recorded data cut down for the smoke run."""
     return [
         dataclasses.replace(row, token_ids=row.token_ids[start:stop], loss_mask=row.loss_mask[start:stop])
@@ -178,8 +178,8 @@ QUICK: dict[str, Callable[[], list[Trajectory]]] = {
     "search_agent": lambda: search_agent(25, 15, 50, 3),
     "binary": lambda: balanced(4, 2, 4, 4),
     "branching": lambda: balanced(64, 3, 2, 16),
-    "tau_whole": lambda: _cut(tau_whole(), 2, 1150, 1400),
-    "tau_calls": lambda: split_calls(_cut(tau_whole(), 1, 1150, 1550)),
+    "tau_whole": lambda: cut(tau_whole(), 2, 1150, 1400),
+    "tau_calls": lambda: split_calls(cut(tau_whole(), 1, 1150, 1550)),
 }
 NAMES = tuple(FULL)
 

@@ -1,0 +1,79 @@
+"""Compiles what a GPU bench needs, in parallel processes: `python -m bench.compile_ahead [--serial JOB]`.
+
+Triton and torch.compile keep what they compile on disk, so that the bench finds it; one after the other it would take
+longer than the bench. A job that fails says so and changes nothing: the bench meets the same fault and records it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+
+# (contender, head dim, tokens): a length that is a multiple of 16 and one that is not, for Triton tells them apart
+JOBS = {
+    "triton-128-even": ("tree_triton", 128, 2048),
+    "triton-128-odd": ("tree_triton", 128, 2055),
+    "triton-64-even": ("tree_triton", 64, 2048),
+    "triton-64-odd": ("tree_triton", 64, 2055),
+    "flex-128": ("flex", 128, 2055),
+    "flex-64": ("flex", 64, 2055),
+}
+
+
+def run(job: str) -> None:
+    """One forward and backward, in this process."""
+    import torch
+
+    from bench.gpu_baselines import CONTENDERS
+    from bench.race import HEADS, KV_HEADS, Problem
+    from bench.workloads import chain, lay_out
+    from treegrpo import build_forest
+
+    name, head_dim, num_tokens = JOBS[job]
+    device = torch.device("cuda")
+    # two lengths, so that a kernel for all lengths is what gets compiled
+    for length in (num_tokens, num_tokens + 1024):
+        forest = lay_out(job, tuple(build_forest(chain(length))))
+        problem = Problem(forest, HEADS, KV_HEADS, head_dim, device, torch.bfloat16)
+        contender = CONTENDERS[name]
+        q, k, v, dout = problem.inputs(contender.layout)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = contender.prepare(forest, device)(*leaves)
+        torch.autograd.grad(out, leaves, dout)
+    torch.cuda.synchronize()
+
+
+def run_all(limit: float = 120.0) -> list[str]:
+    """All jobs at once; a line about each. What has not ended after `limit` seconds is stopped."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "bench.compile_ahead", "--serial"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    running = {job: subprocess.Popen([*command, job], **pipes) for job in JOBS}
+    lines = []
+    for job, process in running.items():
+        try:
+            _, errors = process.communicate(timeout=max(1.0, limit - (time.monotonic() - start)))
+            last = (errors.strip().splitlines() or ["no message"])[-1]
+            state = "compiled" if process.returncode == 0 else f"failed: {last[:300]}"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            state = f"stopped after {limit:.0f} s"
+        lines.append(f"{job}: {state} ({time.monotonic() - start:.0f} s)")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.compile_ahead")
+    parser.add_argument("--serial", metavar="JOB", choices=JOBS, help="this job alone, in this process")
+    options = parser.parse_args()
+    if options.serial:
+        run(options.serial)
+    else:
+        print("\n".join(run_all()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+"""Ways to compute a forest's attention on a GPU: ours, and the kernels people would use instead.
+
+Shape legend: T packed tokens, L leaf-stream length, B leaves, N longest leaf, Hq/Hkv query and key/value heads, D head
+dim, S segments (unbranched runs of tokens).
+
+Contenders of the tree: FlexAttention with exact block lists, with and without building its mask; gathered paths through
+a varlen kernel; one-level prefix grouping; a dense mask. Of the flattened leaves: varlen kernels; cuDNN on padded
+leaves, which on a workload of one chain is the roof. Optional packages are used where they are found, never asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import treegrpo_kernels as tk
+from bench.baselines import Attend, Contender, Request, heads_first, tree_backend
+from bench.workloads import Forest
+from treegrpo_kernels import gather
+
+# (q [rows,Hq,D], k [keys,Hkv,D], v [keys,Hkv,D], cu_q, cu_k int32 [S+1], longest q, longest k) -> out [rows,Hq,D],
+# causal from the bottom right
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+
+FLEX_BLOCK = 128
+MAX_DENSE_MASK_TOKENS = 16384
+MAX_PADDED_TOKENS = 700_000
+MAX_PAIRS_OF_PLAIN_CUDA = 2 * 10**8
+
+NOTES: dict[str, str] = {}
+"""contender -> what a reader must know of how it ran here."""
+
+
+def _needs_gpu(request: Request) -> str | None:
+    return None if request.device.type == "cuda" else f"its kernel needs a GPU, not {request.device.type}"
+
+
+@cache
+def missing(module: str, name: str) -> str | None:
+    """Why `module.name` cannot be used here; None if it can."""
+    try:
+        getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, OSError) as error:
+        return f"{module}.{name} does not import: {error}".splitlines()[0]
+    return None
+
+
+def torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, grouped: bool = True
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped heads without being told, later ones want the flag
+    has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    flag = {"enable_gqa": True} if grouped and has_flag else {}
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **flag)
+
+
+def flash_varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+
+
+def flash3_varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def repeat_heads(k: Tensor, num_heads: int) -> Tensor:
+    """[rows, Hkv, D] -> [rows, Hq, D], each key head once for every query head of its group."""
+    return k.repeat_interleave(num_heads // k.shape[1], dim=1)
+
+
+@cache
+def torch_varlen_groups(device: torch.device) -> str | None:
+    """None where torch's varlen kernel computes grouped heads right, gradients included, else what goes wrong."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (96, 4, 64), (96, 2, 64), (96, 2, 64)
+    inputs = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
+    cu = torch.tensor([0, 40, 96], dtype=torch.int32, device=device)
+
+    def run(grouped: bool) -> list[Tensor]:
+        q, k, v = inputs
+        if not grouped:
+            k, v = repeat_heads(k, 4), repeat_heads(v, 4)
+        out = torch_varlen(q, k, v, cu, cu, 56, 56, grouped=grouped)
+        return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+
+    expected = run(False)
+    try:
+        results = run(True)
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    for got, want in zip(results, expected, strict=True):
+        error = float((got - want).float().norm() / want.float().norm())
+        if not error < 0.02:
+            return f"grouped heads are off by {error:.1e}"
+    return None
+
+
+def best_torch_varlen(device: torch.device, contender: str) -> Varlen:
+    """torch's varlen kernel; with K and V repeated for each query head, which is noted, where it cannot group."""
+    reason = torch_varlen_groups(device)
+    if reason is None:
+        return torch_varlen
+    NOTES[contender] = f"K and V repeated per query head: {reason}"
+
+    def repeated(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+        return torch_varlen(q, repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), *rest, grouped=False)
+
+    return repeated
+
+
+def chain_varlen(forest: Forest, device: torch.device, varlen: Varlen) -> Attend:
+    """The leaves [L], each causal in itself."""
+    cu = forest.leaf_offsets.to(device, torch.int32)
+    longest = int(forest.leaf_offsets.diff().max())
+    return lambda q, k, v: varlen(q, k, v, cu, cu, longest, longest)
+
+
+def gathered(forest: Forest, device: torch.device, varlen: Varlen) -> Attend:
+    """TRL's packed row: every segment attends to K and V gathered along its whole path."""
+    layout = gather.layout_of(tk.TreePlan.build(forest.subtree_end, device=device))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k_path, v_path = k.index_select(0, layout.path), v.index_select(0, layout.path)
+        return varlen(q, k_path, v_path, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+
+    return attend
+
+
+def one_level(subtree_end: Tensor) -> str | None:
+    """None where every tree is a prompt and unbranched responses, else why one-level grouping cannot take it."""
+    end = subtree_end.cpu().long()
+    starts = F.pad(torch.nonzero(end[1:] != end[:-1]).squeeze(1) + 1, (1, 0))
+    stops = F.pad(starts[1:], (0, 1), value=end.numel())
+    deep = (stops != end[starts]) & (tk.reference.positions(end)[starts] > 0)
+    num_deep = int(deep.sum())
+    return f"prefix grouping has one level: {num_deep} nodes below a root branch again" if num_deep else None
+
+
+def prefix_grouped(forest: Forest, device: torch.device, varlen: Varlen) -> Attend:
+    """PrefixGrouper's method: prompts attend to themselves, responses to [prompt; response], in two varlen calls."""
+    layout = gather.layout_of(tk.TreePlan.build(forest.subtree_end, device=device))
+    lengths, paths = layout.cu_q.diff().long(), layout.cu_k.diff().long()
+    is_prompt = lengths == paths
+    prompt_rows = torch.nonzero(is_prompt.repeat_interleave(lengths)).squeeze(1)
+    response_rows = torch.nonzero((~is_prompt).repeat_interleave(lengths)).squeeze(1)
+    response_path = layout.path[(~is_prompt).repeat_interleave(paths)]
+    back = torch.argsort(torch.cat([prompt_rows, response_rows]))
+
+    def offsets(counts: Tensor) -> tuple[Tensor, int]:
+        return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32), int(counts.max())
+
+    cu_prompt, longest_prompt = offsets(lengths[is_prompt])
+    if response_rows.numel():
+        cu_q, longest_q = offsets(lengths[~is_prompt])
+        cu_k, longest_k = offsets(paths[~is_prompt])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        prompts = (x.index_select(0, prompt_rows) for x in (q, k, v))
+        parts = [varlen(*prompts, cu_prompt, cu_prompt, longest_prompt, longest_prompt)]
+        if response_rows.numel():
+            keys = (x.index_select(0, response_path) for x in (k, v))
+            parts.append(varlen(q.index_select(0, response_rows), *keys, cu_q, cu_k, longest_q, longest_k))
+        return torch.cat(parts).index_select(0, back)
+
+    return attend
+
+
+def padded_end(forest: Forest, device: torch.device) -> Tensor:
+    """subtree_end of whole blocks, int32 [ceil(T / 128) * 128]: a padding token sees itself."""
+    end, num_tokens = forest.subtree_end.to(device, torch.int32), forest.num_tokens
+    pads = torch.arange(num_tokens, -(-num_tokens // FLEX_BLOCK) * FLEX_BLOCK, device=device, dtype=torch.int32)
+    return torch.cat([end, pads + 1])
+
+
+def _visible(end: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end[key])
+
+    return visible
+
+
+def exact_block_mask(end: Tensor):
+    """BlockMask of subtree_end [multiple of 128] from the smallest and largest end of each key block: exact classes."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    start = torch.arange(0, end.numel(), FLEX_BLOCK, device=end.device)
+    stop, tiles = start + FLEX_BLOCK, end.view(-1, FLEX_BLOCK)
+    highest, lowest = tiles.amax(1), tiles.amin(1)
+    # [query block, key block]
+    seen = (stop[:, None] > start) & (highest > start[:, None])
+    full = (start[:, None] >= stop - 1) & (stop[:, None] <= lowest)
+
+    def lists(of: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.argsort(of.to(torch.int8), dim=1, descending=True, stable=True)
+        return of.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    return BlockMask.from_kv_blocks(*lists(seen & ~full), *lists(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=_visible(end))
+
+
+@cache
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # one kernel for all lengths; fullgraph, since the eager fallback would be a dense product
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def flex_call(block_mask, compiled: Callable) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = compiled(*map(heads_first, (q, k, v)), block_mask=block_mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+def _flex(forest: Forest, device: torch.device) -> Attend:
+    return flex_call(exact_block_mask(padded_end(forest, device)), compiled_flex())
+
+
+def _flex_and_mask(forest: Forest, device: torch.device) -> Attend:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    end = padded_end(forest, device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = create_block_mask(_visible(end), None, None, end.numel(), end.numel(), device=device)
+        return flex_call(mask, compiled_flex())(q, k, v)
+
+    return attend
+
+
+def padded_causal(forest: Forest, sdpa: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    """Leaves padded to one length: q [B * N, Hq, D] as `sdpa` takes it, [B, Hq, N, D]."""
+    num_leaves = forest.leaf_offsets.numel() - 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = sdpa(*(x.unflatten(0, (num_leaves, -1)).transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return attend
+
+
+def _cudnn(forest: Forest, device: torch.device) -> Attend:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    return padded_causal(forest, sdpa)
+
+
+def _padded_unsupported(request: Request) -> str | None:
+    lengths = request.forest.leaf_offsets.diff()
+    padded = int(lengths.max()) * lengths.numel()
+    too_many = f"{padded} padded tokens: more than {MAX_PADDED_TOKENS} are left out"
+    return _needs_gpu(request) or (too_many if padded > MAX_PADDED_TOKENS else None)
+
+
+def _dense_mask_unsupported(request: Request) -> str | None:
+    num_tokens = request.forest.num_tokens
+    if num_tokens > MAX_DENSE_MASK_TOKENS:
+        return f"a dense mask of {num_tokens}^2 entries: more than {MAX_DENSE_MASK_TOKENS} tokens are left out"
+    return None
+
+
+def _dense_mask(forest: Forest, device: torch.device) -> Attend:
+    mask = tk.reference.dense_mask(forest.subtree_end.to(device))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # the kernel that takes a mask takes no grouped heads
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        out = F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), attn_mask=mask)
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+def _plain_cuda() -> Contender:
+    inner = tree_backend("cuda")
+
+    def unsupported(request: Request) -> str | None:
+        if request.forest.num_pairs > MAX_PAIRS_OF_PLAIN_CUDA:
+            return f"the plain kernel is slow: left out above {MAX_PAIRS_OF_PLAIN_CUDA:,} pairs"
+        return inner.unsupported(request)
+
+    return Contender(inner.name, inner.layout, unsupported, inner.prepare)
+
+
+def _needs(module: str, name: str) -> Callable[[Request], str | None]:
+    return lambda request: _needs_gpu(request) or missing(module, name)
+
+
+def _prefix_unsupported(request: Request) -> str | None:
+    return _needs("torch.nn.attention.varlen", "varlen_attn")(request) or one_level(request.forest.subtree_end)
+
+
+def _trl_unsupported(request: Request) -> str | None:
+    try:
+        importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return "trl is not installed; gather_varlen is its method on torch's varlen kernel"
+    return _needs("flash_attn_interface", "flash_attn_varlen_func")(request)
+
+
+def _flash4_unsupported(request: Request) -> str | None:
+    try:
+        version = importlib.metadata.version("flash-attn-4")
+    except importlib.metadata.PackageNotFoundError:
+        return "flash-attn-4 is not installed; its licence is the user's to accept"
+    return f"flash-attn-4 {version} is here, but this bench has no adapter that was ever run"
+
+
+def _on_torch_varlen(name: str, method: Callable[[Forest, torch.device, Varlen], Attend]):
+    return lambda forest, device: method(forest, device, best_torch_varlen(device, name))
+
+
+_torch_kernel = _needs("torch.nn.attention.varlen", "varlen_attn")
+OURS = "tree_triton"
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        tree_backend("triton"),
+        tree_backend("cpu"),
+        Contender("flex", "blocks", _needs_gpu, _flex),
+        Contender("gather_varlen", "tree", _torch_kernel, _on_torch_varlen("gather_varlen", gathered)),
+        Contender("chain_varlen", "leaf", _torch_kernel, _on_torch_varlen("chain_varlen", chain_varlen)),
+        Contender("chain_cudnn", "padded", _padded_unsupported, _cudnn),
+        Contender("flex_and_mask", "blocks", _needs_gpu, _flex_and_mask),
+        Contender("prefix_grouping", "tree", _prefix_unsupported, _on_torch_varlen("prefix_grouping", prefix_grouped)),
+        Contender(
+            "chain_flash_attn",
+            "leaf",
+            _needs("flash_attn", "flash_attn_varlen_func"),
+            lambda forest, device: chain_varlen(forest, device, flash_varlen),
+        ),
+        Contender(
+            "gather_flash_attn",
+            "tree",
+            _needs("flash_attn", "flash_attn_varlen_func"),
+            lambda forest, device: gathered(forest, device, flash_varlen),
+        ),
+        Contender("trl_flash3", "tree", _trl_unsupported, lambda f, device: gathered(f, device, flash3_varlen)),
+        Contender("flash_attn_4", "tree", _flash4_unsupported, _dense_mask),
+        Contender("sdpa_dense_mask", "tree", _dense_mask_unsupported, _dense_mask),
+        _plain_cuda(),
+    )
+}

@@ -1,0 +1,131 @@
+"""The GPU's contenders on the CPU: with a plain kernel every method passes the gate of a tiny race; a wrong one fails.
+
+Here only the kernels differ from the GPU bench: layouts, gathers, block lists and the race are its own.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import gpu_baselines, gpu_workloads
+from bench.baselines import Contender, heads_first, tree_backend
+from bench.gpu_baselines import (
+    FLEX_BLOCK,
+    chain_varlen,
+    exact_block_mask,
+    flex_call,
+    gathered,
+    one_level,
+    padded_causal,
+    padded_end,
+    prefix_grouped,
+    repeat_heads,
+)
+from bench.race import PASSES, Problem, block_error, race
+
+CPU = torch.device("cpu")
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k):
+    """Bottom-right causal, a segment at a time."""
+    outs, cu = [], (cu_q.tolist(), cu_k.tolist())
+    for q0, q1, k0, k1 in zip(cu[0][:-1], cu[0][1:], cu[1][:-1], cu[1][1:], strict=True):
+        assert q1 - q0 <= max_q and k1 - k0 <= max_k
+        mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+        rows = (q[q0:q1], repeat_heads(k[k0:k1], q.shape[1]), repeat_heads(v[k0:k1], q.shape[1]))
+        outs.append(F.scaled_dot_product_attention(*map(heads_first, rows), attn_mask=mask)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def plain_sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def always(request):
+    return None
+
+
+def plain_causal(forest, device):
+    """Wrong on every forest that branches."""
+    return lambda q, k, v: plain_varlen(q, k, v, *(2 * [torch.tensor([0, q.shape[0]])]), q.shape[0], q.shape[0])
+
+
+METHODS = {
+    contender.name: contender
+    for contender in (
+        tree_backend("cpu"),
+        Contender("chain_varlen", "leaf", always, lambda f, d: chain_varlen(f, d, plain_varlen)),
+        Contender("chain_padded", "padded", always, lambda f, d: padded_causal(f, plain_sdpa)),
+        Contender("gather", "tree", always, lambda f, d: gathered(f, d, plain_varlen)),
+        Contender("prefix", "tree", always, lambda f, d: prefix_grouped(f, d, plain_varlen)),
+        Contender("dense_mask", "tree", always, gpu_baselines._dense_mask),
+        Contender("plain_causal", "tree", always, plain_causal),
+    )
+}
+
+
+def problem_of(workload):
+    return Problem(gpu_workloads.forest(workload, True), 4, 2, 16, CPU, torch.float32)
+
+
+def test_every_method_passes_the_gate_and_a_wrong_one_does_not():
+    outcomes = race(problem_of("star_2k_x2"), METHODS, quick=True)
+    for name, outcome in outcomes.items():
+        if name == "plain_causal":
+            assert outcome.reason.startswith("failed: AssertionError: out is off by"), outcome.reason
+        else:
+            assert outcome.reason is None and outcome.error < 1e-5, f"{name}: {outcome.reason}"
+            assert [len(outcome.times[passes]) for passes in PASSES] == [1, 1, 1]
+
+
+def test_methods_on_many_levels():
+    methods = {name: METHODS[name] for name in ("tree_cpu", "chain_varlen", "chain_padded", "gather")}
+    for workload in ("search_2_6_16k", "binary_32k", "tau_calls_32k"):
+        outcomes = race(problem_of(workload), methods, quick=True)
+        assert all(outcome.reason is None for outcome in outcomes.values()), outcomes
+
+
+def test_prefix_grouping_takes_one_level():
+    for name, fits in {"star_8k": True, "star_2k_x3": True, "chain_16k": True, "search_2_2_16k": False}.items():
+        reason = one_level(gpu_workloads.forest(name, True).subtree_end)
+        assert (reason is None) == fits, f"{name}: {reason}"
+
+
+@pytest.mark.parametrize("workload", ["star_2k", "search_2_6_32k", "binary_32k", "chain_16k"])
+def test_block_lists_are_those_of_the_whole_mask(workload):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    end = padded_end(gpu_workloads.forest(workload, True), CPU)
+    ours = exact_block_mask(end)
+    whole = create_block_mask(gpu_baselines._visible(end), None, None, end.numel(), end.numel(), device=CPU)
+    assert torch.equal(ours.to_dense(), whole.to_dense())
+    for kind in ("", "full_"):
+        counts, lists = getattr(ours, f"{kind}kv_num_blocks")[0, 0], getattr(ours, f"{kind}kv_indices")[0, 0]
+        expected, wanted = getattr(whole, f"{kind}kv_num_blocks")[0, 0], getattr(whole, f"{kind}kv_indices")[0, 0]
+        assert torch.equal(counts, expected)
+        for count, row, want in zip(counts.tolist(), lists, wanted, strict=True):
+            assert torch.equal(row[:count], want[:count])
+
+
+def test_flex_on_padded_blocks_is_the_reference():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    problem = problem_of("search_2_2_16k")
+    q, k, v, _ = problem.inputs("blocks")
+    assert q.shape[0] % FLEX_BLOCK == 0 and q.shape[0] > problem.forest.num_tokens
+    mask = exact_block_mask(padded_end(problem.forest, CPU))
+    assert problem.gate("blocks", flex_call(mask, flex_attention)(q, k, v), ()) < 1e-5
+
+
+def test_one_dropped_key_tile_of_a_long_row_fails_the_gate():
+    """The rule, not the kernel: 64 of 16k keys left out of late rows, in bf16's tolerance."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, 2, 64, generator=generator) for n in (64, 16384, 16384))
+    weights = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) / 8, -1)
+    dropped = weights.clone()
+    dropped[..., 4096:4160] = 0
+    want, got = (torch.einsum("hqk,khd->qhd", w, v) for w in (weights, dropped))
+    assert block_error(got, want) > 2e-2
+    assert block_error(want.bfloat16().float(), want) < 1e-2
+    want[3] = float("nan")
+    assert block_error(want, got) > 1e3
