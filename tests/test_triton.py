@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from treegrpo_kernels.triton.backward_dkv import dkv_bounds
-from treegrpo_kernels.triton.common import Config, TileConfig, config
+from treegrpo_kernels.triton.common import Config, TileConfig, config, tma_fits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -181,6 +181,37 @@ def test_low_precision(dtype, name, poisoned_empty):
         check(subtree_end, *args, sinks, pinned=WIDE, window=30, softcap=4.0)
     else:
         check(subtree_end, *args, pinned=TALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("pinned", [SQUARE, TALL, WIDE], ids=["16x16", "32x16", "16x32"])
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_loads_through_tensor_descriptors(dtype, pinned, name, poisoned_empty):
+    """Head dim 64 in low precision, as TMA takes it; several heads of each kind, a ragged last tile."""
+    subtree_end = cases.random_subtree_end(70, 11, branch=0.05)
+    *args, sinks = inputs(70, hq=4, hkv=2, d=64, dv=64, dtype=dtype)
+    assert tma_fits(0, *args)
+    if name == "all":
+        check(subtree_end, *args, sinks, pinned=pinned, window=21, softcap=2.0)
+    else:
+        check(subtree_end, *args, pinned=pinned)
+
+
+def test_what_tensor_descriptors_cannot_take():
+    x = torch.zeros(6, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert tma_fits(90, x) and tma_fits(100, x, x[1:, 1:3]) and tma_fits(90, x[:1]) and tma_fits(90, x[:, :1])
+    assert not tma_fits(80, x) and not tma_fits(89, x)
+    wrong = (
+        x.float(),
+        x[..., :32],
+        x[..., 4:],
+        x[:1].expand(6, -1, -1),
+        x.transpose(0, 1),
+        x[:, ::2],
+        x.flip(0)[..., 1:],
+    )
+    for other in wrong:
+        assert not tma_fits(90, x, other), other.stride()
 
 
 @pytest.mark.parametrize("layout", ["fused_qkv", "heads_first", "last_dim_strided", "expanded_dout"])

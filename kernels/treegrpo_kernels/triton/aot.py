@@ -30,7 +30,7 @@ from ..plan import TreePlan
 from . import _DKV, _DQ, _FWD, tile_tensors
 from .backward import delta_launch, dq_launch
 from .backward_dkv import dkv_launch
-from .common import Config, Launch, config
+from .common import Config, Launch, config, tma_fits
 from .forward import fwd_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -73,6 +73,7 @@ def launches(
     window: int = 0,
     softcap: float = 0.0,
     sinks: bool = False,
+    tma: bool = False,
 ) -> dict[str, Launch]:
     """The launch records of all kernels for CPU tensors of these shapes; nothing is launched."""
     num_kv_heads = 2
@@ -100,10 +101,11 @@ def launches(
         scale=scale,
         window=window,
         softcap=softcap,
+        tma=tma,
     )
     fwd = (q, k, v, sink, out, lse, plan.subtree_end, plan.position, tiles.fwd, lists[_FWD][1:], scale, window, softcap)
     return {
-        "fwd": fwd_launch(*fwd),
+        "fwd": fwd_launch(*fwd, tma),
         "delta": delta_launch(dout, out, lse, delta, lse2),
         "dq": dq_launch(dq, tiles.dq, lists[_DQ][1:], **shared),
         "dkv": dkv_launch(dk, dv, tiles.dkv, lists[_DKV][1:], **shared),
@@ -128,11 +130,14 @@ def specialization_key(launch: Launch, arch: int) -> str:
     return f"{source.hash()} {options['num_warps']} {options['num_stages']}"
 
 
-def compile_case(case: Case, tiles: Config | None = None) -> Result:
+def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = None) -> Result:
+    """``tiles`` and ``tma`` default to what a launch would choose."""
     dtype = DTYPES[case.dtype]
     tiles = tiles or config(case.head_dim, case.head_dim, dtype, case.arch)
     options = {"cap": {"softcap": 30.0, "sinks": True}, "window": {"window": 1024}}.get(case.features, {})
-    launch = launches(case.head_dim, case.head_dim, dtype, tiles, **options)[case.kernel]
+    if tma is None:
+        tma = tma_fits(case.arch, torch.empty(1, 1, case.head_dim, dtype=dtype))
+    launch = launches(case.head_dim, case.head_dim, dtype, tiles, tma=tma, **options)[case.kernel]
     source, parsed, target = source_of(launch, case.arch)
     start = time.perf_counter()
     log = io.StringIO()

@@ -18,17 +18,20 @@ from .backward_dkv import dkv_launch
 from .common import (
     Launch,
     TileConfig,
+    arch_of,
     backward_args,
     cap_grad,
     capped,
     cdiv,
     dot,
-    load_rows,
+    head_of,
+    load_tile,
     narrow,
     padded,
     rows,
     store_rows,
     strides,
+    tma_fits,
     visible,
 )
 
@@ -57,11 +60,11 @@ def tree_attention_bwd_delta_kernel(
     start = (i_program // num_heads).to(tl.int64) * BM
     o_row = tl.arange(0, BM)
     num_rows = num_tokens - start
-    b_out = load_rows(
-        out + start * out_strides[0] + i_h * out_strides[1], o_row, out_strides[0], num_rows, DV, BDV, True
+    b_out = load_tile(
+        head_of(out, i_h, out_strides, False), i_h, start, out_strides, num_tokens, BM, DV, BDV, True, False
     )
-    b_dout = load_rows(
-        dout + start * dout_strides[0] + i_h * dout_strides[1], o_row, dout_strides[0], num_rows, DV, BDV, True
+    b_dout = load_tile(
+        head_of(dout, i_h, dout_strides, False), i_h, start, dout_strides, num_tokens, BM, DV, BDV, True, False
     )
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     b_lse = tl.load(lse + start * num_heads + i_h + o_row * num_heads, mask=o_row < num_rows, other=float("inf"))
@@ -79,6 +82,7 @@ def _dq_tiles(
     b_delta,
     p_k,
     p_v,
+    i_kv,
     subtree_end,
     position,
     q_indices,
@@ -86,8 +90,8 @@ def _dq_tiles(
     hi,
     o_m,
     b_pos_q,
-    stride_k,
-    stride_v,
+    k_strides,
+    v_strides,
     num_tokens,
     qk_scale,
     cap,
@@ -102,22 +106,30 @@ def _dq_tiles(
     HAS_WINDOW: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Loop over one class of key tiles: the entries [lo, hi) of the list."""
     o_row = tl.arange(0, BN)
+    n_next = lo
+    if TMA:
+        # read one entry ahead, else the pipeline spends a stage on it; the pointer path has no registers left for that
+        n_next = tl.load(q_indices + lo, mask=lo < hi, other=0) * BN
     for e in tl.range(lo, hi, num_stages=STAGES):
-        n0 = tl.load(q_indices + e) * BN
-        num_rows = num_tokens - n0
-        b_k = load_rows(p_k + n0.to(tl.int64) * stride_k, o_row, stride_k, num_rows, D, BD, not FULL)
-        b_v = load_rows(p_v + n0.to(tl.int64) * stride_v, o_row, stride_v, num_rows, DV, BDV, not FULL)
+        if TMA:
+            n0 = n_next
+            n_next = tl.load(q_indices + e + 1, mask=e + 1 < hi, other=0) * BN
+        else:
+            n0 = tl.load(q_indices + e) * BN
+        b_k = load_tile(p_k, i_kv, n0, k_strides, num_tokens, BN, D, BD, not FULL, TMA)
+        b_v = load_tile(p_v, i_kv, n0, v_strides, num_tokens, BN, DV, BDV, not FULL, TMA)
         b_s = capped(dot(b_q, tl.trans(b_k), tl.zeros((BM, BN), tl.float32)), qk_scale, cap, HAS_CAP)
         b_p = tl.exp2(b_s - b_lse[:, None])
         if not FULL:
             o_n = n0 + o_row
-            b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
+            b_end = tl.load(subtree_end + o_n, mask=o_n < num_tokens, other=0)
             b_pos_k = b_end
             if HAS_WINDOW:
-                b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
+                b_pos_k = tl.load(position + o_n, mask=o_n < num_tokens, other=0)
             m_seen = visible(
                 o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, HAS_WINDOW
             )
@@ -167,6 +179,7 @@ def tree_attention_bwd_dq_kernel(
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Loops over the key tiles of one query tile. Programs run longest list first, heads fastest."""
     i_program = tl.program_id(0)
@@ -178,12 +191,13 @@ def tree_attention_bwd_dq_kernel(
     num_rows = num_tokens - i_m * BM
 
     i_head = i_h.to(tl.int64)
-    i_kv = (i_h // GROUP).to(tl.int64)
-    p_k = k + i_kv * k_strides[1]
-    p_v = v + i_kv * v_strides[1]
-    p_dout = dout + start_m * dout_strides[0] + i_head * dout_strides[1]
-    b_q = load_rows(q + start_m * q_strides[0] + i_head * q_strides[1], o_row, q_strides[0], num_rows, D, BD, True)
-    b_dout = load_rows(p_dout, o_row, dout_strides[0], num_rows, DV, BDV, True)
+    i_kv = i_h // GROUP
+    p_k = head_of(k, i_kv, k_strides, TMA)
+    p_v = head_of(v, i_kv, v_strides, TMA)
+    b_q = load_tile(head_of(q, i_h, q_strides, TMA), i_h, i_m * BM, q_strides, num_tokens, BM, D, BD, True, TMA)
+    b_dout = load_tile(
+        head_of(dout, i_h, dout_strides, TMA), i_h, i_m * BM, dout_strides, num_tokens, BM, DV, BDV, True, TMA
+    )
     b_lse = tl.load(lse2 + i_head * num_padded + o_m)
     b_delta = tl.load(delta + i_head * num_padded + o_m)
     b_pos_q = o_m
@@ -196,14 +210,14 @@ def tree_attention_bwd_dq_kernel(
     hi = tl.load(q_offsets + i_m + 1)
     # fmt: off
     b_dq = _dq_tiles(
-        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q,
-        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
-        True, STAGES,
+        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_kv, subtree_end, position, q_indices, lo, mid, o_m,
+        b_pos_q, k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
+        True, STAGES, TMA,
     )
     b_dq = _dq_tiles(
-        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q,
-        k_strides[0], v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
-        False, STAGES,
+        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_kv, subtree_end, position, q_indices, mid, hi, o_m,
+        b_pos_q, k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
+        False, STAGES, TMA,
     )
     # fmt: on
     p_dq = dq + start_m * dq_strides[0] + i_head * dq_strides[1]
@@ -282,6 +296,7 @@ def backward(
         scale=scale,
         window=window,
         softcap=softcap,
+        tma=tma_fits(arch_of(q.device), q, k, v, dout),
     )
     dq_launch(dq, dq_tile, dq_lists, **shared).run()
     dkv_launch(dk, dv, dkv_tile, dkv_lists, **shared).run()

@@ -18,7 +18,8 @@ from .common import (
     capped,
     cdiv,
     dot,
-    load_rows,
+    head_of,
+    load_tile,
     narrow,
     store_rows,
     strides,
@@ -72,16 +73,14 @@ def _dkv_tile(
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     FULL: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """One query tile's part of dK and dV; transposed scores are operands of the next product as they lie."""
     o_row = tl.arange(0, BM)
     m0 = i_m * BM
-    start_m = m0.to(tl.int64)
     num_rows = num_tokens - m0
-    p_q = q + i_head * q_strides[1] + start_m * q_strides[0]
-    p_dout = dout + i_head * dout_strides[1] + start_m * dout_strides[0]
-    p_row = i_head * num_padded + start_m
-    b_q = load_rows(p_q, o_row, q_strides[0], num_rows, D, BD, not FULL)
+    p_row = i_head.to(tl.int64) * num_padded + m0
+    b_q = load_tile(head_of(q, i_head, q_strides, TMA), i_head, m0, q_strides, num_tokens, BM, D, BD, not FULL, TMA)
     b_lse = tl.load(lse2 + p_row + o_row)
     b_s = capped(dot(b_k, tl.trans(b_q), tl.zeros((BN, BM), tl.float32)), qk_scale, cap, HAS_CAP)
     b_p = tl.exp2(b_s - b_lse[None, :])
@@ -94,7 +93,9 @@ def _dkv_tile(
             o_m[None, :], o_n[:, None], b_end[:, None], b_pos_q[None, :], b_pos_k[:, None], window, HAS_WINDOW
         )
         b_p = tl.where(m_seen, b_p, 0.0)
-    b_dout = load_rows(p_dout, o_row, dout_strides[0], num_rows, DV, BDV, not FULL)
+    b_dout = load_tile(
+        head_of(dout, i_head, dout_strides, TMA), i_head, m0, dout_strides, num_tokens, BM, DV, BDV, not FULL, TMA
+    )
     b_dv = dot(narrow(b_p, b_dout.dtype), b_dout, b_dv)
     if HAS_CAP:
         b_p = b_p * cap_grad(b_s, cap)
@@ -145,6 +146,7 @@ def tree_attention_bwd_dkv_kernel(
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Loops over the group's query heads and the query tiles below a key tile. Longest range first, heads fastest."""
     i_program = tl.program_id(0)
@@ -157,8 +159,8 @@ def tree_attention_bwd_dkv_kernel(
     num_rows = num_tokens - n0
 
     i_head = i_kv.to(tl.int64)
-    b_k = load_rows(k + start_n * k_strides[0] + i_head * k_strides[1], o_row, k_strides[0], num_rows, D, BD, True)
-    b_v = load_rows(v + start_n * v_strides[0] + i_head * v_strides[1], o_row, v_strides[0], num_rows, DV, BDV, True)
+    b_k = load_tile(head_of(k, i_kv, k_strides, TMA), i_kv, n0, k_strides, num_tokens, BN, D, BD, True, TMA)
+    b_v = load_tile(head_of(v, i_kv, v_strides, TMA), i_kv, n0, v_strides, num_tokens, BN, DV, BDV, True, TMA)
     b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
     b_pos_k = b_end
     if HAS_WINDOW:
@@ -169,7 +171,7 @@ def tree_attention_bwd_dkv_kernel(
     b_dv = tl.zeros((BN, BDV), tl.float32)
     # one flat loop per class over (query head, query tile): the pipeline never drains between the heads of the group;
     # counters, for a division in the loop would cost registers
-    i_q = i_head * GROUP
+    i_q = i_kv * GROUP
     # fmt: off
     if HAS_WINDOW:
         # the window cuts by position, which is not monotone over branches: pass over the tiles wholly outside
@@ -180,7 +182,7 @@ def tree_attention_bwd_dkv_kernel(
                 b_dk, b_dv = _dkv_tile(
                     b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
                     dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
-                    True, False,
+                    True, False, TMA,
                 )
             i_m += 1
             i_q = tl.where(i_m == hi, i_q + 1, i_q)
@@ -191,7 +193,7 @@ def tree_attention_bwd_dkv_kernel(
             b_dk, b_dv = _dkv_tile(
                 b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
                 dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
-                False, True,
+                False, True, TMA,
             )
             i_m += 1
             i_q = tl.where(i_m == b, i_q + 1, i_q)
@@ -199,12 +201,12 @@ def tree_attention_bwd_dkv_kernel(
         # the partial ranges [lo, a) and [b, hi) share a loop: a third copy of the body costs more than one compare
         first = tl.where(lo == a, b, lo)
         i_m = first
-        i_q = i_head * GROUP
+        i_q = i_kv * GROUP
         for _ in tl.range(0, GROUP * (a - lo + hi - b), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
                 b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
                 dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
-                False, False,
+                False, False, TMA,
             )
             i_m += 1
             i_m = tl.where(i_m == a, b, i_m)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 
@@ -90,7 +91,7 @@ def _sm80(width: int) -> Config:
         # fwd: two blocks of 4 warps share an SM and hide each other's softmax
         return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(128, 64, 8, 2), dkv=TileConfig(32, 128, 8, 3))
     if width <= 128:
-        return Config(fwd=TileConfig(128, 64, 8, 2), dq=TileConfig(64, 64, 8, 2), dkv=TileConfig(64, 64, 8, 2))
+        return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(64, 64, 8, 2), dkv=TileConfig(64, 64, 8, 2))
     return Config(fwd=TileConfig(64, 32, 8, 2), dq=TileConfig(32, 32, 4, 2), dkv=TileConfig(32, 32, 8, 1))
 
 
@@ -118,6 +119,29 @@ def strides(x: Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1)
 
 
+def tma_fits(arch: int, *tensors: Tensor) -> bool:
+    """Whether kernels on ``arch`` can load these [T, H, D] tensors through tensor descriptors (TMA, from sm_90 on).
+
+    They are described as [T, H * D], for Triton 3.6 moves a tile of a three-dimensional one through registers.
+    """
+    return (arch == 0 or arch >= 90) and all(
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[2] in (64, 128, 256)
+        and x.data_ptr() % 16 == 0
+        and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+        # TMA steps by multiples of 16 bytes
+        and (x.shape[0] == 1 or (x.stride(0) >= x.shape[1] * x.shape[2] and x.stride(0) % 8 == 0))
+        for x in tensors
+    )
+
+
+def descriptor(x: Tensor, num_rows: int) -> TensorDescriptor:
+    """Describes [T, H, D] for loads of ``num_rows`` tokens of one head."""
+    num_tokens, num_heads, head_dim = x.shape
+    width = num_heads * head_dim
+    return TensorDescriptor(x, [num_tokens, width], [max(x.stride(0), width), 1], [num_rows, head_dim])
+
+
 def score_scales(scale: float, softcap: float) -> tuple[float, float]:
     """(factor on q.k, base-2 cap) for :func:`capped`; without softcap the factor alone takes q.k to base 2."""
     return (scale / softcap, softcap * LOG2E) if softcap else (scale * LOG2E, 0.0)
@@ -136,14 +160,15 @@ def backward_args(
     scale: float,
     window: int,
     softcap: float,
+    tma: bool,
 ) -> dict[str, Any]:
     """The kernel arguments that the dQ and dK/dV passes share."""
     qk_scale, cap = score_scales(scale, softcap)
     return dict(
-        q=q,
-        k=k,
-        v=v,
-        dout=dout,
+        q=descriptor(q, tile.block_m) if tma else q,
+        k=descriptor(k, tile.block_n) if tma else k,
+        v=descriptor(v, tile.block_n) if tma else v,
+        dout=descriptor(dout, tile.block_m) if tma else dout,
         delta=delta,
         lse2=lse2,
         subtree_end=subtree_end,
@@ -168,6 +193,7 @@ def backward_args(
         HAS_CAP=softcap > 0,
         HAS_WINDOW=window > 0,
         STAGES=tile.num_stages,
+        TMA=tma,
     )
 
 
@@ -176,19 +202,45 @@ def cdiv(a: int, b: int) -> int:
 
 
 @triton.jit
-def load_rows(p_base, o_rows, stride, num_rows, D: tl.constexpr, BD: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """[rows, BD] tile at ``p_base``; rows from ``num_rows`` on and columns from D on read as zero."""
-    o_d = tl.arange(0, BD)
-    p_tile = p_base + o_rows[:, None] * stride + o_d[None, :]
-    if MASK_ROWS:
-        m_tile = o_rows[:, None] < num_rows
-        if D != BD:
-            m_tile = m_tile & (o_d[None, :] < D)
-        b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
-    elif D != BD:
-        b_tile = tl.load(p_tile, mask=o_d[None, :] < D, other=0.0)
+def head_of(src, i_head, src_strides, TMA: tl.constexpr):
+    """What :func:`load_tile` reads a head from: a pointer to its first row, or the descriptor of all heads."""
+    if TMA:
+        p_head = src
     else:
-        b_tile = tl.load(p_tile)
+        p_head = src + i_head.to(tl.int64) * src_strides[1]
+    return p_head
+
+
+@triton.jit
+def load_tile(
+    p_head,
+    i_head,
+    row,
+    src_strides,
+    num_tokens,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """[ROWS, BD] of a head from token ``row`` on; rows from ``num_tokens`` on and columns from D on read as zero."""
+    if TMA:
+        # fills the rows past T by itself
+        b_tile = p_head.load([row, i_head * BD])
+    else:
+        o_row = tl.arange(0, ROWS)
+        o_d = tl.arange(0, BD)
+        p_tile = p_head + row.to(tl.int64) * src_strides[0] + o_row[:, None] * src_strides[0] + o_d[None, :]
+        if MASK_ROWS:
+            m_tile = o_row[:, None] < num_tokens - row
+            if D != BD:
+                m_tile = m_tile & (o_d[None, :] < D)
+            b_tile = tl.load(p_tile, mask=m_tile, other=0.0)
+        elif D != BD:
+            b_tile = tl.load(p_tile, mask=o_d[None, :] < D, other=0.0)
+        else:
+            b_tile = tl.load(p_tile)
     return b_tile
 
 

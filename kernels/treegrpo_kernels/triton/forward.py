@@ -16,16 +16,20 @@ from torch import Tensor
 from .common import (
     Launch,
     TileConfig,
+    arch_of,
     capped,
     cdiv,
+    descriptor,
     dot,
-    load_rows,
+    head_of,
+    load_tile,
     narrow,
     padded,
     rows,
     score_scales,
     store_rows,
     strides,
+    tma_fits,
     visible,
 )
 
@@ -38,6 +42,7 @@ def _fwd_tiles(
     b_m,
     p_k,
     p_v,
+    i_kv,
     subtree_end,
     position,
     q_indices,
@@ -45,8 +50,8 @@ def _fwd_tiles(
     hi,
     o_m,
     b_pos_q,
-    stride_k,
-    stride_v,
+    k_strides,
+    v_strides,
     num_tokens,
     qk_scale,
     cap,
@@ -61,13 +66,21 @@ def _fwd_tiles(
     HAS_WINDOW: tl.constexpr,
     FULL: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Loop over one class of key tiles: the entries [lo, hi) of the list."""
     o_row = tl.arange(0, BN)
+    n_next = lo
+    if TMA:
+        # read one entry ahead, else the pipeline spends a stage on it; the pointer path has no registers left for that
+        n_next = tl.load(q_indices + lo, mask=lo < hi, other=0) * BN
     for e in tl.range(lo, hi, num_stages=STAGES):
-        n0 = tl.load(q_indices + e) * BN
-        num_rows = num_tokens - n0
-        b_k = load_rows(p_k + n0.to(tl.int64) * stride_k, o_row, stride_k, num_rows, D, BD, not FULL)
+        if TMA:
+            n0 = n_next
+            n_next = tl.load(q_indices + e + 1, mask=e + 1 < hi, other=0) * BN
+        else:
+            n0 = tl.load(q_indices + e) * BN
+        b_k = load_tile(p_k, i_kv, n0, k_strides, num_tokens, BN, D, BD, not FULL, TMA)
         b_s = dot(b_q, tl.trans(b_k), tl.zeros((BM, BN), tl.float32))
         if FULL and not HAS_CAP:
             # qk_scale >= 0: scaling the row maximum alone leaves one fused multiply-add per score
@@ -78,10 +91,10 @@ def _fwd_tiles(
             b_s = capped(b_s, qk_scale, cap, HAS_CAP)
             if not FULL:
                 o_n = n0 + o_row
-                b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
+                b_end = tl.load(subtree_end + o_n, mask=o_n < num_tokens, other=0)
                 b_pos_k = b_end
                 if HAS_WINDOW:
-                    b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
+                    b_pos_k = tl.load(position + o_n, mask=o_n < num_tokens, other=0)
                 m_seen = visible(
                     o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, HAS_WINDOW
                 )
@@ -92,7 +105,7 @@ def _fwd_tiles(
             b_p = tl.exp2(b_s - b_shift[:, None])
         b_alpha = tl.exp2(b_m - b_shift)
         b_l = b_l * b_alpha + tl.sum(b_p, 1)
-        b_v = load_rows(p_v + n0.to(tl.int64) * stride_v, o_row, stride_v, num_rows, DV, BDV, not FULL)
+        b_v = load_tile(p_v, i_kv, n0, v_strides, num_tokens, BN, DV, BDV, not FULL, TMA)
         b_acc = dot(narrow(b_p, b_v.dtype), b_v, b_acc * b_alpha[:, None])
         b_m = b_m_new
     return b_acc, b_l, b_m
@@ -131,6 +144,7 @@ def tree_attention_fwd_kernel(
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Loops over the key tiles of one query tile. Programs run longest list first, heads fastest."""
     i_program = tl.program_id(0)
@@ -142,10 +156,10 @@ def tree_attention_fwd_kernel(
     num_rows = num_tokens - i_m * BM
 
     i_head = i_h.to(tl.int64)
-    i_kv = (i_h // GROUP).to(tl.int64)
-    p_k = k + i_kv * k_strides[1]
-    p_v = v + i_kv * v_strides[1]
-    b_q = load_rows(q + start_m * q_strides[0] + i_head * q_strides[1], o_row, q_strides[0], num_rows, D, BD, True)
+    i_kv = i_h // GROUP
+    p_k = head_of(k, i_kv, k_strides, TMA)
+    p_v = head_of(v, i_kv, v_strides, TMA)
+    b_q = load_tile(head_of(q, i_h, q_strides, TMA), i_h, i_m * BM, q_strides, num_tokens, BM, D, BD, True, TMA)
     b_pos_q = o_m
     if HAS_WINDOW:
         b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
@@ -158,12 +172,14 @@ def tree_attention_fwd_kernel(
     hi = tl.load(q_offsets + i_m + 1)
     # fmt: off
     b_acc, b_l, b_m = _fwd_tiles(
-        b_q, b_acc, b_l, b_m, p_k, p_v, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q, k_strides[0],
-        v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True, STAGES,
+        b_q, b_acc, b_l, b_m, p_k, p_v, i_kv, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q,
+        k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True,
+        STAGES, TMA,
     )
     b_acc, b_l, b_m = _fwd_tiles(
-        b_q, b_acc, b_l, b_m, p_k, p_v, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q, k_strides[0],
-        v_strides[0], num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False, STAGES,
+        b_q, b_acc, b_l, b_m, p_k, p_v, i_kv, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q,
+        k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False,
+        STAGES, TMA,
     )
     # fmt: on
     if sinks is not None:
@@ -197,15 +213,16 @@ def fwd_launch(
     scale: float,
     window: int,
     softcap: float,
+    tma: bool,
 ) -> Launch:
     """The forward launch; ``lists`` are q_offsets, q_indices, q_full, q_order of the tile sizes in ``tile``."""
     num_tokens, num_heads, head_dim = q.shape
     qk_scale, cap = score_scales(scale, softcap)
     args = dict(
         zip(("q_offsets", "q_indices", "q_full", "q_order"), lists, strict=True),
-        q=q,
-        k=k,
-        v=v,
+        q=descriptor(q, tile.block_m) if tma else q,
+        k=descriptor(k, tile.block_n) if tma else k,
+        v=descriptor(v, tile.block_n) if tma else v,
         sinks=sinks,
         out=out,
         lse=lse,
@@ -230,6 +247,7 @@ def fwd_launch(
         HAS_CAP=softcap > 0,
         HAS_WINDOW=window > 0,
         STAGES=tile.num_stages,
+        TMA=tma,
     )
     return Launch(tree_attention_fwd_kernel, (cdiv(num_tokens, tile.block_m) * num_heads,), args, tile)
 
@@ -257,5 +275,6 @@ def forward(
             q, scale = -q, -scale
         q, k, v = rows(q), rows(k), rows(v)
         sinks = None if sinks is None else sinks.contiguous()
-        fwd_launch(q, k, v, sinks, out, lse, subtree_end, position, tile, lists, scale, window, softcap).run()
+        tma = tma_fits(arch_of(q.device), q, k, v)
+        fwd_launch(q, k, v, sinks, out, lse, subtree_end, position, tile, lists, scale, window, softcap, tma).run()
     return out, lse
