@@ -85,7 +85,8 @@ def tree_attention(
     if chosen is Backend.TRITON and q.shape[0]:
         from . import triton
 
-        tiles = triton.tile_tensors(plan, q, v, window)
+        config = triton.config_for(q, k, v, window, softcap, sinks, scale)
+        tiles = triton.tile_tensors(plan, q, v, window, config)
     out, lse = torch.ops.treegrpo.tree_attention(
         q,
         k,

@@ -17,6 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..plan import TreePlan
     from .common import Config
+    from .hopper import HopperConfig
 
 _FWD, _DQ, _DKV = slice(0, 5), slice(5, 10), slice(10, 16)
 
@@ -53,16 +54,37 @@ def refusal(
     return None
 
 
-def tile_tensors(plan: TreePlan, q: Tensor, v: Tensor, window: int, config: Config | None = None) -> list[Tensor]:
+def config_for(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
+) -> Config | HopperConfig:
+    """The tiles for these arguments of ``tree_attention``: those of the Hopper kernels where they serve them."""
+    from .common import arch_of, config
+
+    arch = arch_of(q.device)
+    if 90 <= arch < 100:
+        from . import hopper
+
+        if hopper.takes(q, k, v, window, softcap, sinks, scale, arch):
+            return hopper.config(q.shape[-1])
+    return config(q.shape[-1], v.shape[-1], q.dtype, arch)
+
+
+def tile_tensors(
+    plan: TreePlan, q: Tensor, v: Tensor, window: int, config: Config | HopperConfig | None = None
+) -> list[Tensor]:
     """The tile lists of the three kernels as one flat list, for :func:`attn_fwd` and :func:`attn_bwd`.
 
     Each part opens with an empty tensor whose shape is the tile configuration (0, block_m, block_n, num_warps,
     num_stages): it travels with the lists made for it, so that backward cannot pair them with other tiles. ``config``
     pins the tiles.
     """
-    from .common import arch_of
+    from .common import Config, arch_of
     from .common import config as choose
 
+    if config is not None and not isinstance(config, Config):
+        from . import hopper
+
+        return hopper.tile_tensors(plan, config)
     config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
     tensors = []
     for tile in (config.fwd, config.dq):
@@ -91,6 +113,10 @@ def attn_fwd(
 
     lse is a natural logarithm. ``deterministic`` changes nothing: the kernels add in a fixed order either way.
     """
+    if len(tiles) != _DKV.stop:
+        from . import hopper
+
+        return hopper.attn_fwd(q, k, v, tiles, scale)
     from .forward import forward as run
 
     tile, *lists = tiles[_FWD]
@@ -113,6 +139,10 @@ def attn_bwd(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients dq, dk, dv for dout [T,Hq,Dv]; ``deterministic`` changes nothing, as in :func:`attn_fwd`."""
+    if len(tiles) != _DKV.stop:
+        from . import hopper
+
+        return hopper.attn_bwd(dout, q, k, v, out, lse, tiles, scale)
     from .backward import backward as run
 
     dq_tile, *dq_lists = tiles[_DQ]

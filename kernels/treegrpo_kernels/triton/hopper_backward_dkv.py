@@ -1,0 +1,369 @@
+"""dK and dV for Hopper (sm_90): one producer warp and two consumer warpgroups, written in Gluon.
+
+    p_ij = exp(s_ij - lse_i)     dp_ij = dout_i . v_j     ds_ij = p_ij (dp_ij - delta_i)
+    dk_j = scale * sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
+
+A program is one key tile of one key/value head; each consumer owns 64 of its keys and keeps their dK and dV in
+registers. Programs run longest query range first. The query rows that see a key tile are one contiguous range, so
+nothing is looked up: the producer counts through the range once for every query head of the group and streams Q, dO,
+lse and delta through a ring. Scores are held transposed, [keys, queries], as operands of the next product. Sums run in
+a fixed order: the same inputs give the same bits.
+
+Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and key/value heads, D head dim, BM query rows
+of a tile, BN = 128 key rows. Names as in common.py; s_ shared memory, bars_ mbarriers.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .common import LOG2E, cdiv
+from .hopper_common import HopperLaunch, HopperTile, descriptor, visible
+
+
+@gluon.jit
+def _bounds(i_n, kv_max, kv_min, num_tokens, BM: gl.constexpr, BN: gl.constexpr):
+    """Query tiles that see a key tile: [lo, a) across the diagonal, [a, b) full, [b, hi) across ends of subtrees."""
+    n0 = i_n * BN
+    n1 = gl.minimum(n0 + BN, num_tokens)
+    lo = n0 // BM
+    hi = (gl.load(kv_max + i_n) + BM - 1) // BM
+    a = gl.minimum((n1 - 1 + BM - 1) // BM, hi)
+    b = gl.maximum(a, gl.minimum(gl.load(kv_min + i_n) // BM, hi))
+    return lo, a, b, hi
+
+
+@gluon.jit
+def _step(
+    b_dk,
+    b_dv,
+    s_k,
+    s_v,
+    s_q,
+    s_dout,
+    s_lse,
+    s_delta,
+    s_row,
+    bars_q,
+    bars_q_free,
+    ring,
+    o_k,
+    b_span,
+    qk_scale,
+    BM: gl.constexpr,
+    STAGES: gl.constexpr,
+    S_LAYOUT: gl.constexpr,
+    P_LAYOUT: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Adds one query tile's part."""
+    COLUMN: gl.constexpr = gl.SliceLayout(0, S_LAYOUT)
+    slot = ring % STAGES
+    phase = (ring // STAGES) & 1
+    mbarrier.wait(bars_q.index(slot), phase)
+    b_zero = gl.zeros([o_k.shape[0], BM], gl.float32, layout=S_LAYOUT)
+    b_s = warpgroup_mma(s_k, s_q.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_dp = warpgroup_mma(s_v, s_dout.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+    b_lse = s_lse.index(slot).load(COLUMN)
+    b_s = warpgroup_mma_wait(1, deps=[b_s])
+    b_p = gl.exp2(b_s * qk_scale - b_lse[None, :])
+    if MASKED:
+        o_q = s_row.index(slot).load(COLUMN)
+        b_p = gl.where(visible(o_q[None, :], o_k[:, None], b_span[:, None]), b_p, 0.0)
+    b_p16 = gl.convert_layout(b_p.to(s_q.dtype), P_LAYOUT, assert_trivial=True)
+    b_dv = warpgroup_mma(b_p16, s_dout.index(slot), b_dv, is_async=True)
+    b_delta = s_delta.index(slot).load(COLUMN)
+    b_dp = warpgroup_mma_wait(1, deps=[b_dp])
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_ds16 = gl.convert_layout(b_ds.to(s_q.dtype), P_LAYOUT, assert_trivial=True)
+    b_dk = warpgroup_mma(b_ds16, s_q.index(slot), b_dk, is_async=True)
+    b_dk, b_dv = warpgroup_mma_wait(0, deps=[b_dk, b_dv])
+    mbarrier.arrive(bars_q_free.index(slot), count=1)
+    return b_dk, b_dv
+
+
+@gluon.jit
+def _consumer(
+    I_WG: gl.constexpr,
+    s_k,
+    s_v,
+    s_q,
+    s_dout,
+    s_lse,
+    s_delta,
+    s_row,
+    bars,
+    dk_desc,
+    dv_desc,
+    span,
+    kv_max,
+    kv_min,
+    kv_order,
+    num_tokens,
+    num_kv_heads,
+    scale,
+    qk_scale,
+    GROUP: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """64 keys of a key tile."""
+    bars_kv, bars_q, bars_q_free = bars
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROWS: gl.constexpr = BN // 2
+    o_row = I_WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
+    s_k_own = s_k.index(I_WG)
+    s_v_own = s_v.index(I_WG)
+    ring = 0
+    work = gl.program_id(0)
+    i_n = gl.load(kv_order + work // num_kv_heads)
+    i_kv = work % num_kv_heads
+    lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+    o_k = i_n * BN + o_row
+    b_span = gl.load(span + o_k)
+    b_dk = gl.zeros([ROWS, D], gl.float32, layout=O_LAYOUT)
+    b_dv = gl.zeros([ROWS, D], gl.float32, layout=O_LAYOUT)
+    mbarrier.wait(bars_kv.index(I_WG), 0)
+    # fmt: off
+    for _ in range(GROUP * (b - a)):
+        b_dk, b_dv = _step(
+            b_dk, b_dv, s_k_own, s_v_own, s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, ring, o_k,
+            b_span, qk_scale, BM, STAGES, S_LAYOUT, P_LAYOUT, False,
+        )
+        ring += 1
+    for _ in range(GROUP * (a - lo + hi - b)):
+        b_dk, b_dv = _step(
+            b_dk, b_dv, s_k_own, s_v_own, s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, ring, o_k,
+            b_span, qk_scale, BM, STAGES, S_LAYOUT, P_LAYOUT, True,
+        )
+        ring += 1
+    # fmt: on
+    # every product has read K and V by now: their buffers carry the results out
+    s_k_own.store((b_dk * scale).to(s_k.dtype))
+    s_v_own.store(b_dv.to(s_v.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dk_desc, [i_n * BN + I_WG * ROWS, i_kv * D], s_k_own)
+    tma.async_copy_shared_to_global(dv_desc, [i_n * BN + I_WG * ROWS, i_kv * D], s_v_own)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _next_partial(i_m, lo, a, b, hi):
+    """The query tile after ``i_m`` in [lo, a) and [b, hi), going round."""
+    i_m += 1
+    i_m = gl.where(i_m == a, b, i_m)
+    return gl.where(i_m == hi, gl.where(lo == a, b, lo), i_m)
+
+
+@gluon.jit
+def _fill(
+    s_q,
+    s_dout,
+    s_lse,
+    s_delta,
+    s_row,
+    bars_q,
+    bars_q_free,
+    q_desc,
+    dout_desc,
+    lse2,
+    delta,
+    i_m,
+    i_h,
+    num_padded,
+    ring,
+    BM: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """One query tile of one head into the ring."""
+    o_row = gl.arange(0, BM, layout=gl.BlockedLayout([BM // 32], [32], [1], [0]))
+    p_row = i_h.to(gl.int64) * num_padded + i_m * BM + o_row
+    b_lse = gl.load(lse2 + p_row)
+    b_delta = gl.load(delta + p_row)
+    slot = ring % STAGES
+    mbarrier.wait(bars_q_free.index(slot), ((ring // STAGES) & 1) ^ 1)
+    mbarrier.expect(bars_q.index(slot), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(q_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_q.index(slot))
+    tma.async_copy_global_to_shared(dout_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_dout.index(slot))
+    s_lse.index(slot).store(b_lse)
+    s_delta.index(slot).store(b_delta)
+    s_row.index(slot).store(i_m * BM + o_row)
+    mbarrier.arrive(bars_q.index(slot), count=1)
+
+
+@gluon.jit
+def _producer(
+    s_k,
+    s_v,
+    s_q,
+    s_dout,
+    s_lse,
+    s_delta,
+    s_row,
+    bars,
+    q_desc,
+    k_desc,
+    v_desc,
+    dout_desc,
+    lse2,
+    delta,
+    kv_max,
+    kv_min,
+    kv_order,
+    num_tokens,
+    num_padded,
+    num_kv_heads,
+    GROUP: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Streams K, V and the query tiles that see them, in the order in which the consumers read."""
+    bars_kv, bars_q, bars_q_free = bars
+    ROWS: gl.constexpr = BN // 2
+    ring = 0
+    work = gl.program_id(0)
+    i_n = gl.load(kv_order + work // num_kv_heads)
+    i_kv = work % num_kv_heads
+    lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+    for i_wg in gl.static_range(2):
+        bar = bars_kv.index(i_wg)
+        mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_k.index(i_wg))
+        tma.async_copy_global_to_shared(v_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_v.index(i_wg))
+    # fmt: off
+    for i_g in range(GROUP):
+        for i_m in range(a, b):
+            _fill(s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta, i_m,
+                  i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES)
+            ring += 1
+    for i_g in range(GROUP):
+        i_m = gl.where(lo == a, b, lo)
+        for _ in range(a - lo + hi - b):
+            _fill(s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta, i_m,
+                  i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES)
+            ring += 1
+            i_m = _next_partial(i_m, lo, a, b, hi)
+    # fmt: on
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "num_padded", "num_kv_heads"])
+def tree_attention_bwd_dkv_hopper_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    dout_desc,
+    dk_desc,
+    dv_desc,
+    lse2,
+    delta,
+    span,
+    kv_max,
+    kv_min,
+    kv_order,
+    num_tokens,
+    num_padded,
+    num_kv_heads,
+    scale,
+    qk_scale,
+    GROUP: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    D: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
+):
+    """Allocates the buffers and barriers and splits into two consumers and a producer."""
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    s_k = gl.allocate_shared_memory(k_desc.dtype, [2, BN // 2, D], k_desc.layout)
+    s_v = gl.allocate_shared_memory(v_desc.dtype, [2, BN // 2, D], v_desc.layout)
+    s_q = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BM, D], q_desc.layout)
+    s_dout = gl.allocate_shared_memory(dout_desc.dtype, [STAGES, BM, D], dout_desc.layout)
+    s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROW)
+    s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROW)
+    s_row = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROW)
+    bars_kv = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    bars_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    bars_q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    for i in gl.static_range(2):
+        mbarrier.init(bars_kv.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        # one arrival announces the bytes that TMA brings, one what the producer itself wrote
+        mbarrier.init(bars_q.index(i), count=2)
+        mbarrier.init(bars_q_free.index(i), count=2)
+    bars = (bars_kv, bars_q, bars_q_free)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_consumer, (0, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, span, kv_max, kv_min,
+                         kv_order, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES)),
+            (_consumer, (1, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, span, kv_max, kv_min,
+                         kv_order, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES)),
+            (_producer, (s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, q_desc, k_desc, v_desc, dout_desc, lse2,
+                         delta, kv_max, kv_min, kv_order, num_tokens, num_padded, num_kv_heads, GROUP, BM, BN, D,
+                         STAGES)),
+        ],
+        [4, 1],
+        [CONSUMER_REGS, PRODUCER_REGS],
+    )
+    # fmt: on
+
+
+def dkv_launch(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    lse2: Tensor,
+    delta: Tensor,
+    tile: HopperTile,
+    lists: list[Tensor],
+    scale: float,
+) -> HopperLaunch:
+    """The dK/dV launch; ``lists`` are kv_max, kv_min, kv_order, span; lse2 (base 2) and delta are [Hq, Tp]."""
+    num_tokens, num_kv_heads, head_dim = k.shape
+    rows = tile.block_n // 2
+    num_work = cdiv(num_tokens, tile.block_n) * num_kv_heads
+    args = dict(
+        zip(("kv_max", "kv_min", "kv_order", "span"), lists, strict=True),
+        q_desc=descriptor(q, tile.block_m),
+        k_desc=descriptor(k, rows),
+        v_desc=descriptor(v, rows),
+        dout_desc=descriptor(dout, tile.block_m),
+        dk_desc=descriptor(dk, rows),
+        dv_desc=descriptor(dv, rows),
+        lse2=lse2,
+        delta=delta,
+        num_tokens=num_tokens,
+        num_padded=delta.shape[1],
+        num_kv_heads=num_kv_heads,
+        scale=scale,
+        qk_scale=scale * LOG2E,
+        GROUP=q.shape[1] // num_kv_heads,
+        BM=tile.block_m,
+        BN=tile.block_n,
+        D=head_dim,
+        STAGES=tile.num_stages,
+        CONSUMER_REGS=tile.consumer_regs,
+        PRODUCER_REGS=tile.producer_regs,
+    )
+    return HopperLaunch(tree_attention_bwd_dkv_hopper_kernel, (num_work,), args)
