@@ -1,6 +1,7 @@
-"""pytest-benchmark's JSON -> one readable page and two pictures: `python -m bench.report result.json --out DIR`.
+"""pytest-benchmark's JSON -> one readable page and pictures: `python -m bench.report RESULT.json [--out DIR]`.
 
-Writes report.md (also printed), chain_against_tree.png (tokens, FLOPs, seconds of a training step) and growth.png.
+Prints the page; with --out it is also written there as report.md, with the pictures of draw.py. Several files of one
+machine and commit become one with --merge, later rows replacing earlier ones of the same bench.
 Every row was measured after its check against the oracle had passed in the same run; a row without that mark is left
 out.
 """
@@ -11,8 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import draw, race_report
+from bench.draw import pairs_of_contenders
+
 Row = dict[str, Any]
-SUITES = ("step", "rate", "growth", "attention", "head", "plan", "pack", "rollout")
+SUITES = ("race", "host", "step", "rate", "growth", "attention", "head", "plan", "pack", "rollout")
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -25,14 +29,35 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
         benchmarks, machine, commit = list(data["benchmarks"]), dict(data["machine_info"]), data["commit_info"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result of pytest --benchmark-json ({error!r}): measure again") from error
-    rows = []
+    rows: list[Row] = []
     for entry in benchmarks:
         info = entry["extra_info"]
         if info.get("oracle") == "passed":
-            rows.append(info | {"median_s": entry["stats"]["median"], "rounds": entry["stats"]["rounds"]})
-    machine["commit"] = f"{str(commit.get('id'))[:10]}{' + local changes' if commit.get('dirty') else ''}"
+            row = info | {"median_s": entry["stats"]["median"], "rounds": entry["stats"]["rounds"]}
+            rows += race_report.expand(row) if info.get("suite") == "race" else [row]
+    dirty = " + local changes" if commit.get("dirty") else ""
+    machine["commit"] = f"{str(commit.get('id'))[:10]}{dirty}"
     machine["date"] = str(data.get("datetime"))[:19]
     return machine, rows
+
+
+def merge(paths: list[Path], into: Path) -> None:
+    """Join results of one commit and GPU, else ValueError; a bench found twice keeps its last measurement."""
+    merged: dict[str, Any] | None = None
+    for path in [into, *paths] if into.exists() else paths:
+        load(path)
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if merged is None:
+            merged = data
+            continue
+        for what, of in (("commit", ("commit_info", "id")), ("GPU", ("machine_info", "gpu"))):
+            here, there = (one.get(of[0], {}).get(of[1]) for one in (merged, data))
+            if here != there:
+                raise ValueError(f"{path} is of another {what} than {into} ({there}, {here}): choose another file")
+        found = {entry["fullname"]: entry for entry in (*merged["benchmarks"], *data["benchmarks"])}
+        merged["benchmarks"] = list(found.values())
+    if merged is not None:
+        into.write_text(json.dumps(merged), encoding="utf-8")
 
 
 def seconds(value: float | None) -> str:
@@ -70,15 +95,6 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 
     rule = "|" + "|".join(("-" * (w + 1)) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([cells(header), rule, *map(cells, body)])
-
-
-def pairs_of_contenders(rows: list[Row]) -> list[tuple[str, Row, Row]]:
-    """(workload, chain, tree) of the training steps."""
-    steps: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        if row["suite"] == "step":
-            steps.setdefault(row["workload"], {})[row["contender"]] = row
-    return [(name, by["chain"], by["tree"]) for name, by in steps.items() if {"chain", "tree"} <= set(by)]
 
 
 def step_table(rows: list[Row]) -> str:
@@ -159,7 +175,36 @@ def plain_table(rows: list[Row]) -> str:
     return markdown([header[i] for i in used], [[line[i] for i in used] for line in body])
 
 
+def race_section(rows: list[Row]) -> str:
+    parts = [markdown(*race_report.race_table(rows))]
+    header, body = race_report.memory_table(rows)
+    if body:
+        parts += ["Peak memory of forward and backward beyond the inputs, MiB:", markdown(header, body)]
+    missing = race_report.absences(rows)
+    if missing:
+        parts.append("Not run, and notes:\n\n" + "\n".join(missing))
+    return "\n\n".join(parts)
+
+
+def host_table(rows: list[Row]) -> str:
+    header = ["workload", "pass", "tokens", "host time per call", "device, median", "CUDA graph replay"]
+    body = [
+        [
+            row["workload"],
+            row["passes"].replace("_", " + "),
+            f"{row['tokens']:,}",
+            seconds(row["host_us"] / 1e6),
+            seconds(row["median_s"]),
+            seconds(row["graph_us"] / 1e6) if row.get("graph_us") else str(row.get("graph", "")),
+        ]
+        for row in rows
+    ]
+    return markdown(header, body)
+
+
 TITLES = {
+    "race": "Attention races; TFLOP/s over each one's visible pairs, in brackets its time over ours (bold: we lose)",
+    "host": "A small tree, the plan reused: what a call costs the host",
     "step": "Training step: forward, loss, backward; the chain is padding-free, head on trained tokens only",
     "rate": "Attention rate on visible pairs against causal SDPA on a chain of as many tokens (interleaved)",
     "growth": "Growth: pairs grow like tokens, so GFLOP/s must stay flat",
@@ -170,7 +215,14 @@ TITLES = {
     "pack": "Trie and packing",
     "rollout": "Sampling rollouts: the hf engine against resubmitting the whole context to `generate`",
 }
-TABLES = {"step": step_table, "rate": rate_table, "attention": attention_table, "rollout": rollout_table}
+TABLES = {
+    "race": race_section,
+    "host": host_table,
+    "step": step_table,
+    "rate": rate_table,
+    "attention": attention_table,
+    "rollout": rollout_table,
+}
 
 
 def page(machine: dict[str, Any], rows: list[Row]) -> str:
@@ -183,84 +235,17 @@ def page(machine: dict[str, Any], rows: list[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_chain_against_tree(rows: list[Row], path: Path) -> bool:
-    """Three panels of bars; False when the run has no training step of both."""
-    steps = pairs_of_contenders(rows)
-    if not steps:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 0.6 * len(steps) + 1.8), sharey=True)
-    measures = [("tokens forwarded", "tokens"), ("training FLOPs (exact)", "flops"), ("seconds per step", "time")]
-    for panel, (title, key) in zip(panels, measures, strict=True):
-        for place, (_, chain, tree) in enumerate(steps):
-            if key == "time":
-                values = tree.get("baseline_s", chain["median_s"]), tree["median_s"]
-            else:
-                values = chain[key], tree[key]
-            panel.barh(place - 0.19, values[0], 0.36, color="#b8bcc2", label="chain" if place == 0 else None)
-            panel.barh(place + 0.19, values[1], 0.36, color="#2a6fb0", label="tree" if place == 0 else None)
-            panel.annotate(f" {values[0] / values[1]:.2f}x", (max(values), place), va="center", fontsize=9)
-        panel.set_title(title, fontsize=10)
-        if key != "time":
-            panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        panel.set_xlim(right=1.25 * panel.get_xlim()[1])
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(steps)), [name for name, _, _ in steps])
-    panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False)
-    figure.suptitle(
-        "chain against tree: one training step of the same rollouts (chain / tree beside the bars)", fontsize=11
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def draw_growth(rows: list[Row], path: Path) -> bool:
-    """Seconds and GFLOP/s over tokens; False when the run has no growth rows."""
-    own = [row for row in rows if row["suite"] == "growth"]
-    if not own:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (spent, rate) = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    for passes in dict.fromkeys(row["passes"] for row in own):
-        line = sorted((row["tokens"], row["median_s"], row["gflops_per_s"]) for row in own if row["passes"] == passes)
-        tokens, medians, speeds = zip(*line, strict=True)
-        spent.loglog(tokens, medians, "o-", label=passes.replace("_", " + "))
-        rate.semilogx(tokens, speeds, "o-", label=passes.replace("_", " + "))
-    linear = [medians[0] * n / tokens[0] for n in tokens]
-    spent.loglog(tokens, linear, ":", color="gray", label="proportional to tokens")
-    spent.set(xlabel="tokens (trees of 4,096)", ylabel="seconds")
-    rate.set(xlabel="tokens (trees of 4,096)", ylabel="GFLOP/s on visible pairs", ylim=(0, None))
-    for panel in (spent, rate):
-        panel.legend(frameon=False, fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def write(result: Path, out: Path) -> str:
+def write(result: Path, out: Path, *, pictures: bool = True) -> str:
     """Write the page and the pictures of one result file into `out`; returns the page."""
     machine, rows = load(result)
     text = page(machine, rows)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(text, encoding="utf-8")
-    try:
-        draw_chain_against_tree(rows, out / "chain_against_tree.png")
-        draw_growth(rows, out / "growth.png")
-    except ModuleNotFoundError as missing:
-        text += f"\nno pictures: {missing.name} is not installed\n"
+    if pictures:
+        try:
+            draw.draw_all(machine, rows, out)
+        except ModuleNotFoundError as missing:
+            text += f"\nno pictures: {missing.name} is not installed\n"
     return text
 
 
@@ -268,13 +253,24 @@ def main() -> None:
     # argparse, for a bare GPU machine has torch and pytest but seldom tyro
     import argparse
 
-    about = "Turn a result of `pytest bench/ --benchmark-json=result.json` into a page and pictures."
+    about = "Turn results of `pytest bench/ --benchmark-json=result.json` into a page and pictures."
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=about)
-    parser.add_argument("result", type=Path, help="the JSON file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for report.md and the pictures")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files; several need --merge")
+    parser.add_argument("--out", type=Path, help="folder for report.md and the pictures")
+    parser.add_argument("--merge", type=Path, help="join the files into this one, which may exist, and report on it")
+    parser.add_argument("--no-pictures", action="store_true", help="write the page alone")
+    parser.add_argument("--short", action="store_true", help="print the races as a narrow table instead of the page")
     options = parser.parse_args()
+    if len(options.results) > 1 and options.merge is None:
+        parser.error("several results: join them with --merge FILE")
     try:
-        print(write(options.result, options.out), end="")
+        if options.merge is not None:
+            merge(options.results, options.merge)
+        result = options.merge or options.results[0]
+        text = page(*load(result))
+        if options.out is not None:
+            text = write(result, options.out, pictures=not options.no_pictures)
+        print("\n".join(race_report.short(load(result)[1])) if options.short else text.rstrip("\n"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"bench.report: {error}") from error
 

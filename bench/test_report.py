@@ -1,10 +1,11 @@
-"""The report: a page and two pictures from a result file; rows without a passed check stay out."""
+"""The report: a page and pictures from a result file; rows without a passed check stay out; results are joined."""
 
 import json
 
 import pytest
 
-from bench import report
+from bench import race_report, report
+from bench.draw import family
 
 
 def entry(suite, contender, median, workload="branching", oracle="passed", **info):
@@ -32,10 +33,13 @@ def result_file(tmp_path):
         )
         for n in (1, 2, 4)
     ]
-    path = tmp_path / "result.json"
-    commit = {"id": "0123456789abcdef", "dirty": True}
+    return written(tmp_path / "result.json", rows)
+
+
+def written(path, rows, commit_id="0123456789abcdef"):
+    commit = {"id": commit_id, "dirty": True}
     data = {
-        "machine_info": {"cpu": "a cpu"},
+        "machine_info": {"cpu": "a cpu", "gpu": "NVIDIA H200"},
         "commit_info": commit,
         "datetime": "2026-01-02T03:04:05",
         "benchmarks": rows,
@@ -54,6 +58,128 @@ def test_page_and_pictures(tmp_path):
     assert [cell.strip() for cell in line.split("|")[3:7]] == ["4.40x", "2.50x", "3.00x", "3.00x"]
     for picture in ("chain_against_tree.png", "growth.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def race_entry(workload, head_dim, contender, sharing, speeds, tree_tokens=16384, **info):
+    """One contender of one workload; `speeds` are its forward and backward TFLOP/s."""
+    is_chain = contender.startswith("chain")
+    tree_pairs = tree_tokens**2 // 4
+    pairs = int(tree_pairs * sharing) if is_chain else tree_pairs
+    work = {"forward": 4 * head_dim * 32 * pairs, "backward": 10 * head_dim * 32 * pairs}
+    spent = {name: work[name] / speed / 1e12 for name, speed in zip(work, speeds, strict=True)}
+    spent["forward_backward"], work["forward_backward"] = sum(spent.values()), sum(work.values())
+    passes = {
+        name: {
+            "median_s": value,
+            "iqr_s": 0.01 * value,
+            "rounds_s": [value] * 3,
+            "tflops_per_s": work[name] / value / 1e12,
+        }
+        for name, value in spent.items()
+    }
+    made = entry("race", contender, spent["forward_backward"], workload, **info)
+    made["fullname"] = f"bench/test_attention_gpu.py::test_race[{workload}-{head_dim}-{contender}]"
+    made["extra_info"] |= {
+        "head_dim": head_dim,
+        "heads": "32:8",
+        "dtype": "bfloat16",
+        "passes": passes,
+        "peak_bytes": 3 * 2**20,
+        "tokens": int(tree_tokens * sharing) if is_chain else tree_tokens,
+        "pairs": pairs,
+        "tree_tokens": tree_tokens,
+        "chain_tokens": int(tree_tokens * sharing),
+        "tree_pairs": tree_pairs,
+        "chain_pairs": int(tree_pairs * sharing),
+    }
+    return made
+
+
+RIVALS = {
+    "tree_triton": (450, 320),
+    "flex": (250, 150),
+    "gather_varlen": (200, 130),
+    "chain_varlen": (350, 280),
+    "chain_cudnn": (550, 420),
+}
+
+
+def race_file(tmp_path):
+    shapes = {
+        "chain_16k": 1,
+        "chain_64k": 1,
+        "star_8k": 3.9,
+        "star_2k": 1.27,
+        "star_2k_x3": 1.27,
+        "search_2_6_32k": 1.9,
+    }
+    lengths = {"chain_64k": 65536, "star_2k_x3": 55880, "search_2_6_32k": 32768}
+    rows = [
+        race_entry(workload, 128, name, sharing, speeds, lengths.get(workload, 16384))
+        for workload, sharing in shapes.items()
+        for name, speeds in RIVALS.items()
+    ]
+    rows += [race_entry("star_2k", 64, name, 1.27, speeds) for name, speeds in RIVALS.items()]
+    rows[0]["extra_info"]["absent"] = {"flash_attn_4": "flash-attn-4 is not installed"}
+    rows[1]["extra_info"]["note"] = "compiled for every length"
+    rows.append(
+        entry("host", "tree_triton", 4e-5, passes="forward", tokens=2048, host_us=48.0, graph_us=31.0, graph="captured")
+    )
+    return written(tmp_path / "race.json", rows)
+
+
+def test_races_become_a_table_and_pictures(tmp_path):
+    out = tmp_path / "out"
+    text = report.write(race_file(tmp_path), out)
+    # cuDNN does 550 on as many pairs: it takes 0.82 of our time, and that loss is bold
+    chain_line = next(line for line in text.splitlines() if line.startswith("| chain_16k"))
+    assert "450 ± 1%" in chain_line and "250 (1.80x)" in chain_line and "550 (**0.82x**)" in chain_line
+    # on star_8k its chains have 3.9 times the pairs
+    star_line = next(line for line in text.splitlines() if line.startswith("| star_8k"))
+    assert "550 (3.19x)" in star_line
+    assert "- flash_attn_4: flash-attn-4 is not installed (chain_16k)" in text
+    assert "- FlexAttention: compiled for every length" in text
+    assert "48 us" in text and "31 us" in text
+    for picture in ("race.png", "sharing.png", "length.png", "roofline.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert not (out / "growth.png").exists()
+
+
+def test_short_table_is_narrow(tmp_path):
+    lines = race_report.short(report.load(race_file(tmp_path))[1])
+    assert len(lines) == 3 * (1 + 7) and max(map(len, lines)) <= 130
+    assert lines[1].split() == [
+        "chain_16k",
+        "128",
+        "16384",
+        "450",
+        "250",
+        "1.80x",
+        "200",
+        "2.25x",
+        "350",
+        "1.29x",
+        "550",
+        "0.82x",
+    ]
+
+
+def test_families_of_workloads():
+    names = ["chain_16k", "star_8k", "star_8k_x2", "search_2_6_64k", "branching"]
+    assert [family(name) for name in names] == ["chain", "star_8k", "star_8k", "search_2_6", "branching"]
+
+
+def test_results_of_one_commit_are_joined(tmp_path):
+    into = tmp_path / "bench.json"
+    old, new = (race_entry("chain_16k", 128, "flex", 1, (speed, speed)) for speed in (100, 200))
+    other = race_entry("chain_32k", 128, "flex", 1, (300, 300))
+    report.merge([written(tmp_path / "a.json", [old, other])], into)
+    report.merge([written(tmp_path / "b.json", [new])], into)
+    _, rows = report.load(into)
+    found = {row["workload"]: round(row["tflops_per_s"]) for row in rows if row["passes"] == "forward"}
+    assert found == {"chain_16k": 200, "chain_32k": 300}
+    with pytest.raises(ValueError, match="of another commit"):
+        report.merge([written(tmp_path / "c.json", [new], "ffff")], into)
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):
