@@ -1,72 +1,166 @@
 #!/usr/bin/env bash
 # One command on a bare CUDA machine: build csrc, run the GPU tests, run the benches, print a short table last.
 #
-#   bash bench/device.sh [--out DIR] [--quick] [--stages "build tests sanitize bench"]
+#   bash bench/device.sh [--out DIR] [--quick] [--seconds N] [--stages "build tests sanitize bench step head"]
 #
 # Needs Python with torch (CUDA), triton, transformers, pytest, pytest-benchmark, hypothesis; nvcc for the CUDA objects; no
-# network. Everything is written below DIR (default bench/results/<gpu>-<commit>); a failing stage is reported and the next
-# one still runs; one folder never mixes commits.
+# network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, bench
+# (attention and plans), step, head, tune, profile; the last two are not among the default ones. A failing stage is
+# reported and the next one still runs. It ends before N seconds (default 540, with --quick 240): a stage gets its share of
+# what is left, and what does not fit is skipped and said so. DIR (default bench/results/<gpu>-<commit>) receives
+# machine.json, log.txt, bench.json and report.md, and never holds results of two commits or two states of the sources.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-stages="build tests sanitize bench"
+stages="build tests sanitize bench step head"
 quick=""
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+seconds=""
 out=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --out) out=$2; shift 2 ;;
     --stages) stages=$2; shift 2 ;;
+    --seconds) seconds=$2; shift 2 ;;
     --quick) quick="--quick"; shift ;;
-    -h|--help) sed -n 's/^# \{0,1\}//p' "$0" | sed -n '2,9p'; exit 0 ;;
+    -h|--help) sed -n '2,11{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "unknown option $1: see --help" >&2; exit 2 ;;
   esac
+done
+seconds=${seconds:-$([ -n "$quick" ] && echo 240 || echo 540)}
+# the merge and the last table need this much
+reserve=12
+
+# weight of each stage: its share of the time that is left, against the chosen stages not yet run
+declare -A weight=([build]=6 [tests]=6 [sanitize]=2 [bench]=8 [step]=6 [head]=2 [tune]=8 [profile]=2)
+for name in $stages; do
+  [ -n "${weight[$name]:-}" ] || { echo "unknown stage $name: use ${!weight[*]}" >&2; exit 2; }
 done
 
 gpu=$($python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))" 2>/dev/null) || {
   echo "no CUDA device seen by $python: this script is for a GPU machine (make test runs anywhere)" >&2; exit 2; }
+commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || cat .commit 2>/dev/null || echo unknown)}
+sources=$(find treegrpo kernels csrc bench tests setup.py pyproject.toml -type f \
+  \( -name '*.py' -o -name '*.sh' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl' -o -name '*.toml' \) \
+  | LC_ALL=C sort | xargs sha1sum | sha1sum | cut -c1-12)
+[ "$commit" = unknown ] && commit="sources-$sources"
 out=${out:-bench/results/$gpu-$commit}
 mkdir -p "$out"
-if [ -e "$out/machine.json" ] && ! grep -q "\"commit\": \"$commit\"" "$out/machine.json"; then
-  echo "$out holds results of another commit: choose another --out" >&2; exit 2
+if [ -e "$out/machine.json" ] && ! { grep -qF "\"commit\": \"$commit\"" "$out/machine.json" && grep -qF "\"sources\": \"$sources\"" "$out/machine.json"; }; then
+  echo "$out holds results of another commit or of other sources: choose another --out" >&2; exit 2
 fi
-export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+parts=$(mktemp -d)
+log="$out/log.txt"
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 COMMIT="$commit"
 unset TRITON_INTERPRET
-OUT="$out" COMMIT="$commit" $python - <<'PY'
-import json, os, platform, subprocess, sys
-import torch, transformers, triton
-driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"],
-                        capture_output=True, text=True).stdout.strip()
-record = dict(commit=os.environ["COMMIT"], gpu=torch.cuda.get_device_name(), driver_clock_power=driver, python=sys.version.split()[0],
-              torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__, transformers=transformers.__version__,
-              cpu=platform.processor() or platform.machine())
-json.dump(record, open(os.path.join(os.environ["OUT"], "machine.json"), "w"), indent=1)
+
+echo "=== $(date -u +%FT%TZ) commit $commit, sources $sources, stages: $stages $quick, $seconds s" >> "$log"
+OUT="$out" SOURCES="$sources" $python - <<'PY' | tee -a "$log"
+import importlib.metadata, json, os, platform, subprocess
+import torch
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+try:
+    driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+except OSError as error:
+    driver = str(error)
+record = dict(commit=os.environ["COMMIT"], sources=os.environ["SOURCES"], gpu=torch.cuda.get_device_name(),
+              driver_clock_power=driver, python=platform.python_version(), cuda=torch.version.cuda, cores=os.cpu_count(),
+              cudnn=torch.backends.cudnn.version())
+record |= {name: version(name) for name in ("torch", "triton", "transformers", "flash-attn", "trl", "matplotlib", "pytest-xdist")}
+with open(os.path.join(os.environ["OUT"], "machine.json"), "w") as file:
+    json.dump(record, file, indent=1)
 print(record)
 PY
 
 summary=()
-stage() { # stage NAME SECONDS COMMAND...
-  local name=$1 limit=$2; shift 2
-  case " $stages " in *" $name "*) ;; *) summary+=("$name|skipped|0"); return ;; esac
-  echo "== $name"
-  local start=$SECONDS
-  timeout "$limit" "$@" > "$out/$name.log" 2>&1
-  local rc=$?
-  tail -n 5 "$out/$name.log"
-  summary+=("$name|$([ $rc = 0 ] && echo ok || echo "FAILED ($rc), see $name.log")|$((SECONDS - start))")
+share() { # share NAME: seconds this stage may take
+  local total=0 passed="" other
+  for other in build tests sanitize bench step head tune profile; do
+    [ "$other" = "$1" ] && passed=yes
+    case " $stages " in *" $other "*) [ -n "$passed" ] && total=$((total + ${weight[$other]})) ;; esac
+  done
+  echo $(((seconds - reserve - SECONDS) * ${weight[$1]} / total))
 }
 
-stage build 240 env TREEGRPO_BUILD=auto $python setup.py build_ext --inplace
-# only the files that have GPU tests: the others import packages that a bare machine may lack
-stage tests 240 $python -m pytest $(grep -ln "mark.gpu" tests/test_*.py) -m gpu -q --maxfail=20 -p no:cacheprovider
-stage sanitize 120 compute-sanitizer --tool memcheck --error-exitcode 9 \
-  $python -m pytest tests/test_triton.py tests/test_cuda.py -m gpu -q -p no:cacheprovider -k "worked_example"
-stage bench $([ -n "$quick" ] && echo 150 || echo 420) $python -m pytest bench $quick -q -p no:cacheprovider --benchmark-json="$out/bench.json"
-[ -s "$out/bench.json" ] && $python -m bench.report "$out/bench.json" --out "$out" > "$out/report.txt" 2>&1
+run() { # run NAME LEAST COMMAND...: the command sees its limit as {limit}, and is interrupted when that is over
+  local name=$1 least=$2; shift 2
+  case " $stages " in *" $name "*) ;; *) return 1 ;; esac
+  local limit; limit=$(share "$name")
+  if [ "$limit" -lt "$least" ]; then summary+=("$name|skipped: $limit s are left for it, it needs $least|0"); return 1; fi
+  echo "== $name (at most $limit s)" | tee -a "$log"
+  local start=$SECONDS rc
+  # an interrupted pytest still writes its results
+  timeout -s INT -k 8 $((limit > 30 ? limit - 8 : limit)) "${@//\{limit\}/$((limit > 60 ? limit - 30 : limit))}" > "$parts/$name.log" 2>&1
+  rc=$?
+  cat "$parts/$name.log" >> "$log"
+  tail -n 6 "$parts/$name.log" | cut -c1-200
+  case $rc in
+    0) summary+=("$name|ok|$((SECONDS - start))") ;;
+    124|137) summary+=("$name|FAILED: out of time after $limit s, see log.txt|$((SECONDS - start))") ;;
+    *) summary+=("$name|FAILED ($rc), see log.txt|$((SECONDS - start))") ;;
+  esac
+}
 
-echo
-echo "commit $commit on $gpu, results in $out"
-[ -s "$out/report.txt" ] && head -n 60 "$out/report.txt"
-printf '%-10s %-40s %s\n' stage outcome seconds
-for row in "${summary[@]}"; do IFS='|' read -r name outcome seconds <<< "$row"; printf '%-10s %-40s %s\n' "$name" "$outcome" "$seconds"; done
+merge() { # merge NAME: the stage's result joins bench.json
+  [ -s "$parts/$1.json" ] || return 0
+  $python -m bench.report "$parts/$1.json" --merge "$out/bench.json" --out "$out" --no-pictures > /dev/null 2>> "$log" ||
+    { echo "$1: its results could not be joined, they stay in $1.json"; cp "$parts/$1.json" "$out/"; }
+}
+
+measure() { # measure NAME LEAST FILES...
+  local name=$1 least=$2; shift 2
+  run "$name" "$least" $python -m pytest "$@" $quick -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
+    --bench-seconds={limit} --benchmark-json="$parts/$name.json" && merge "$name"
+}
+
+modules() { # modules PATTERN: bench modules that match, with the options of ours they take
+  local file
+  for file in bench/$1; do
+    [ -e "$file" ] || continue
+    local module=bench.$(basename "$file" .py) options="" known
+    known=$($python -m "$module" --help 2>/dev/null)
+    case "$known" in *--out*) options="--out $out" ;; esac
+    case "$known" in *--quick*) options="$options $quick" ;; esac
+    echo "$module $options"
+  done
+}
+
+run_modules() { # run_modules NAME PATTERN
+  case " $stages " in *" $1 "*) ;; *) return ;; esac
+  local found; found=$(modules "$2")
+  if [ -z "$found" ]; then summary+=("$1|skipped: there is no bench/$2|0"); return; fi
+  run "$1" 20 bash -c "set -e; while read -r line; do echo \"-- \$line\"; $python -m \$line; done <<< '$found'"
+}
+
+run build 20 env TREEGRPO_BUILD=auto $python setup.py build_ext --inplace
+# only the files that have GPU tests: the others import packages that a bare machine may lack
+workers=$($python -c "import xdist; print('-n 6')" 2>/dev/null)
+run tests 20 $python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py) -m gpu -q $workers --maxfail=30 -p no:cacheprovider
+run sanitize 20 bash -c "command -v compute-sanitizer > /dev/null || { echo 'compute-sanitizer is not installed'; exit 3; }
+  for tool in memcheck racecheck; do
+    echo \"-- \$tool\"
+    compute-sanitizer --tool \$tool --error-exitcode 9 $python -m pytest tests/test_triton.py tests/test_cuda.py -m gpu -q \
+      -p no:cacheprovider -k worked_example || exit
+  done"
+measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
+measure step 30 bench/test_step.py
+measure head 20 bench/test_logprobs.py
+run_modules tune 'tune.py'
+run_modules profile 'profile*.py'
+
+rm -rf "$parts"
+{
+  echo
+  echo "commit $commit on $gpu, results in $out"
+  [ -s "$out/bench.json" ] && $python -m bench.report "$out/bench.json" --short 2>&1 | head -n 90
+  printf '%-9s %-60s %s\n' stage outcome seconds
+  for row in "${summary[@]}"; do IFS='|' read -r name outcome spent <<< "$row"; printf '%-9s %-60s %s\n' "$name" "$outcome" "$spent"; done
+  echo "$SECONDS s in all"
+} | tee -a "$log"
