@@ -49,8 +49,14 @@ def descriptor(x: Tensor, num_rows: int) -> TensorDescriptor:
     """TMA descriptor of [T, H, D] (heads packed) as a matrix [T, H * D], read in boxes of [num_rows, D]."""
     num_tokens, num_heads, head_dim = x.shape
     block = [num_rows, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _GL_DTYPES[x.dtype])
-    return TensorDescriptor(x, [num_tokens, num_heads * head_dim], [x.stride(0), 1], block, layout)
+    return TensorDescriptor(
+        x, [num_tokens, num_heads * head_dim], [x.stride(0), 1], block, _layout(num_rows, head_dim, x.dtype)
+    )
+
+
+@cache
+def _layout(num_rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([num_rows, head_dim], _GL_DTYPES[dtype])
 
 
 @cache
