@@ -126,7 +126,8 @@ modules() { # modules PATTERN: bench modules that match, with the options of our
     [ -e "$file" ] || continue
     local module=bench.$(basename "$file" .py) options="" known
     known=$($python -m "$module" --help 2>/dev/null)
-    case "$known" in *--out*) options="--out $out" ;; esac
+    case "$known" in *--out*) options="--out $out/$(basename "$file" .py).json" ;; esac
+    case "$known" in *--seconds*) options="$options --seconds {limit}" ;; esac
     case "$known" in *--quick*) options="$options $quick" ;; esac
     echo "$module $options"
   done

@@ -1,7 +1,12 @@
-"""TreePlan: validation, positions, pair count and tile lists, up to a million tokens.
+"""TreePlan: validation, positions, pair count and tile lists, up to a million tokens; on a GPU rows of 128k.
+
+Timed by the wall, for building a plan ends in one device synchronisation. On a GPU `tile_tensors` is what a training
+step builds once per row: the plan and the lists of all three kernels.
 
 The check: pairs and positions by walking each workload's leaves; tile lists by the rule, tile against tile.
 """
+
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,7 +14,8 @@ import torch
 from cases import balanced_subtree_end
 
 import treegrpo_kernels as tk
-from bench import workloads
+from bench import gpu_workloads, workloads
+from treegrpo import build_forest
 
 BLOCK_M, BLOCK_N = 128, 64
 MILLION = 1_000_000
@@ -26,8 +32,20 @@ def million_tokens(quick):
     return torch.from_numpy(np.concatenate([forest, np.full(rest, MILLION)]).astype(np.int32))
 
 
+LONG = {
+    "chain_128k": lambda: workloads.chain(128 * gpu_workloads.K),
+    "star_8k_128k": lambda: gpu_workloads.star(8 * gpu_workloads.K, gpu_workloads.K, 16, 5),
+    "search_2_6_128k": lambda: gpu_workloads.search(2, 6, 128 * gpu_workloads.K, gpu_workloads.K),
+}
+
+
+@cache
 def subtree_end(workload, quick):
-    return million_tokens(quick) if workload == "million" else workloads.forest(workload, quick).subtree_end
+    if workload == "million":
+        return million_tokens(quick)
+    if workload in LONG:
+        return workloads.lay_out(workload, tuple(build_forest(LONG[workload]()))).subtree_end
+    return workloads.forest(workload, quick).subtree_end
 
 
 def check_plan(end, plan):
@@ -61,7 +79,7 @@ def check_tiles(end, lists):
     return 0.0
 
 
-WORKLOADS = (*workloads.NAMES, "million")
+WORKLOADS = (*LONG, "million") if torch.cuda.is_available() else (*workloads.NAMES, "million")
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -72,6 +90,7 @@ def test_build(workload, meter, device, quick):
     meter.measure(
         lambda: tk.TreePlan.build(on_device),
         check=lambda: check_plan(end, tk.TreePlan.build(on_device)),
+        clock="wall",
         suite="plan",
         contender="TreePlan.build",
         workload=workload,
@@ -93,8 +112,39 @@ def test_tile_lists(workload, meter, device, quick):
     meter.measure(
         run,
         check=lambda: check_tiles(end, run()),
+        clock="wall",
         suite="plan",
         contender="tile_lists",
+        workload=workload,
+        tokens=end.numel(),
+        pairs=tk.TreePlan.build(end).num_pairs,
+    )
+
+
+@pytest.mark.parametrize("workload", LONG)
+def test_tile_tensors(workload, meter, device, quick):
+    if device.type != "cuda":
+        pytest.skip("the Triton kernels' lists are built on a GPU")
+    from treegrpo_kernels import triton
+
+    end = subtree_end(workload, quick)
+    on_device = end.to(device)
+    heads = torch.empty(end.numel(), 1, 128, dtype=torch.bfloat16, device=device)
+    meter.benchmark.group = "plan and lists of all kernels"
+
+    def run():
+        return triton.tile_tensors(tk.TreePlan.build(on_device), heads, heads, 0)
+
+    def check():
+        run()
+        return check_plan(end, tk.TreePlan.build(on_device))
+
+    meter.measure(
+        run,
+        check=check,
+        clock="wall",
+        suite="plan",
+        contender="tile_tensors",
         workload=workload,
         tokens=end.numel(),
         pairs=tk.TreePlan.build(end).num_pairs,
