@@ -7,6 +7,7 @@ longer than the bench. A job that fails says so and changes nothing: the bench m
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -49,7 +50,9 @@ def run_all(limit: float = 120.0) -> list[str]:
     """All jobs at once; a line about each. What has not ended after `limit` seconds is stopped."""
     start = time.monotonic()
     command = [sys.executable, "-m", "bench.compile_ahead", "--serial"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # pytest puts the sources on this process's path only
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "env": environment}
     running = {job: subprocess.Popen([*command, job], **pipes) for job in JOBS}
     lines = []
     for job, process in running.items():

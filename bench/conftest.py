@@ -218,12 +218,22 @@ def meter(benchmark, device: torch.device, quick: bool) -> Meter:
     return Meter(benchmark, device, quick)
 
 
+def skip_after(config: pytest.Config, part: float) -> None:
+    limit, spent = config.getoption("--bench-seconds"), time.monotonic() - _started
+    if limit is not None and spent > part * limit:
+        pytest.skip(f"out of time: {spent:.0f} of --bench-seconds {limit:.0f} are spent")
+
+
 @pytest.fixture(autouse=True)
 def in_time(request: pytest.FixtureRequest) -> None:
     """After --bench-seconds no bench starts."""
-    limit, spent = request.config.getoption("--bench-seconds"), time.monotonic() - _started
-    if limit is not None and spent > limit:
-        pytest.skip(f"out of time: {spent:.0f} s of --bench-seconds {limit:.0f} are spent")
+    skip_after(request.config, 1)
+
+
+@pytest.fixture
+def in_time_for_more(request: pytest.FixtureRequest) -> None:
+    """Like in_time, for what may be left out so that the rest of the file is measured."""
+    skip_after(request.config, 0.85)
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,8 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 FLEX_BLOCK = 128
 MAX_DENSE_MASK_TOKENS = 16384
-MAX_PADDED_TOKENS = 700_000
+# 32 heads of 128: more would not fit the 32-bit offsets some kernels use
+MAX_PADDED_TOKENS = 500_000
 MAX_PAIRS_OF_PLAIN_CUDA = 2 * 10**8
 
 NOTES: dict[str, str] = {}
@@ -81,36 +82,53 @@ def repeat_heads(k: Tensor, num_heads: int) -> Tensor:
     return k.repeat_interleave(num_heads // k.shape[1], dim=1)
 
 
-@cache
-def torch_varlen_groups(device: torch.device) -> str | None:
-    """None where torch's varlen kernel computes grouped heads right, gradients included, else what goes wrong."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (96, 4, 64), (96, 2, 64), (96, 2, 64)
-    inputs = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
-    cu = torch.tensor([0, 40, 96], dtype=torch.int32, device=device)
+def fault(run: Callable[[bool], Tensor], inputs: list[Tensor]) -> str | None:
+    """None where `run(True)` and its gradients are those of `run(False)`, else what goes wrong."""
 
-    def run(grouped: bool) -> list[Tensor]:
-        q, k, v = inputs
-        if not grouped:
-            k, v = repeat_heads(k, 4), repeat_heads(v, 4)
-        out = torch_varlen(q, k, v, cu, cu, 56, 56, grouped=grouped)
+    def results(flag: bool) -> list[Tensor]:
+        out = run(flag)
         return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
 
-    expected = run(False)
+    expected = results(False)
     try:
-        results = run(True)
+        found = results(True)
     except (RuntimeError, ValueError) as error:
-        return str(error).splitlines()[0]
-    for got, want in zip(results, expected, strict=True):
-        error = float((got - want).float().norm() / want.float().norm())
+        return str(error).strip().splitlines()[0]
+    for got, want in zip(found, expected, strict=True):
+        error = float((got - want).detach().float().norm() / want.detach().float().norm())
         if not error < 0.02:
             return f"grouped heads are off by {error:.1e}"
     return None
 
 
+def small_inputs(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for shape in shapes]
+
+
+@cache
+def torch_varlen_fault(device: torch.device) -> str | None:
+    """None where torch's varlen kernel takes grouped heads, undocumented in 2.11, and computes them right."""
+    q, k, v = inputs = small_inputs(device, (96, 4, 64), (96, 2, 64), (96, 2, 64))
+    cu = torch.tensor([0, 40, 96], dtype=torch.int32, device=device)
+
+    def run(grouped: bool) -> Tensor:
+        keys = (k, v) if grouped else (repeat_heads(k, 4), repeat_heads(v, 4))
+        return torch_varlen(q, *keys, cu, cu, 56, 56, grouped=grouped)
+
+    return fault(run, inputs)
+
+
+@cache
+def cudnn_fault(device: torch.device) -> str | None:
+    """None where cuDNN's SDPA takes grouped heads and computes them right."""
+    q, k, v = inputs = small_inputs(device, (2, 4, 128, 64), (2, 2, 128, 64), (2, 2, 128, 64))
+    return fault(lambda grouped: cudnn_sdpa(q, k, v, grouped=grouped), inputs)
+
+
 def best_torch_varlen(device: torch.device, contender: str) -> Varlen:
     """torch's varlen kernel; with K and V repeated for each query head, which is noted, where it cannot group."""
-    reason = torch_varlen_groups(device)
+    reason = torch_varlen_fault(device)
     if reason is None:
         return torch_varlen
     NOTES[contender] = f"K and V repeated per query head: {reason}"
@@ -119,6 +137,16 @@ def best_torch_varlen(device: torch.device, contender: str) -> Varlen:
         return torch_varlen(q, repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), *rest, grouped=False)
 
     return repeated
+
+
+def cudnn_sdpa(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool) -> Tensor:
+    """q [B, Hq, N, D], k and v [B, Hkv, N, D] -> [B, Hq, N, D], causal, by cuDNN or not at all."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if not grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 def chain_varlen(forest: Forest, device: torch.device, varlen: Varlen) -> Attend:
@@ -210,24 +238,43 @@ def exact_block_mask(end: Tensor):
     return BlockMask.from_kv_blocks(*lists(seen & ~full), *lists(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=_visible(end))
 
 
-@cache
-def compiled_flex():
+def compile_flex(*, dynamic: bool, backend: str | Callable = "inductor") -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # one kernel for all lengths; fullgraph, since the eager fallback would be a dense product
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    # fullgraph, since the eager fallback would be a dense product
+    return torch.compile(flex_attention, dynamic=dynamic, fullgraph=True, backend=backend)
 
 
-def flex_call(block_mask, compiled: Callable) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = compiled(*map(heads_first, (q, k, v)), block_mask=block_mask, enable_gqa=True)
-        return out[0].transpose(0, 1)
+@cache
+def flex_kernel(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int) -> Callable:
+    """FlexAttention compiled once for all lengths; where that fails, compiled for every length, which is noted."""
+    compiled = compile_flex(dynamic=True)
+    shapes = [(2 * FLEX_BLOCK, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    try:
+        inputs = small_inputs(device, *shapes)
+        end = torch.full((2 * FLEX_BLOCK,), 2 * FLEX_BLOCK, dtype=torch.int32, device=device)
+        torch.autograd.grad(call_flex(compiled, exact_block_mask(end), *inputs).sum(), inputs)
+    except Exception as error:
+        NOTES["flex"] = f"compiled for every length: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        torch._dynamo.config.recompile_limit = 64
+        return compile_flex(dynamic=False)
+    return compiled
 
-    return attend
+
+def call_flex(compiled: Callable, block_mask, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows [multiple of 128, H, D] through FlexAttention, which wants heads first."""
+    out = compiled(*map(heads_first, (q, k, v)), block_mask=block_mask, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 def _flex(forest: Forest, device: torch.device) -> Attend:
-    return flex_call(exact_block_mask(padded_end(forest, device)), compiled_flex())
+    block_mask = exact_block_mask(padded_end(forest, device))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        compiled = flex_kernel(device, q.shape[1], k.shape[1], q.shape[2])
+        return call_flex(compiled, block_mask, q, k, v)
+
+    return attend
 
 
 def _flex_and_mask(forest: Forest, device: torch.device) -> Attend:
@@ -236,8 +283,8 @@ def _flex_and_mask(forest: Forest, device: torch.device) -> Attend:
     end = padded_end(forest, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = create_block_mask(_visible(end), None, None, end.numel(), end.numel(), device=device)
-        return flex_call(mask, compiled_flex())(q, k, v)
+        block_mask = create_block_mask(_visible(end), None, None, end.numel(), end.numel(), device=device)
+        return call_flex(flex_kernel(device, q.shape[1], k.shape[1], q.shape[2]), block_mask, q, k, v)
 
     return attend
 
@@ -254,13 +301,10 @@ def padded_causal(forest: Forest, sdpa: Callable[[Tensor, Tensor, Tensor], Tenso
 
 
 def _cudnn(forest: Forest, device: torch.device) -> Attend:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    return padded_causal(forest, sdpa)
+    reason = cudnn_fault(device)
+    if reason is not None:
+        NOTES["chain_cudnn"] = f"K and V repeated per query head: {reason}"
+    return padded_causal(forest, lambda q, k, v: cudnn_sdpa(q, k, v, grouped=reason is None))
 
 
 def _padded_unsupported(request: Request) -> str | None:

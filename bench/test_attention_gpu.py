@@ -58,7 +58,7 @@ def selected(workload, head_dim, device, quick):
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize(("workload", "head_dim"), CELLS)
-def test_race(workload, head_dim, contender, meter, device, quick, compiled_ahead):
+def test_race(workload, head_dim, contender, meter, device, quick, compiled_ahead, in_time_for_more):
     reason = selected(workload, head_dim, device, quick)
     if reason is not None:
         pytest.skip(reason)

@@ -11,9 +11,10 @@ from bench import gpu_baselines, gpu_workloads
 from bench.baselines import Contender, heads_first, tree_backend
 from bench.gpu_baselines import (
     FLEX_BLOCK,
+    call_flex,
     chain_varlen,
+    compile_flex,
     exact_block_mask,
-    flex_call,
     gathered,
     one_level,
     padded_causal,
@@ -114,7 +115,38 @@ def test_flex_on_padded_blocks_is_the_reference():
     q, k, v, _ = problem.inputs("blocks")
     assert q.shape[0] % FLEX_BLOCK == 0 and q.shape[0] > problem.forest.num_tokens
     mask = exact_block_mask(padded_end(problem.forest, CPU))
-    assert problem.gate("blocks", flex_call(mask, flex_attention)(q, k, v), ()) < 1e-5
+    assert problem.gate("blocks", call_flex(flex_attention, mask, q, k, v), ()) < 1e-5
+
+
+def test_flex_is_traced_once_for_all_forests():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = compile_flex(dynamic=True, backend=counter)
+    for workload in ("star_2k", "search_2_6_32k", "star_8k_x2"):
+        problem = problem_of(workload)
+        q, k, v, _ = problem.inputs("blocks")
+        mask = exact_block_mask(padded_end(problem.forest, CPU))
+        assert problem.gate("blocks", call_flex(compiled, mask, q, k, v), ()) < 1e-5
+    assert counter.frame_count == 1
+
+
+def test_a_kernel_that_errs_on_grouped_heads_is_found_out():
+    q, k, v = inputs = gpu_baselines.small_inputs(CPU, (8, 4, 16), (8, 2, 16), (8, 2, 16))
+
+    def run(grouped, wrong=False):
+        k_all, v_all = (x.roll(1, 1) if wrong and grouped else x for x in (k, v))
+        return plain_varlen(q, k_all, v_all, *(2 * [torch.tensor([0, 8])]), 8, 8)
+
+    assert gpu_baselines.fault(run, inputs) is None
+    assert "off by" in gpu_baselines.fault(lambda grouped: run(grouped, wrong=True), inputs)
+
+    def refuse(grouped):
+        if grouped:
+            raise RuntimeError("heads must agree\nand a stack")
+        return run(grouped)
+
+    assert gpu_baselines.fault(refuse, inputs) == "heads must agree"
 
 
 def test_one_dropped_key_tile_of_a_long_row_fails_the_gate():
