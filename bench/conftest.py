@@ -205,12 +205,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def compiled_ahead(device: torch.device) -> None:
+def compiled_ahead(request: pytest.FixtureRequest, device: torch.device) -> None:
     """On a GPU: the race's kernels are compiled in parallel before the first of them is timed."""
     if device.type == "cuda":
-        from bench.compile_ahead import run_all
+        from bench.compile_ahead import LIMIT_SECONDS, run_all
 
-        print("\n" + "\n".join(run_all()))
+        limit = request.config.getoption("--bench-seconds")
+        print("\n" + "\n".join(run_all(LIMIT_SECONDS if limit is None else min(LIMIT_SECONDS, limit / 2))))
 
 
 @pytest.fixture

@@ -24,6 +24,31 @@ def test_parts_are_called_once_in_order():
     assert called.count("host") == 4
 
 
+def test_events_enclose_each_part_after_a_flush_and_a_lead(monkeypatch):
+    """The order of what a stream is given, with a stream that writes down."""
+    stream = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            stream.append("event")
+
+        def elapsed_time(self, stop):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: stream.append("lead"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: stream.append("synchronise"))
+    watch = Stopwatch(torch.device("cuda"))
+    watch._flush = torch.ones(1)
+    times = watch.once(lambda: stream.append("forward"), lambda: stream.append("backward"))
+    assert times == [0.002, 0.002] and float(watch._flush) == 0
+    expected = ["lead", "event", "forward", "event", "lead", "event", "backward", "event", "synchronise"]
+    assert stream == expected
+
+
 @pytest.mark.benchmark(timer=REPLAY)
 def test_recorded_rounds_become_the_rounds_of_the_bench(benchmark):
     REPLAY.into(benchmark, [0.5, 0.25, 0.75])
