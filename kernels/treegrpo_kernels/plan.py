@@ -62,6 +62,8 @@ class TreePlan:
         self.device = subtree_end.device
         self._window_pairs: dict[int, int] = {}
         self._tile_lists: dict[tuple[int, int, int], TileLists] = {}
+        # what a backend made of the plan, under the backend's own keys
+        self.derived: dict[object, list[Tensor]] = {}
 
     @classmethod
     def build(cls, subtree_end: Tensor, *, device: torch.device | str | None = None) -> TreePlan:

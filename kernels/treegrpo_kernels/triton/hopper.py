@@ -8,7 +8,6 @@ Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and ke
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 # spans are read in whole key tiles, the largest of which this is
 LARGEST_TILE = 256
 _FWD, _DQ, _DKV = slice(0, 6), slice(6, 12), slice(12, 17)
-_spans: weakref.WeakKeyDictionary[TreePlan, Tensor] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,16 @@ class HopperConfig:
     dkv: HopperTile
 
 
+# measured on an H200, see NOTES.md; two stages of dq and dkv wait for memory, four gain nothing over three
+_CONFIGS = {
+    64: HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 4), dkv=HopperTile(64, 128, 4)),
+    128: HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 3), dkv=HopperTile(64, 128, 3)),
+}
+
+
 def config(head_dim: int) -> HopperConfig:
     """Tiles for a head dim of 64 or 128. A pure function."""
-    if head_dim == 64:
-        return HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 4), dkv=HopperTile(64, 128, 2))
-    return HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 3), dkv=HopperTile(64, 128, 2))
+    return _CONFIGS[head_dim]
 
 
 def takes(
@@ -71,7 +74,14 @@ def tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
 
     Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile).
     """
-    span = _span_of(plan)
+    made = plan.derived.get(config)
+    if made is None:
+        made = plan.derived[config] = _make_tile_tensors(plan, config)
+    return made
+
+
+def _make_tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
+    span = _span(plan)
     tensors = []
     for tile in (config.fwd, config.dq):
         lists = plan.tile_lists(tile.block_m, tile.block_n)
@@ -115,14 +125,10 @@ def _packed(x: Tensor) -> Tensor:
     return x if heads_packed and aligned and x.stride(0) >= num_heads * head_dim else x.contiguous()
 
 
-def _span_of(plan: TreePlan) -> Tensor:
+def _span(plan: TreePlan) -> Tensor:
     """subtree_end[j] - j, int32, padded with zeros to whole tiles: keys past T are visible to nobody."""
-    span = _spans.get(plan)
-    if span is None:
-        num_tokens = plan.num_tokens
-        index = torch.arange(num_tokens, dtype=torch.int32, device=plan.device)
-        span = _spans[plan] = F.pad(plan.subtree_end - index, (0, -num_tokens % LARGEST_TILE))
-    return span
+    index = torch.arange(plan.num_tokens, dtype=torch.int32, device=plan.device)
+    return F.pad(plan.subtree_end - index, (0, -plan.num_tokens % LARGEST_TILE))
 
 
 def _shape_of(tile: HopperTile, like: Tensor) -> Tensor:

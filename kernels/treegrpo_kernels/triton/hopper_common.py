@@ -41,8 +41,14 @@ class HopperLaunch:
     grid: tuple[int, ...]
     args: dict[str, Any]
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the arguments."""
+        return {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS}
+
     def run(self) -> None:
-        self.kernel[self.grid](**self.args, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS)
+        with torch.cuda.device_of(self.args["span"]):
+            self.kernel[self.grid](**self.args, **self.options)
 
 
 def descriptor(x: Tensor, num_rows: int) -> TensorDescriptor:
