@@ -127,9 +127,11 @@ def _consumer(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROWS: gl.constexpr = BM // 2
     o_row = I_WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
-    s_own = s_q.index(I_WG)
     ring = 0
     for item in range(num_rounds(num_work)):
+        # two query buffers a consumer: the next item's queries arrive while this one's are in use
+        place = (item % 2) * 2 + I_WG
+        s_own = s_q.index(place)
         work = work_of(item)
         i_m = gl.load(q_order + work // num_heads)
         i_h = work % num_heads
@@ -146,13 +148,16 @@ def _consumer(
         o_k = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
         b_span = gl.load(span + o_k)
         n0 = gl.load(q_indices + gl.minimum(mid + 1, hi - 1)) * BN
-        mbarrier.wait(bars_q.index(I_WG), item & 1)
+        mbarrier.wait(bars_q.index(place), (item // 2) & 1)
         slot = ring % STAGES
         mbarrier.wait(bars_k.index(slot), (ring // STAGES) & 1)
         b_zero = gl.zeros([ROWS, BN], gl.float32, layout=S_LAYOUT)
         b_s = warpgroup_mma(s_own, s_k.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(bars_k_free.index(slot), count=1)
+        # the last item's result has left its buffer by now
+        tma.store_wait(0)
+        mbarrier.arrive(bars_q_free.index(((item + 1) % 2) * 2 + I_WG), count=1, pred=item > 0)
         b_p32, _, b_l, b_m = _softmax(b_s, b_m, b_l, o_q, o_k, b_span, qk_scale, True)
         b_p = gl.convert_layout(b_p32.to(s_v.dtype), P_LAYOUT, assert_trivial=True)
         ring += 1
@@ -184,8 +189,7 @@ def _consumer(
         fence_async_shared()
         tma.async_copy_shared_to_global(out_desc, [i_m * BM + I_WG * ROWS, i_h * D], s_own)
         gl.store(lse + o_q * num_heads + i_h, (b_m + gl.log2(b_l)) * LN2, mask=o_q < num_tokens)
-        tma.store_wait(0)
-        mbarrier.arrive(bars_q_free.index(I_WG), count=1)
+    tma.store_wait(0)
 
 
 @gluon.jit
@@ -222,11 +226,11 @@ def _producer(
         num_tiles = gl.load(q_offsets + i_m + 1) - lo
         num_full = gl.load(q_full + i_m)
         for i_wg in gl.static_range(2):
-            mbarrier.wait(bars_q_free.index(i_wg), (item & 1) ^ 1)
-            mbarrier.expect(bars_q.index(i_wg), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q_desc, [i_m * BM + i_wg * ROWS, i_h * D], bars_q.index(i_wg), s_q.index(i_wg)
-            )
+            place = (item % 2) * 2 + i_wg
+            bar = bars_q.index(place)
+            mbarrier.wait(bars_q_free.index(place), ((item // 2) & 1) ^ 1)
+            mbarrier.expect(bar, q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_q.index(place))
         for j in range(num_tiles):
             # the partial tiles, behind the full ones in the list, come first
             e = gl.where(j < num_tiles - num_full, lo + num_full + j, lo + j - (num_tiles - num_full))
@@ -269,16 +273,16 @@ def tree_attention_fwd_hopper_kernel(
     """Allocates the buffers and barriers and splits into two consumers and a producer."""
     ROWS: gl.constexpr = BM // 2
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    s_q = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, D], q_desc.layout)
+    s_q = gl.allocate_shared_memory(q_desc.dtype, [4, ROWS, D], q_desc.layout)
     s_k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, D], k_desc.layout)
     s_v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BN, D], v_desc.layout)
-    bars_q = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    bars_q_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    bars_q = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
+    bars_q_free = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
     bars_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    for i in gl.static_range(2):
+    for i in gl.static_range(4):
         mbarrier.init(bars_q.index(i), count=1)
         mbarrier.init(bars_q_free.index(i), count=1)
     for i in gl.static_range(STAGES):
