@@ -23,7 +23,8 @@ from dataclasses import astuple, dataclass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan import TreePlan
@@ -117,17 +118,31 @@ def source_of(launch: Launch, arch: int) -> tuple[ASTSource, dict, GPUTarget]:
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kernel = launch.kernel
-    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, given = bind(**launch.args, **options)
+    bound, specialization, given = bind(**launch.args, **launch.options)
     parsed, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)
-    return ASTSource(kernel, signature, constants, attributes), parsed.__dict__, target
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return source(kernel, signature, constants, attributes), parsed.__dict__, target
 
 
 def specialization_key(launch: Launch, arch: int) -> str:
     """Two launches with one key share one compiled kernel."""
     source, options, _ = source_of(launch, arch)
     return f"{source.hash()} {options['num_warps']} {options['num_stages']}"
+
+
+def compile_launch(launch: Launch, arch: int) -> tuple[CompiledKernel, int, int]:
+    """The kernel a launch on ``arch`` would run, its registers and the bytes it spills; warms Triton's disk cache."""
+    source, parsed, target = source_of(launch, arch)
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        # a cached kernel would come without ptxas's account of it
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=parsed)
+    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log.getvalue()))
+    return compiled, registers, spilled
 
 
 def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = None) -> Result:
@@ -138,17 +153,9 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     if tma is None:
         tma = tma_fits(case.arch, torch.empty(1, 1, case.head_dim, dtype=dtype))
     launch = launches(case.head_dim, case.head_dim, dtype, tiles, tma=tma, **options)[case.kernel]
-    source, parsed, target = source_of(launch, case.arch)
     start = time.perf_counter()
-    log = io.StringIO()
-    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
-        triton.knobs.nvidia.dump_ptxas_log = True
-        # a cached kernel would come without ptxas's account of it
-        triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(source, target=target, options=parsed)
+    compiled, registers, spilled = compile_launch(launch, case.arch)
     seconds = time.perf_counter() - start
-    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log.getvalue()))
     shared = compiled.metadata.shared
     wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
     errors = []

@@ -34,6 +34,8 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0
+    """A cap on a thread's registers, so that more blocks share a multiprocessor; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,16 @@ class Launch:
     args: dict[str, Any]
     tile: TileConfig
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told beside the arguments."""
+        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        return options | {"maxnreg": self.tile.max_registers} if self.tile.max_registers else options
+
     def run(self) -> None:
         device = next(x for x in self.args.values() if isinstance(x, Tensor))
         with torch.cuda.device_of(device):
-            self.kernel[self.grid](**self.args, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages)
+            self.kernel[self.grid](**self.args, **self.options)
 
 
 def config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Config:

@@ -1,0 +1,70 @@
+"""The tuner goes on past candidates that fail, hang, die or are wrong; here in Triton's interpreter."""
+
+import os
+import time
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "0":
+    pytest.skip("the tuner's own test runs in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
+
+from bench.candidates import Candidate, _delta, _dkv, _dq, _fwd
+from bench.tune import FORESTS, Setup, table, tune
+from treegrpo_kernels.triton.common import TileConfig
+
+TILE = TileConfig(32, 32, 4, 1)
+
+
+class Spoiled:
+    def __init__(self, launches, spoil):
+        self.launches, self.spoil = launches, spoil
+
+    def run(self):
+        for launch in self.launches:
+            launch.run()
+        self.spoil()
+
+
+def _wrong(problem):
+    return [Spoiled(_fwd(TILE, False)(problem), lambda: problem.tensors["out"][3].add_(1))]
+
+
+def _hangs(problem):
+    time.sleep(600)
+
+
+def _dies(problem):
+    os._exit(3)
+
+
+def listed(kernels):
+    return [
+        Candidate("delta", "ptr", _delta),
+        Candidate("fwd", "hangs", _hangs),
+        Candidate("fwd", "ptr", _fwd(TILE, False)),
+        Candidate("fwd", "wrong", _wrong),
+        Candidate("fwd", "dies", _dies),
+        Candidate("fwd", "tma", _fwd(TILE, True)),
+        Candidate("dq", "no such tile", _dq(TileConfig(17, 32, 4, 1), True)),
+        Candidate("dq", "tma", _dq(TILE, True)),
+        Candidate("dkv", "tma", _dkv(TILE, True)),
+    ]
+
+
+@pytest.mark.slow
+def test_one_bad_candidate_costs_its_own_row_only(capsys):
+    found = tune(Setup(("fwd", "dq", "dkv"), 64, 1, "cpu", tiny=True, listed=listed), 400, 60, 1)
+    rows = {(row["kernel"], row["name"]): row for row in found["rows"]}
+    assert len(rows) == 9
+    errors = {key: row["error"] for key, row in rows.items()}
+    assert "hangs" in errors["fwd", "hangs"] and "died" in errors["fwd", "dies"]
+    assert "out is off by" in errors["fwd", "wrong"] and "power of 2" in errors["dq", "no such tile"]
+    for key in (("delta", "ptr"), ("fwd", "ptr"), ("fwd", "tma"), ("dq", "tma"), ("dkv", "tma")):
+        assert errors[key] is None and set(rows[key]["tflops"]) == set(FORESTS)
+    assert table(found).count("\n") > 8
+
+
+def test_what_was_not_tried_says_so():
+    found = tune(Setup(("fwd",), 64, 1, "cpu", tiny=True, listed=listed), 4, 40, 1)
+    assert all("out of time" in row["error"] for row in found["rows"])
