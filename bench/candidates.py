@@ -20,9 +20,10 @@ from torch import Tensor
 import treegrpo_kernels as tk
 from treegrpo_kernels.plan import TileLists
 from treegrpo_kernels.triton.backward import delta_launch, dq_launch
-from treegrpo_kernels.triton.backward_dkv import dkv_launch
+from treegrpo_kernels.triton.backward_dkv import dkv_launch, dkv_launches
 from treegrpo_kernels.triton.common import TileConfig
 from treegrpo_kernels.triton.forward import fwd_launch
+from treegrpo_kernels.triton.split import work_items
 
 # every query tile tried divides it
 ROW_MULTIPLE = 256
@@ -182,8 +183,18 @@ def _dq(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
 def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         at = problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max]
+        lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max, at.kv_max.new_empty((0, 4))]
         return [dkv_launch(problem.tensors["dk"], problem.tensors["dv"], tile, lists, **_shared(problem, tma))]
+
+    return build
+
+
+def _dkv_split(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
+    def build(problem: Problem) -> list[Any]:
+        t, at = problem.tensors, problem.lists(tile)
+        lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max]
+        lists += work_items(problem.plan, tile, t["k"].shape[1])
+        return dkv_launches(t["dk"], t["dv"], tile, lists, **_shared(problem, tma))
 
     return build
 
@@ -227,6 +238,8 @@ def _triton() -> list[Candidate]:
             found.append(Candidate(kernel, f"tma {name}", _BUILD[kernel](TileConfig(*tile), True)))
             if i < 1:
                 found.append(Candidate(kernel, f"ptr {name}", _BUILD[kernel](TileConfig(*tile), False)))
+            if i < 1 and kernel == "dkv":
+                found.append(Candidate(kernel, f"tma {name} split", _dkv_split(TileConfig(*tile), True)))
     return found
 
 
@@ -236,19 +249,19 @@ def _hopper() -> list[Candidate]:
 
     def fwd(problem: Problem, tile: HopperTile) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, hopper._span_of(problem.plan)]
+        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, hopper._span(problem.plan)]
         args = (t[name] for name in ("q", "k", "v", "out", "lse"))
         return [hopper_forward.fwd_launch(*args, tile, lists, problem.scale)]
 
     def dq(problem: Problem, tile: HopperTile) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, hopper._span_of(problem.plan)]
+        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, hopper._span(problem.plan)]
         args = (t[name] for name in ("dout", "q", "k", "v", "dq", "lse2", "delta"))
         return [hopper_backward_dq.dq_launch(*args, tile, lists, problem.scale)]
 
     def dkv(problem: Problem, tile: HopperTile) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, at.kv_order, hopper._span_of(problem.plan)]
+        lists = [at.kv_max, at.kv_min, at.kv_order, hopper._span(problem.plan)]
         args = (t[name] for name in ("dout", "q", "k", "v", "dk", "dv", "lse2", "delta"))
         return [hopper_backward_dkv.dkv_launch(*args, tile, lists, problem.scale)]
 

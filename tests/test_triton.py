@@ -23,6 +23,7 @@ import triton.language as tl
 
 from treegrpo_kernels.triton.backward_dkv import dkv_bounds
 from treegrpo_kernels.triton.common import Config, TileConfig, config, tma_fits
+from treegrpo_kernels.triton.split import work_items
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -212,6 +213,36 @@ def test_what_tensor_descriptors_cannot_take():
     )
     for other in wrong:
         assert not tma_fits(90, x, other), other.stride()
+
+
+@pytest.mark.parametrize("pinned", [SQUARE, TALL, WIDE], ids=["16x16", "32x16", "16x32"])
+@pytest.mark.parametrize("num_tokens", [130, 208])
+def test_long_key_tiles_are_parted(num_tokens, pinned, poisoned_empty):
+    """Work items cover every (key tile, query tile) once, in order; the gradients are right and repeat bit for bit."""
+    subtree_end = cases.random_subtree_end(num_tokens, 3, branch=0.02, root=0.01)
+    plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+    tile = pinned.dkv
+    items, parted = (x.tolist() for x in work_items(plan, tile, 1))
+    assert parted and len(items) > len(parted)
+    lists = plan.tile_lists(tile.block_m, tile.block_n)
+    seen, slots = {}, {}
+    for kv, start, stop, slot in items:
+        assert start < stop
+        seen.setdefault(kv, []).append((start, stop))
+        if slot >= 0:
+            slots.setdefault(kv, []).append((start, slot))
+    for kv, kv_max in enumerate(lists.kv_max.tolist()):
+        ranges = sorted(seen[kv])
+        assert ranges[0][0] == kv * tile.block_n // tile.block_m and ranges[-1][1] == -(-kv_max // tile.block_m)
+        assert all(one[1] == two[0] for one, two in zip(ranges, ranges[1:], strict=False))
+    taken = [slot for kv, first, count in parted for slot in range(first, first + count)]
+    assert taken == list(range(len(taken)))
+    for kv, first, count in parted:
+        assert [slot for _, slot in sorted(slots.pop(kv))] == list(range(first, first + count))
+    assert not slots
+    args = inputs(num_tokens, hq=2, hkv=1)[:4]
+    check(subtree_end, *args, pinned=pinned)
+    assert all(map(torch.equal, *(kernels(subtree_end, *args, pinned=pinned) for _ in range(2))))
 
 
 @pytest.mark.parametrize("layout", ["fused_qkv", "heads_first", "last_dim_strided", "expanded_dout"])

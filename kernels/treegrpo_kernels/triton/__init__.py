@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .common import Config
     from .hopper import HopperConfig
 
-_FWD, _DQ, _DKV = slice(0, 5), slice(5, 10), slice(10, 16)
+_FWD, _DQ, _DKV = slice(0, 5), slice(5, 10), slice(10, 18)
 
 
 def reason(device: torch.device) -> str | None:
@@ -80,6 +80,7 @@ def tile_tensors(
     """
     from .common import Config, arch_of
     from .common import config as choose
+    from .split import work_items
 
     if config is not None and not isinstance(config, Config):
         from . import hopper
@@ -93,6 +94,8 @@ def tile_tensors(
     tile = config.dkv
     lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
     tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, lists.kv_order, lists.q_pos_min, lists.kv_pos_max]
+    # a window bounds the work of every key tile
+    tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, v.shape[1])
     return tensors
 
 

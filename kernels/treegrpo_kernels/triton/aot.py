@@ -30,9 +30,10 @@ from triton.runtime.jit import create_function_from_signature
 from ..plan import TreePlan
 from . import _DKV, _DQ, _FWD, tile_tensors
 from .backward import delta_launch, dq_launch
-from .backward_dkv import dkv_launch
+from .backward_dkv import dkv_launch, new_partials
 from .common import Config, Launch, config, tma_fits
 from .forward import fwd_launch
+from .split import sum_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # opt-in shared memory per block in bytes: CUDA C++ Programming Guide, technical specifications per compute capability
@@ -105,11 +106,15 @@ def launches(
         tma=tma,
     )
     fwd = (q, k, v, sink, out, lse, plan.subtree_end, plan.position, tiles.fwd, lists[_FWD][1:], scale, window, softcap)
+    whole = [lists[_DKV][1:-1]]
+    partials = new_partials(dk, dv, tiles.dkv, 4)
     return {
         "fwd": fwd_launch(*fwd, tma),
         "delta": delta_launch(dout, out, lse, delta, lse2),
         "dq": dq_launch(dq, tiles.dq, lists[_DQ][1:], **shared),
-        "dkv": dkv_launch(dk, dv, tiles.dkv, lists[_DKV][1:], **shared),
+        "dkv": dkv_launch(dk, dv, tiles.dkv, *whole, **shared),
+        "dkv_split": dkv_launch(dk, dv, tiles.dkv, *whole, partials, **shared),
+        "dkv_sum": sum_launch(*partials, lists[_DKV][-1], dk, dv, scale),
     }
 
 
@@ -165,7 +170,13 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     if shared > limit:
         errors.append(f"{shared} bytes of shared memory, limit {limit}")
     # head dims over 128 leave dK/dV too few registers for the 64 key rows that wgmma wants
-    if case.arch == 90 and case.kernel != "delta" and case.dtype != "fp32" and case.head_dim <= 128 and not wgmma:
+    if (
+        case.arch == 90
+        and case.kernel not in ("delta", "dkv_sum")
+        and case.dtype != "fp32"
+        and case.head_dim <= 128
+        and not wgmma
+    ):
         errors.append("no wgmma")
     return Result(case, registers, spilled, shared, wgmma, seconds, "; ".join(errors) or None)
 
@@ -176,13 +187,13 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
         for head_dim in head_dims:
             for dtype in dtypes:
                 for features in ("plain", "cap", "window") if dtype == dtypes[0] else ("plain",):
-                    for kernel in ("dkv", "dq", "fwd", "delta"):
-                        if kernel != "delta" or features == "plain":
+                    for kernel in ("dkv", "dkv_split", "dq", "fwd", "delta", "dkv_sum"):
+                        if kernel in ("dkv", "dq", "fwd") or features == "plain":
                             yield Case(kernel, arch, head_dim, dtype, features)
 
 
 def _line(*cells: object) -> str:
-    widths = (5, 5, 5, 6, 9, 5, 8, 9, 6, 6, 0)
+    widths = (9, 5, 5, 6, 9, 5, 8, 9, 6, 6, 0)
     return " ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 

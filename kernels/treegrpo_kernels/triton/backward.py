@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward_dkv import dkv_launch
+from .backward_dkv import dkv_launches
 from .common import (
     Launch,
     TileConfig,
@@ -299,5 +299,6 @@ def backward(
         tma=tma_fits(arch_of(q.device), q, k, v, dout),
     )
     dq_launch(dq, dq_tile, dq_lists, **shared).run()
-    dkv_launch(dk, dv, dkv_tile, dkv_lists, **shared).run()
+    for launch in dkv_launches(dk, dv, dkv_tile, dkv_lists, **shared):
+        launch.run()
     return dq, dk, dv

@@ -6,6 +6,7 @@ and mathematics: common.py and bwd.py; scores are held transposed, [BN, BM].
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,10 +22,12 @@ from .common import (
     head_of,
     load_tile,
     narrow,
+    padded,
     store_rows,
     strides,
     visible,
 )
+from .split import sum_launch
 
 
 @triton.jit
@@ -123,6 +126,9 @@ def tree_attention_bwd_dkv_kernel(
     kv_order,
     q_pos_min,
     kv_pos_max,
+    items,
+    partial_dk,
+    partial_dv,
     q_strides,
     k_strides,
     v_strides,
@@ -147,11 +153,19 @@ def tree_attention_bwd_dkv_kernel(
     HAS_WINDOW: tl.constexpr,
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """Loops over the group's query heads and the query tiles below a key tile. Longest range first, heads fastest."""
+    """Loops over the group's query heads and the query tiles below a key tile. Longest range first, heads fastest.
+
+    With SPLIT over one piece of that range: see split.py.
+    """
     i_program = tl.program_id(0)
     i_kv = i_program % num_kv_heads
-    i_n = tl.load(kv_order + i_program // num_kv_heads)
+    if SPLIT:
+        p_item = items + i_program // num_kv_heads * 4
+        i_n = tl.load(p_item)
+    else:
+        i_n = tl.load(kv_order + i_program // num_kv_heads)
     n0 = i_n * BN
     start_n = i_n.to(tl.int64) * BN
     o_row = tl.arange(0, BN)
@@ -166,6 +180,11 @@ def tree_attention_bwd_dkv_kernel(
     if HAS_WINDOW:
         b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
     lo, a, b, hi = dkv_bounds(n0, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
+    if SPLIT:
+        lo = tl.maximum(lo, tl.load(p_item + 1))
+        hi = tl.minimum(hi, tl.load(p_item + 2))
+        a = tl.minimum(tl.maximum(a, lo), hi)
+        b = tl.minimum(tl.maximum(b, a), hi)
 
     b_dk = tl.zeros((BN, BD), tl.float32)
     b_dv = tl.zeros((BN, BDV), tl.float32)
@@ -213,16 +232,57 @@ def tree_attention_bwd_dkv_kernel(
             i_q = tl.where(i_m == hi, i_q + 1, i_q)
             i_m = tl.where(i_m == hi, first, i_m)
     # fmt: on
+    if SPLIT:
+        slot = tl.load(p_item + 3)
+        if slot >= 0:
+            row = (slot.to(tl.int64) * num_kv_heads + i_kv) * BN
+            store_rows(partial_dk + row * BD, b_dk, o_row, BD, BN, BD, BD)
+            store_rows(partial_dv + row * BDV, b_dv, o_row, BDV, BN, BDV, BDV)
+            # the whole of this tile is stored by the sum over its pieces
+            num_rows = 0
     p_dk = dk + start_n * dk_strides[0] + i_head * dk_strides[1]
     p_dv = dv + start_n * dv_strides[0] + i_head * dv_strides[1]
     store_rows(p_dk, b_dk * scale, o_row, dk_strides[0], num_rows, D, BD)
     store_rows(p_dv, b_dv, o_row, dv_strides[0], num_rows, DV, BDV)
 
 
-def dkv_launch(dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> Launch:
-    """The dK/dV launch; ``lists`` are kv_max, kv_min, kv_order, q_pos_min, kv_pos_max of the tile sizes in ``tile``."""
+def dkv_launch(
+    dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], partials: list[Tensor] | None = None, **shared
+) -> Launch:
+    """The dK/dV launch.
+
+    ``lists`` are kv_max, kv_min, kv_order, q_pos_min, kv_pos_max of the tile sizes in ``tile`` and the work items of
+    :func:`split.work_items`. With ``partials`` (:func:`new_partials`) the items are the work, else whole key tiles.
+    """
     args = backward_args(tile=tile, **shared)
-    args.update(zip(("kv_max", "kv_min", "kv_order", "q_pos_min", "kv_pos_max"), lists, strict=True))
+    args.update(zip(("kv_max", "kv_min", "kv_order", "q_pos_min", "kv_pos_max", "items"), lists, strict=True))
     num_tokens, num_kv_heads, _ = dk.shape
     args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
-    return Launch(tree_attention_bwd_dkv_kernel, (cdiv(num_tokens, tile.block_n) * num_kv_heads,), args, tile)
+    partial_dk, partial_dv = partials or (None, None)
+    args.update(partial_dk=partial_dk, partial_dv=partial_dv, SPLIT=partials is not None)
+    num_work = cdiv(num_tokens, tile.block_n) if partials is None else lists[5].shape[0]
+    return Launch(tree_attention_bwd_dkv_kernel, (num_work * num_kv_heads,), args, tile)
+
+
+def new_partials(dk: Tensor, dv: Tensor, tile: TileConfig, num_slots: int) -> list[Tensor]:
+    """Uninitialised float32 [slots, Hkv, BN, BD] and [slots, Hkv, BN, BDV]."""
+    shapes = [(num_slots, x.shape[1], tile.block_n, padded(x.shape[2])) for x in (dk, dv)]
+    return [torch.empty(shape, dtype=torch.float32, device=dk.device) for shape in shapes]
+
+
+def dkv_launches(dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> list[Launch]:
+    """The launches of dK/dV in order: the pass, and the sum over parted key tiles where there are any.
+
+    ``lists`` are those of :func:`dkv_launch` and the parted tiles.
+    """
+    *lists, items, parted = lists
+    num_parted = parted.shape[0]
+    if num_parted == 0:
+        return [dkv_launch(dk, dv, tile, [*lists, items], **shared)]
+    # every key tile that is not parted is one item
+    num_whole = cdiv(dk.shape[0], tile.block_n) - num_parted
+    partials = new_partials(dk, dv, tile, items.shape[0] - num_whole)
+    return [
+        dkv_launch(dk, dv, tile, [*lists, items], partials, **shared),
+        sum_launch(*partials, parted, dk, dv, shared["scale"]),
+    ]

@@ -79,19 +79,20 @@ def config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Conf
         tile = TileConfig(32, 32, 8, 1) if width <= 64 else TileConfig(16, 16, 8 if width > 128 else 4, 1)
         return Config(fwd=tile, dq=tile, dkv=tile)
     # sm_120 has the 99 KiB of shared memory of sm_86 and sm_89; the tiles for sm_80 stay below that
-    return _sm90(width) if 90 <= arch < 120 else _sm80(width)
+    return _sm90(width, head_dim == value_dim == width) if 90 <= arch < 120 else _sm80(width)
 
 
 # from aot.py's table: large tiles that leave no register spill with any feature on (D <= 128); not yet timed on a GPU
-def _sm90(width: int) -> Config:
+def _sm90(width: int, exact: bool) -> Config:
     if width <= 64:
         # dkv: 64 query rows keep both operands of every wgmma fed from shared memory
         return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(128, 64, 8, 3), dkv=TileConfig(64, 128, 8, 3))
     if width <= 128:
         # dkv: dk and dv alone take 128 of 255 registers, so 32 query rows at a time (64 spill 440 bytes)
         return Config(fwd=TileConfig(128, 64, 8, 3), dq=TileConfig(128, 64, 8, 3), dkv=TileConfig(32, 128, 8, 3))
-    # dkv: 64 key rows, the least for wgmma, would spill; 32 run on the older mma
-    return Config(fwd=TileConfig(128, 32, 8, 2), dq=TileConfig(128, 32, 8, 2), dkv=TileConfig(64, 32, 8, 2))
+    # dkv: through descriptors 64 key rows, the least for wgmma, fit with 16 query rows; else 32 on the older mma
+    dkv = TileConfig(16, 64, 8, 3) if exact else TileConfig(64, 32, 8, 2)
+    return Config(fwd=TileConfig(128, 32, 8, 2), dq=TileConfig(128, 32, 8, 2), dkv=dkv)
 
 
 def _sm80(width: int) -> Config:
@@ -110,6 +111,11 @@ def arch_of(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; in the interpreter a few, so that small forests part their long key tiles too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def padded(head_dim: int) -> int:
