@@ -28,8 +28,14 @@ from treegrpo_kernels.triton.split import work_items
 # every query tile tried divides it
 ROW_MULTIPLE = 256
 # executed FLOPs of a visible pair per query head and head dim: matmuls of each pass times two
-FLOPS = {"fwd": 4, "dq": 6, "dkv": 8, "delta": 0}
-OUTPUTS = {"fwd": ("out", "lse"), "dq": ("dq",), "dkv": ("dk", "dv"), "delta": ("delta", "lse2")}
+FLOPS = {"fwd": 4, "dq": 6, "dkv": 8, "one": 10, "delta": 0}
+OUTPUTS = {
+    "fwd": ("out", "lse"),
+    "dq": ("dq",),
+    "dkv": ("dk", "dv"),
+    "one": ("dq", "dk", "dv"),
+    "delta": ("delta", "lse2"),
+}
 # half a unit in the last place, relative to the largest value
 BAND = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-19}
 
@@ -62,7 +68,7 @@ class Problem:
 @dataclass(frozen=True)
 class Candidate:
     kernel: str
-    """fwd, dq, dkv or delta: what it computes."""
+    """fwd, dq, dkv, one (dq and dkv together) or delta: what it computes."""
     name: str
     build: Callable[[Problem], list[Any]]
 
@@ -199,6 +205,28 @@ def _dkv_split(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     return build
 
 
+class _AtomicDq:
+    """dK, dV and dQ in one pass: zeros, the pass, a scaled copy. What it takes beyond dK/dV is dQ's price."""
+
+    def __init__(self, problem: Problem, tile: TileConfig, tma: bool) -> None:
+        t, at = problem.tensors, problem.lists(tile)
+        self.sum = torch.zeros_like(t["q"], dtype=torch.float32)
+        self.dq, self.scale = t["dq"], problem.scale
+        lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max, at.kv_max.new_empty((0, 4))]
+        self.launch = dkv_launch(t["dk"], t["dv"], tile, lists, dq=self.sum, **_shared(problem, tma))
+        self.kernel, self.args, self.options = self.launch.kernel, self.launch.args, self.launch.options
+
+    def run(self) -> None:
+        self.sum.zero_()
+        self.launch.run()
+        torch.mul(self.sum, self.scale, out=self.sum)
+        self.dq.copy_(self.sum)
+
+
+def _atomic(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
+    return lambda problem: [_AtomicDq(problem, tile, tma)]
+
+
 def _delta(problem: Problem) -> list[Any]:
     t = problem.tensors
     return [delta_launch(t["dout"], t["out"], t["lse"], t["delta"], t["lse2"])]
@@ -220,6 +248,8 @@ _TRITON = {
         *[(32, 128, 8, 4), (32, 64, 4, 2), (32, 64, 4, 3), (128, 64, 8, 2), (16, 128, 8, 4)],
     ],
 }
+# one pass for dQ, dK and dV
+_ONE = [(64, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3)]
 # (block_m, block_n, stages); "grid": a program a work item instead of a persistent one a multiprocessor
 _HOPPER = {
     "fwd": [(128, 128, 2), (128, 64, 4), (128, 64, 3), (128, 128, 2, "grid"), (128, 64, 4, "grid")],
@@ -240,6 +270,9 @@ def _triton() -> list[Candidate]:
                 found.append(Candidate(kernel, f"ptr {name}", _BUILD[kernel](TileConfig(*tile), False)))
             if i < 1 and kernel == "dkv":
                 found.append(Candidate(kernel, f"tma {name} split", _dkv_split(TileConfig(*tile), True)))
+    for m, n, warps, stages in _ONE:
+        name = f"tma {m}x{n} w{warps} s{stages} atomic"
+        found.append(Candidate("one", name, _atomic(TileConfig(m, n, warps, stages), True)))
     return found
 
 

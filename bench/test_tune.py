@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "0":
     pytest.skip("the tuner's own test runs in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 
-from bench.candidates import Candidate, _delta, _dkv, _dq, _fwd
+from bench.candidates import Candidate, _atomic, _delta, _dkv, _dq, _fwd
 from bench.tune import FORESTS, Setup, table, tune
 from treegrpo_kernels.triton.common import TileConfig
 
@@ -49,18 +49,19 @@ def listed(kernels):
         Candidate("dq", "no such tile", _dq(TileConfig(17, 32, 4, 1), True)),
         Candidate("dq", "tma", _dq(TILE, True)),
         Candidate("dkv", "tma", _dkv(TILE, True)),
+        Candidate("one", "tma", _atomic(TILE, True)),
     ]
 
 
 @pytest.mark.slow
 def test_one_bad_candidate_costs_its_own_row_only(capsys):
-    found = tune(Setup(("fwd", "dq", "dkv"), 64, 1, "cpu", tiny=True, listed=listed), 400, 60, 1)
+    found = tune(Setup(("fwd", "dq", "dkv", "one"), 64, 1, "cpu", tiny=True, listed=listed), 400, 60, 1)
     rows = {(row["kernel"], row["name"]): row for row in found["rows"]}
-    assert len(rows) == 9
+    assert len(rows) == 10
     errors = {key: row["error"] for key, row in rows.items()}
     assert "hangs" in errors["fwd", "hangs"] and "died" in errors["fwd", "dies"]
     assert "out is off by" in errors["fwd", "wrong"] and "power of 2" in errors["dq", "no such tile"]
-    for key in (("delta", "ptr"), ("fwd", "ptr"), ("fwd", "tma"), ("dq", "tma"), ("dkv", "tma")):
+    for key in (("delta", "ptr"), ("fwd", "ptr"), ("fwd", "tma"), ("dq", "tma"), ("dkv", "tma"), ("one", "tma")):
         assert errors[key] is None and set(rows[key]["tflops"]) == set(FORESTS)
     assert table(found).count("\n") > 8
 

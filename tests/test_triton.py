@@ -21,8 +21,9 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from treegrpo_kernels.triton.backward_dkv import dkv_bounds
-from treegrpo_kernels.triton.common import Config, TileConfig, config, tma_fits
+from treegrpo_kernels.triton.backward import delta_launch
+from treegrpo_kernels.triton.backward_dkv import dkv_bounds, dkv_launch
+from treegrpo_kernels.triton.common import Config, TileConfig, arch_of, config, tma_fits
 from treegrpo_kernels.triton.split import work_items
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -243,6 +244,31 @@ def test_long_key_tiles_are_parted(num_tokens, pinned, poisoned_empty):
     args = inputs(num_tokens, hq=2, hkv=1)[:4]
     check(subtree_end, *args, pinned=pinned)
     assert all(map(torch.equal, *(kernels(subtree_end, *args, pinned=pinned) for _ in range(2))))
+
+
+@pytest.mark.parametrize("d", [16, 20, 64])
+def test_query_gradients_by_atomics(d, poisoned_empty):
+    """The one pass that adds dQ in float32 in no fixed order; head dim 64 in bf16 through descriptors."""
+    dtype = torch.bfloat16 if d == 64 else torch.float32
+    subtree_end = cases.random_subtree_end(70, 11, branch=0.05)
+    q, k, v, dout, _ = args = inputs(70, hq=4, hkv=2, d=d, dv=d, dtype=dtype)
+    args = args[:4]
+    out, lse, _, dk, dv = kernels(subtree_end, *args, pinned=WIDE)
+    plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+    delta, lse2 = torch.empty(2, 4, 80, device=DEVICE).unbind()
+    delta_launch(dout, out, lse, delta, lse2).run()
+    at = plan.tile_lists(WIDE.dkv.block_m, WIDE.dkv.block_n)
+    lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max, at.kv_max.new_empty((0, 4))]
+    shared = dict(dout=dout, q=q, k=k, v=v, delta=delta, lse2=lse2, subtree_end=plan.subtree_end)
+    shared |= dict(
+        position=plan.position, scale=0.3, window=0, softcap=0.0, tma=tma_fits(arch_of(q.device), q, k, v, dout)
+    )
+    dq = torch.zeros(q.shape, device=DEVICE)
+    got = torch.empty_like(dk), torch.empty_like(dv)
+    dkv_launch(*got, WIDE.dkv, lists, dq=dq, **shared).run()
+    results = out, lse, (dq * 0.3).to(dtype), *got
+    over = excess(results, subtree_end, *args)
+    assert max(over.values()) <= 0, over
 
 
 @pytest.mark.parametrize("layout", ["fused_qkv", "heads_first", "last_dim_strided", "expanded_dout"])

@@ -114,6 +114,7 @@ def launches(
         "dq": dq_launch(dq, tiles.dq, lists[_DQ][1:], **shared),
         "dkv": dkv_launch(dk, dv, tiles.dkv, *whole, **shared),
         "dkv_split": dkv_launch(dk, dv, tiles.dkv, *whole, partials, **shared),
+        "dkv_atomic": dkv_launch(dk, dv, tiles.dkv, *whole, dq=torch.empty(q.shape), **shared),
         "dkv_sum": sum_launch(*partials, lists[_DKV][-1], dk, dv, scale),
     }
 

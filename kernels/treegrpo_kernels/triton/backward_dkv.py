@@ -12,12 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    INTERPRETED,
     Launch,
     TileConfig,
     backward_args,
     cap_grad,
     capped,
     cdiv,
+    descriptor,
     dot,
     head_of,
     load_tile,
@@ -56,6 +58,8 @@ def _dkv_tile(
     dout,
     lse2,
     delta,
+    dq,
+    dq_step,
     position,
     o_n,
     b_end,
@@ -105,7 +109,17 @@ def _dkv_tile(
     b_delta = tl.load(delta + p_row + o_row)
     b_dp = dot(b_v, tl.trans(b_dout), tl.zeros((BN, BM), tl.float32))
     b_ds = b_p * (b_dp - b_delta[None, :])
-    b_dk = dot(narrow(b_ds, b_q.dtype), b_q, b_dk)
+    b_ds = narrow(b_ds, b_q.dtype)
+    if dq is not None:
+        b_dq = dot(tl.trans(b_ds), b_k, tl.zeros((BM, BD), tl.float32))
+        if TMA and not INTERPRETED:
+            # drops the rows past T by itself; the interpreter has no such reduction
+            dq.atomic_add([m0, i_head * BD], b_dq)
+        else:
+            p_dq = dq + m0.to(tl.int64) * dq_step + i_head * D + o_row[:, None] * dq_step + tl.arange(0, BD)[None, :]
+            m_dq = (o_row[:, None] < num_rows) & (tl.arange(0, BD)[None, :] < D)
+            tl.atomic_add(p_dq, b_dq, mask=m_dq, sem="relaxed")
+    b_dk = dot(b_ds, b_q, b_dk)
     return b_dk, b_dv
 
 
@@ -126,6 +140,7 @@ def tree_attention_bwd_dkv_kernel(
     kv_order,
     q_pos_min,
     kv_pos_max,
+    dq,
     items,
     partial_dk,
     partial_dv,
@@ -135,6 +150,7 @@ def tree_attention_bwd_dkv_kernel(
     dout_strides,
     dk_strides,
     dv_strides,
+    dq_step,
     num_tokens,
     num_kv_heads,
     num_padded,
@@ -157,7 +173,8 @@ def tree_attention_bwd_dkv_kernel(
 ):
     """Loops over the group's query heads and the query tiles below a key tile. Longest range first, heads fastest.
 
-    With SPLIT over one piece of that range: see split.py.
+    With SPLIT over one piece of that range: see split.py. With ``dq``, a float32 [T, Hq, D] of zeros, the unscaled dQ
+    is added to it as well, in no fixed order: five products a tile instead of the two passes' seven.
     """
     i_program = tl.program_id(0)
     i_kv = i_program % num_kv_heads
@@ -199,9 +216,9 @@ def tree_attention_bwd_dkv_kernel(
         for _ in tl.range(0, GROUP * (hi - lo)):
             if tl.load(q_pos_min + i_m) < nearest:
                 b_dk, b_dv = _dkv_tile(
-                    b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
-                    dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
-                    True, False, TMA,
+                    b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
+                    q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
+                    HAS_CAP, True, False, TMA,
                 )
             i_m += 1
             i_q = tl.where(i_m == hi, i_q + 1, i_q)
@@ -210,8 +227,8 @@ def tree_attention_bwd_dkv_kernel(
         i_m = a
         for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
-                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
+                q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
                 False, True, TMA,
             )
             i_m += 1
@@ -223,8 +240,8 @@ def tree_attention_bwd_dkv_kernel(
         i_q = i_kv * GROUP
         for _ in tl.range(0, GROUP * (a - lo + hi - b), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, position, o_n, b_end, b_pos_k, q_strides,
-                dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
+                q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
                 False, False, TMA,
             )
             i_m += 1
@@ -247,12 +264,19 @@ def tree_attention_bwd_dkv_kernel(
 
 
 def dkv_launch(
-    dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], partials: list[Tensor] | None = None, **shared
+    dk: Tensor,
+    dv: Tensor,
+    tile: TileConfig,
+    lists: list[Tensor],
+    partials: list[Tensor] | None = None,
+    dq: Tensor | None = None,
+    **shared,
 ) -> Launch:
     """The dK/dV launch.
 
     ``lists`` are kv_max, kv_min, kv_order, q_pos_min, kv_pos_max of the tile sizes in ``tile`` and the work items of
     :func:`split.work_items`. With ``partials`` (:func:`new_partials`) the items are the work, else whole key tiles.
+    With ``dq``, contiguous [T, Hq, D] fp32 zeros, dQ / scale is added there by atomics: not deterministic.
     """
     args = backward_args(tile=tile, **shared)
     args.update(zip(("kv_max", "kv_min", "kv_order", "q_pos_min", "kv_pos_max", "items"), lists, strict=True))
@@ -260,6 +284,8 @@ def dkv_launch(
     args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
     partial_dk, partial_dv = partials or (None, None)
     args.update(partial_dk=partial_dk, partial_dv=partial_dv, SPLIT=partials is not None)
+    by_tma = dq is not None and shared["tma"] and not triton.knobs.runtime.interpret
+    args.update(dq=descriptor(dq, tile.block_m) if by_tma else dq, dq_step=0 if dq is None else dq.stride(0))
     num_work = cdiv(num_tokens, tile.block_n) if partials is None else lists[5].shape[0]
     return Launch(tree_attention_bwd_dkv_kernel, (num_work * num_kv_heads,), args, tile)
 
