@@ -23,7 +23,7 @@ from treegrpo_kernels.triton.backward import delta_launch, dq_launch
 from treegrpo_kernels.triton.backward_dkv import dkv_launch, dkv_launches
 from treegrpo_kernels.triton.common import TileConfig
 from treegrpo_kernels.triton.forward import fwd_launch
-from treegrpo_kernels.triton.split import work_items
+from treegrpo_kernels.triton.split import query_lists, work_items
 
 # every query tile tried divides it
 ROW_MULTIPLE = 256
@@ -189,7 +189,7 @@ def _dq(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
 def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         at = problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max, at.kv_max.new_empty((0, 4))]
+        lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
         return [dkv_launch(problem.tensors["dk"], problem.tensors["dv"], tile, lists, **_shared(problem, tma))]
 
     return build
@@ -198,7 +198,7 @@ def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
 def _dkv_split(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max]
+        lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(problem.plan, tile, 0)]
         lists += work_items(problem.plan, tile, t["k"].shape[1])
         return dkv_launches(t["dk"], t["dv"], tile, lists, **_shared(problem, tma))
 
@@ -212,7 +212,7 @@ class _AtomicDq:
         t, at = problem.tensors, problem.lists(tile)
         self.sum = torch.zeros_like(t["q"], dtype=torch.float32)
         self.dq, self.scale = t["dq"], problem.scale
-        lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max, at.kv_max.new_empty((0, 4))]
+        lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
         self.launch = dkv_launch(t["dk"], t["dv"], tile, lists, dq=self.sum, **_shared(problem, tma))
         self.kernel, self.args, self.options = self.launch.kernel, self.launch.args, self.launch.options
 

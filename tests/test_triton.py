@@ -24,7 +24,7 @@ import triton.language as tl
 from treegrpo_kernels.triton.backward import delta_launch
 from treegrpo_kernels.triton.backward_dkv import dkv_bounds, dkv_launch
 from treegrpo_kernels.triton.common import Config, TileConfig, arch_of, config, tma_fits
-from treegrpo_kernels.triton.split import work_items
+from treegrpo_kernels.triton.split import query_lists, work_items
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -258,7 +258,7 @@ def test_query_gradients_by_atomics(d, poisoned_empty):
     delta, lse2 = torch.empty(2, 4, 80, device=DEVICE).unbind()
     delta_launch(dout, out, lse, delta, lse2).run()
     at = plan.tile_lists(WIDE.dkv.block_m, WIDE.dkv.block_n)
-    lists = [at.kv_max, at.kv_min, at.kv_order, at.q_pos_min, at.kv_pos_max, at.kv_max.new_empty((0, 4))]
+    lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(plan, WIDE.dkv, 0), at.kv_max.new_empty((0, 4))]
     shared = dict(dout=dout, q=q, k=k, v=v, delta=delta, lse2=lse2, subtree_end=plan.subtree_end)
     shared |= dict(
         position=plan.position, scale=0.3, window=0, softcap=0.0, tma=tma_fits(arch_of(q.device), q, k, v, dout)

@@ -80,7 +80,7 @@ def tile_tensors(
     """
     from .common import Config, arch_of
     from .common import config as choose
-    from .split import work_items
+    from .split import query_lists, work_items
 
     if config is not None and not isinstance(config, Config):
         from . import hopper
@@ -93,7 +93,7 @@ def tile_tensors(
         tensors += [_shape_of(tile, q), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order]
     tile = config.dkv
     lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
-    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, lists.kv_order, lists.q_pos_min, lists.kv_pos_max]
+    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, lists.kv_order, *query_lists(plan, tile, window)]
     # a window bounds the work of every key tile
     tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, v.shape[1])
     return tensors

@@ -138,8 +138,8 @@ def tree_attention_bwd_dkv_kernel(
     kv_max,
     kv_min,
     kv_order,
-    q_pos_min,
-    kv_pos_max,
+    kv_offsets,
+    kv_indices,
     dq,
     items,
     partial_dk,
@@ -210,19 +210,29 @@ def tree_attention_bwd_dkv_kernel(
     i_q = i_kv * GROUP
     # fmt: off
     if HAS_WINDOW:
-        # the window cuts by position, which is not monotone over branches: pass over the tiles wholly outside
-        nearest = tl.load(kv_pos_max + i_n) + window
-        i_m = lo
-        for _ in tl.range(0, GROUP * (hi - lo)):
-            if tl.load(q_pos_min + i_m) < nearest:
-                b_dk, b_dv = _dkv_tile(
-                    b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
-                    q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
-                    HAS_CAP, True, False, TMA,
-                )
-            i_m += 1
-            i_q = tl.where(i_m == hi, i_q + 1, i_q)
-            i_m = tl.where(i_m == hi, lo, i_m)
+        # a window cuts by position, which is not monotone over branches: here the query tiles are a list
+        first = tl.load(kv_offsets + i_n)
+        last = tl.load(kv_offsets + i_n + 1)
+        e = first
+        i_next = first
+        if TMA:
+            # read ahead as in the forward
+            i_next = tl.load(kv_indices + first, mask=first < last, other=0)
+        for _ in tl.range(0, GROUP * (last - first), num_stages=STAGES):
+            i_m = i_next
+            if not TMA:
+                i_m = tl.load(kv_indices + e)
+            i_now = i_q
+            e += 1
+            i_q = tl.where(e == last, i_q + 1, i_q)
+            e = tl.where(e == last, first, e)
+            if TMA:
+                i_next = tl.load(kv_indices + e)
+            b_dk, b_dv = _dkv_tile(
+                b_dk, b_dv, b_k, b_v, i_m, i_now, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
+                q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
+                HAS_CAP, True, False, TMA,
+            )
     else:
         i_m = a
         for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
@@ -274,12 +284,13 @@ def dkv_launch(
 ) -> Launch:
     """The dK/dV launch.
 
-    ``lists`` are kv_max, kv_min, kv_order, q_pos_min, kv_pos_max of the tile sizes in ``tile`` and the work items of
-    :func:`split.work_items`. With ``partials`` (:func:`new_partials`) the items are the work, else whole key tiles.
-    With ``dq``, contiguous [T, Hq, D] fp32 zeros, dQ / scale is added there by atomics: not deterministic.
+    ``lists`` are kv_max, kv_min, kv_order of the tile sizes in ``tile``, the two of :func:`split.query_lists`, and the
+    work items of :func:`split.work_items`. With ``partials`` (:func:`new_partials`) the items are the work, else whole
+    key tiles. With ``dq``, contiguous [T, Hq, D] fp32 zeros, dQ / scale is added there by atomics: not deterministic.
     """
     args = backward_args(tile=tile, **shared)
-    args.update(zip(("kv_max", "kv_min", "kv_order", "q_pos_min", "kv_pos_max", "items"), lists, strict=True))
+    names = "kv_max", "kv_min", "kv_order", "kv_offsets", "kv_indices", "items"
+    args.update(zip(names, lists, strict=True))
     num_tokens, num_kv_heads, _ = dk.shape
     args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
     partial_dk, partial_dv = partials or (None, None)

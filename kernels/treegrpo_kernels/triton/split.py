@@ -1,4 +1,4 @@
-"""Long key tiles of dK/dV shared out over several programs: work items, float32 partials, a sum in fixed order.
+"""The work of dK/dV: lists under a window; long key tiles parted, with float32 partials and a sum in fixed order.
 
 A key tile of a root is seen by all its descendants. Where one such tile would take longer than a multiprocessor's fair
 share of the whole pass, its range of query tiles is cut into pieces. Every piece writes a float32 partial, and the
@@ -64,6 +64,27 @@ def _make_work_items(plan: TreePlan, tile: TileConfig, num_kv_heads: int) -> lis
     counts = torch.bincount(kv_tile, minlength=num_kv)[parted]
     sums = torch.stack([parted, counts.cumsum(0) - counts, counts], 1)
     return [x.to(torch.int32).contiguous() for x in (items, sums)]
+
+
+def query_lists(plan: TreePlan, tile: TileConfig, window: int) -> list[Tensor]:
+    """[kv_offsets [NK+1], kv_indices [nnz]] int32: the query tiles of each key tile under a window, ascending.
+
+    Empty without a window, where they are a range. Made once a plan.
+    """
+    if not window:
+        return [torch.empty(0, dtype=torch.int32, device=plan.device) for _ in range(2)]
+    key = ("dkv query lists", tile.block_m, tile.block_n, window)
+    made = plan.derived.get(key)
+    if made is None:
+        lists = plan.tile_lists(tile.block_m, tile.block_n, window)
+        num_q, num_kv = len(lists.q_full), len(lists.kv_max)
+        q_tile = torch.repeat_interleave(torch.arange(num_q, device=plan.device), lists.q_offsets.diff())
+        kv_tile = lists.q_indices.long()
+        offsets = torch.zeros(num_kv + 1, dtype=torch.int64, device=plan.device)
+        torch.cumsum(torch.bincount(kv_tile, minlength=num_kv), 0, out=offsets[1:])
+        ordered = q_tile[torch.argsort(kv_tile * num_q + q_tile)]
+        made = plan.derived[key] = [x.to(torch.int32) for x in (offsets, ordered)]
+    return made
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_kv_heads"])
