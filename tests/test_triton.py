@@ -246,6 +246,22 @@ def test_long_key_tiles_are_parted(num_tokens, pinned, poisoned_empty):
     assert all(map(torch.equal, *(kernels(subtree_end, *args, pinned=pinned) for _ in range(2))))
 
 
+@pytest.mark.parametrize("window", [1, 9, 40])
+def test_query_lists_against_brute_force(window):
+    """Under a window every visible (query tile, key tile) is listed once."""
+    subtree_end = cases.random_subtree_end(150, 5, branch=0.05)
+    plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+    tile = WIDE.dkv
+    offsets, indices = (x.tolist() for x in query_lists(plan, tile, window))
+    mask = reference.dense_mask(plan.subtree_end, window).cpu()
+    for i_n in range(len(offsets) - 1):
+        listed = indices[offsets[i_n] : offsets[i_n + 1]]
+        assert listed == sorted(set(listed))
+        columns = mask[:, i_n * tile.block_n : (i_n + 1) * tile.block_n].any(1)
+        seen = {int(row) // tile.block_m for row in columns.nonzero()}
+        assert seen <= set(listed)
+
+
 @pytest.mark.parametrize("d", [16, 20, 64])
 def test_query_gradients_by_atomics(d, poisoned_empty):
     """The one pass that adds dQ in float32 in no fixed order; head dim 64 in bf16 through descriptors."""

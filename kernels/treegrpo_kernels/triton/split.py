@@ -7,6 +7,7 @@ partials of a tile are added in the order of the pieces: same inputs, same bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,13 +31,21 @@ def work_items(plan: TreePlan, tile: TileConfig, num_kv_heads: int) -> list[Tens
     An item is (key tile, first query tile, query tile past the last, slot of its partial or -1), longest first; a
     parted tile is (key tile, its first slot, how many).
 
-    Example: one chain of 8 query tiles and 8 key tiles on 8 multiprocessors has 36 visible tiles, a share of 4.5: key
-    tiles 0 to 3 (8 to 5 query tiles long) are parted in two.
+    Example: one chain of 10 query tiles and 10 key tiles on 8 multiprocessors has 55 visible tiles, a share of 6.9: key
+    tiles 0 to 3, which are 10 to 7 query tiles long, are parted.
     """
-    key = ("dkv items", tile, num_kv_heads)
+    return _made_once(plan, ("dkv items", tile, num_kv_heads), lambda: _make_work_items(plan, tile, num_kv_heads))
+
+
+def _made_once(plan: TreePlan, key: tuple, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     made = plan.derived.get(key)
     if made is None:
-        made = plan.derived[key] = _make_work_items(plan, tile, num_kv_heads)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "the work of dK/dV cannot be laid out inside torch.compile, for it depends on the tree: call"
+                " tree_attention once with this plan before the compiled function"
+            )
+        made = plan.derived[key] = make()
     return made
 
 
@@ -74,17 +83,18 @@ def query_lists(plan: TreePlan, tile: TileConfig, window: int) -> list[Tensor]:
     if not window:
         return [torch.empty(0, dtype=torch.int32, device=plan.device) for _ in range(2)]
     key = ("dkv query lists", tile.block_m, tile.block_n, window)
-    made = plan.derived.get(key)
-    if made is None:
-        lists = plan.tile_lists(tile.block_m, tile.block_n, window)
-        num_q, num_kv = len(lists.q_full), len(lists.kv_max)
-        q_tile = torch.repeat_interleave(torch.arange(num_q, device=plan.device), lists.q_offsets.diff())
-        kv_tile = lists.q_indices.long()
-        offsets = torch.zeros(num_kv + 1, dtype=torch.int64, device=plan.device)
-        torch.cumsum(torch.bincount(kv_tile, minlength=num_kv), 0, out=offsets[1:])
-        ordered = q_tile[torch.argsort(kv_tile * num_q + q_tile)]
-        made = plan.derived[key] = [x.to(torch.int32) for x in (offsets, ordered)]
-    return made
+    return _made_once(plan, key, lambda: _make_query_lists(plan, tile, window))
+
+
+def _make_query_lists(plan: TreePlan, tile: TileConfig, window: int) -> list[Tensor]:
+    lists = plan.tile_lists(tile.block_m, tile.block_n, window)
+    num_q, num_kv = len(lists.q_full), len(lists.kv_max)
+    q_tile = torch.repeat_interleave(torch.arange(num_q, device=plan.device), lists.q_offsets.diff())
+    kv_tile = lists.q_indices.long()
+    offsets = torch.zeros(num_kv + 1, dtype=torch.int64, device=plan.device)
+    torch.cumsum(torch.bincount(kv_tile, minlength=num_kv), 0, out=offsets[1:])
+    ordered = q_tile[torch.argsort(kv_tile * num_q + q_tile)]
+    return [x.to(torch.int32) for x in (offsets, ordered)]
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_kv_heads"])
