@@ -129,9 +129,6 @@ def large_forests(tiny: bool) -> dict[str, torch.Tensor]:
     return {name: gpu_workloads.forest(name, tiny).subtree_end for name in FORESTS}
 
 
-# ------------------------------------------------------------------------------------------------ in the children
-
-
 def compile_one(pipe: Connection, candidate: Candidate, problem: Problem, arch: int) -> None:
     """Compile a candidate's launches for CPU tensors: (registers, spilled bytes, shared bytes) of the largest."""
     from treegrpo_kernels.triton.aot import compile_launch
@@ -236,9 +233,6 @@ def _time(candidate: Candidate, problem: Problem, watch, rounds: int) -> float:
     run = _run(candidate, problem)
     watch.once(run)
     return statistics.median(watch.once(*[run] * rounds))
-
-
-# ------------------------------------------------------------------------------------------------- in the parent
 
 
 def compile_all(rows: list[Row], listed: list[Candidate], arch: int, head_dim: int, deadline: float, jobs: int) -> None:
