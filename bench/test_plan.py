@@ -15,6 +15,7 @@ from cases import balanced_subtree_end
 
 import treegrpo_kernels as tk
 from bench import gpu_workloads, workloads
+from bench.race import HEADS, KV_HEADS
 from treegrpo import build_forest
 
 BLOCK_M, BLOCK_N = 128, 64
@@ -129,11 +130,11 @@ def test_tile_tensors(workload, meter, device, quick):
 
     end = subtree_end(workload, quick)
     on_device = end.to(device)
-    heads = torch.empty(end.numel(), 1, 128, dtype=torch.bfloat16, device=device)
+    q, v = (torch.empty(end.numel(), n, 128, dtype=torch.bfloat16, device=device) for n in (HEADS, KV_HEADS))
     meter.benchmark.group = "plan and lists of all kernels"
 
     def run():
-        return triton.tile_tensors(tk.TreePlan.build(on_device), heads, heads, 0)
+        return triton.tile_tensors(tk.TreePlan.build(on_device), q, v, 0)
 
     def check():
         run()
