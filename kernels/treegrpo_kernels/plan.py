@@ -12,11 +12,15 @@ clipped to T:
 
 so the query tiles of one key tile are a contiguous range: dK/dV needs no list; forward and dQ walk a CSR list per query
 tile.
+
+Plans on a GPU are built by triton/plan.py, all others by the torch operations below (also on a GPU that Triton does not
+serve); both give the same integers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -82,20 +86,12 @@ class TreePlan:
             raise ValueError(
                 f"subtree_end has {num_tokens} tokens; one packed row holds fewer than 2**31 - 1: split it"
             )
-        end = subtree_end.detach().to(device=device, dtype=torch.int64)
-        index = torch.arange(num_tokens, device=end.device)
-        out_of_range = (end <= index) | (end > num_tokens)
-        # clamped so that a bad entry cannot index outside before it is reported
-        closing = torch.bincount(end.clamp(0, num_tokens), minlength=num_tokens + 1)[:num_tokens]
-        position = (1 - closing).cumsum(0) - 1
-        crossing = _crossing(end, position, index)
-        bad = out_of_range | crossing
-        # one device synchronisation carries both the verdict and the pair count
-        num_bad, num_pairs = torch.stack([bad.sum(), (end - index).sum()]).tolist()
-        if num_bad:
-            first = int(bad.to(torch.int8).argmax())
-            raise ValueError(_describe(first, int(end[first]), num_tokens, bool(out_of_range[first])))
-        return cls(end.to(torch.int32), position.to(torch.int32), num_pairs)
+        end = subtree_end.detach().to(device=device)
+        kernels = _kernels(end.device) if num_tokens else None
+        end32, position, violations, num_pairs = kernels.positions(end) if kernels else _positions(end)
+        if violations:
+            raise ValueError(_first_violation(end.long()))
+        return cls(end32, position, num_pairs)
 
     def count_pairs(self, window: int | None = None) -> int:
         """Exact number of visible (query, key) pairs, under a sliding window of ``window`` path tokens if given."""
@@ -117,11 +113,66 @@ class TreePlan:
                     "tile lists cannot be built inside torch.compile, for their length depends on the tree: call"
                     f" plan.tile_lists({block_m}, {block_n}, {window}) before the compiled function"
                 )
-            lists = self._tile_lists[key] = _build_tile_lists(self.subtree_end, self.position, *key)
+            kernels = _kernels(self.device) if self.num_tokens else None
+            build = kernels.tile_lists if kernels else _build_tile_lists
+            lists = self._tile_lists[key] = TileLists(*key, **build(self.subtree_end, self.position, *key))
         return lists
 
     def __repr__(self) -> str:
         return f"TreePlan(num_tokens={self.num_tokens}, num_pairs={self.num_pairs}, device={str(self.device)!r})"
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The kernels that build plans on ``device``; None where torch operations do."""
+    if device.type != "cuda":
+        return None
+    from . import triton
+
+    if triton.reason(device) is not None:
+        return None
+    from .triton import plan
+
+    return plan
+
+
+def _positions(end: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """end [T] of any integer dtype -> (int32 copy, position [T] int32, violations, visible pairs).
+
+    position[t] is the number of open subtrees that t lies in. The intervals nest iff where one ends, position is no
+    larger than where it began. For let j be the first interval that another, t, crosses: j < t < end[j] < end[t]. The
+    intervals around j reach beyond end[j], else t would cross an earlier one; t reaches beyond it too. Hence
+    position[end[j]] > position[j]. That nested intervals keep the rule is plain.
+    """
+    end = end.long()
+    num_tokens = end.shape[0]
+    index = torch.arange(num_tokens, device=end.device)
+    # clamped so that a bad entry cannot index outside before it is reported
+    inside = end.clamp(0, num_tokens)
+    closing = torch.bincount(inside, minlength=num_tokens + 1)
+    position = index - closing[:num_tokens].cumsum(0)
+    at_end = torch.cat([position, position.new_full((1,), -1)])[inside]
+    bad = _out_of_range(end, index) | (at_end > position)
+    # one device synchronisation carries both the verdict and the pair count
+    violations, num_pairs = torch.stack([bad.sum(), (end - index).sum()]).tolist()
+    return end.to(torch.int32), position.to(torch.int32), violations, num_pairs
+
+
+def _out_of_range(end: Tensor, index: Tensor) -> Tensor:
+    return (end <= index) | (end > end.shape[0])
+
+
+def _first_violation(end: Tensor) -> str:
+    """What is wrong with ``end`` [T] int64, which is no packed forest, at the first index where it is."""
+    num_tokens = end.shape[0]
+    index = torch.arange(num_tokens, device=end.device)
+    out_of_range = _out_of_range(end, index)
+    closing = torch.bincount(end.clamp(0, num_tokens), minlength=num_tokens + 1)[:num_tokens]
+    bad = out_of_range | _crossing(end, index - closing.cumsum(0), index)
+    first = int(bad.to(torch.int8).argmax())
+    cure = "lay each tree out depth first, every node's tokens contiguous (treegrpo.pack does)"
+    if out_of_range[first]:
+        return f"subtree_end[{first}] = {int(end[first])} must lie in ({first}, {num_tokens}]; {cure}"
+    return f"subtree_end[{first}] = {int(end[first])} crosses the subtree it lies in; {cure}"
 
 
 def _crossing(end: Tensor, position: Tensor, index: Tensor) -> Tensor:
@@ -151,14 +202,10 @@ def _crossing(end: Tensor, position: Tensor, index: Tensor) -> Tensor:
     return bad
 
 
-def _describe(index: int, value: int, num_tokens: int, out_of_range: bool) -> str:
-    cure = "lay each tree out depth first, every node's tokens contiguous (treegrpo.pack does)"
-    if out_of_range:
-        return f"subtree_end[{index}] = {value} must lie in ({index}, {num_tokens}]; {cure}"
-    return f"subtree_end[{index}] = {value} crosses the subtree it lies in; {cure}"
-
-
-def _build_tile_lists(subtree_end: Tensor, position: Tensor, block_m: int, block_n: int, window: int) -> TileLists:
+def _build_tile_lists(
+    subtree_end: Tensor, position: Tensor, block_m: int, block_n: int, window: int
+) -> dict[str, Tensor]:
+    """The tensors of :class:`TileLists` by name."""
     num_tokens, device = subtree_end.shape[0], subtree_end.device
     num_q, num_kv = -(-num_tokens // block_m), -(-num_tokens // block_n)
     kv_max = _tiles(subtree_end, num_kv, block_n, 0).amax(1).long()
@@ -188,25 +235,20 @@ def _build_tile_lists(subtree_end: Tensor, position: Tensor, block_m: int, block
     q_offsets = torch.zeros(num_q + 1, dtype=torch.int64, device=device)
     torch.cumsum(per_q, 0, out=q_offsets[1:])
 
-    def int32(x: Tensor) -> Tensor:
-        return x.to(torch.int32).contiguous()
-
-    return TileLists(
-        block_m=block_m,
-        block_n=block_n,
-        window=window,
-        kv_max=int32(kv_max),
-        kv_min=int32(kv_min),
-        q_offsets=int32(q_offsets),
-        q_indices=int32(kv_tile[order]),
-        q_full=int32(torch.bincount(q_tile[full], minlength=num_q)),
-        q_order=int32(torch.argsort(per_q, descending=True, stable=True)),
-        kv_order=int32(torch.argsort(kv_max - kv_start, descending=True, stable=True)),
-        q_pos_min=int32(q_pos_min),
-        q_pos_max=int32(q_pos_max),
-        kv_pos_min=int32(kv_pos_min),
-        kv_pos_max=int32(kv_pos_max),
+    made = dict(
+        kv_max=kv_max,
+        kv_min=kv_min,
+        q_offsets=q_offsets,
+        q_indices=kv_tile[order],
+        q_full=torch.bincount(q_tile[full], minlength=num_q),
+        q_order=torch.argsort(per_q, descending=True, stable=True),
+        kv_order=torch.argsort(kv_max - kv_start, descending=True, stable=True),
+        q_pos_min=q_pos_min,
+        q_pos_max=q_pos_max,
+        kv_pos_min=kv_pos_min,
+        kv_pos_max=kv_pos_max,
     )
+    return {name: x.to(torch.int32).contiguous() for name, x in made.items()}
 
 
 def _tiles(x: Tensor, num_tiles: int, block: int, fill: int) -> Tensor:
