@@ -1,11 +1,15 @@
 """The plan's kernels against its torch operations; on a GPU also time, host time of a call and CUDA graphs."""
 
+import time
+import warnings
+from collections.abc import Callable
+
 import cases
 import numpy as np
 import pytest
 import torch
 
-from treegrpo_kernels import TreePlan, plan
+from treegrpo_kernels import TreePlan, plan, tree_attention
 
 pytest.importorskip("triton")
 
@@ -116,3 +120,183 @@ def test_plan_takes_the_kernels_on_a_gpu_and_torch_elsewhere(monkeypatch):
     with pytest.raises(ValueError, match=r"subtree_end\[2\] = 2 must lie in \(2, 4\]"):
         TreePlan.build(torch.tensor([4, 3, 2, 9], device=DEVICE))
     assert TreePlan.build(torch.zeros(0, dtype=torch.int32, device=DEVICE)).num_pairs == 0
+
+
+def long_forest(num_tokens: int) -> np.ndarray:
+    """Trees of 16 leaves side by side, cut to ``num_tokens``."""
+    tree = cases.balanced_subtree_end(2048, 4, 2, 512)
+    copies = -(-num_tokens // len(tree))
+    return np.concatenate([tree + i * len(tree) for i in range(copies)])[:num_tokens].clip(max=num_tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [5003, 131_071])
+def test_compiled_kernels_are_the_torch_operations(num_tokens):
+    # fmt: off
+    forests = [
+        long_forest(num_tokens), np.full(num_tokens, num_tokens), np.arange(1, num_tokens + 1),
+        cases.random_subtree_end(num_tokens, 0, branch=0.01, root=0.001), cases.random_subtree_end(num_tokens, 1),
+    ]
+    # fmt: on
+    for i, subtree_end in enumerate(forests):
+        same_plan(subtree_end, [torch.int64, torch.int32][i % 2])
+        for block_m, block_n in ((128, 64), (48, 80)):
+            for window in (0, 700):
+                same_lists(subtree_end, block_m, block_n, window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residue", range(128))
+def test_compiled_kernels_at_every_residue(residue):
+    subtree_end = cases.residue_subtree_end(residue, 128)
+    same_plan(subtree_end)
+    for block_m, block_n in ((128, 128), (128, 64), (64, 128)):
+        same_lists(subtree_end, block_m, block_n)
+
+
+def waits(run: Callable[[], object]) -> int:
+    """How often ``run`` waits for the device."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def median_seconds(run: Callable[[], object], calls: int, wait: bool) -> float:
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run()
+        if wait:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[calls // 2]
+
+
+@pytest.mark.gpu
+def test_a_plan_waits_once_and_its_lists_once():
+    end = torch.from_numpy(long_forest(20_000)).cuda()
+    TreePlan.build(end).tile_lists(128, 64)
+    assert waits(lambda: TreePlan.build(end)) == 1
+    built = TreePlan.build(end)
+    assert waits(lambda: built.tile_lists(128, 64)) == 1
+    assert waits(lambda: built.tile_lists(128, 64, 300)) == 1
+
+
+@pytest.mark.gpu
+def test_128k_tokens_within_a_millisecond():
+    end = torch.from_numpy(long_forest(131072)).cuda()
+
+    def build() -> None:
+        TreePlan.build(end).tile_lists(128, 64)
+
+    for _ in range(10):
+        build()
+    assert median_seconds(build, 50, wait=True) < 1e-3
+
+
+OPTIONS = {
+    "plain": dict(),
+    "window": dict(window=300),
+    "capped": dict(softcap=20.0, sinks=True),
+    "fp32": dict(dtype=torch.float32, head_dim=64),
+    "odd_head": dict(head_dim=96),
+}
+
+
+class Small:
+    """A call of the op at about 2k tokens; ``run`` gives the output and the gradients."""
+
+    def __init__(
+        self,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        head_dim: int = 128,
+    ) -> None:
+        end = torch.from_numpy(cases.balanced_subtree_end(512, 3, 2, 128)).cuda()
+        self.plan = TreePlan.build(end)
+        self.options = dict(window=window, softcap=softcap, sinks=None, backend="triton")
+        self.inputs = [
+            torch.randn(len(end), heads, head_dim, device="cuda", dtype=dtype, requires_grad=True)
+            for heads in (32, 8, 8)
+        ]
+        self.dout = torch.randn_like(self.inputs[0])
+        if sinks:
+            self.options["sinks"] = torch.randn(32, device="cuda", requires_grad=True)
+
+    def forward(self) -> torch.Tensor:
+        return tree_attention(*self.inputs, self.plan, **self.options)
+
+    def run(self) -> list[torch.Tensor]:
+        wanted = [x for x in (*self.inputs, self.options["sinks"]) if x is not None]
+        out = self.forward()
+        return [out.detach(), *torch.autograd.grad(out, wanted, self.dout)]
+
+    def draw(self) -> None:
+        with torch.no_grad():
+            for x in (*self.inputs, self.dout):
+                x.normal_()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_takes_less_than_60_us_of_the_host(grad):
+    small = Small()
+    with torch.set_grad_enabled(grad):
+        for _ in range(20):
+            small.forward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert median_seconds(small.forward, 200, wait=False) < 60e-6
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_cuda_graph_replays_the_same_bits(name, backward):
+    small = Small(**OPTIONS[name])
+
+    def step() -> list[torch.Tensor]:
+        if backward:
+            return small.run()
+        with torch.no_grad():
+            return [small.forward()]
+
+    # compiles the kernels and makes the lists, which a capture cannot
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        small.draw()
+        expected = step()
+        for x in captured:
+            x.fill_(float("nan"))
+        allocated = torch.cuda.memory_allocated()
+        graph.replay()
+        assert torch.cuda.memory_allocated() == allocated
+        for a, b in zip(captured, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_lists_refuse_to_be_built_in_a_capture():
+    built = TreePlan.build(torch.from_numpy(long_forest(1000)).cuda())
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(ValueError, match="before the capture"), torch.cuda.graph(graph):
+        built.tile_lists(128, 64)

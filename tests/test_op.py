@@ -7,6 +7,8 @@ import sys
 import cases
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import treegrpo_kernels as tk
@@ -139,6 +141,91 @@ def test_flop_counter_counts_visible_pairs(backend):
         }
     assert flops.attention_forward(10, 4, 8) == 4 * 8 * 4 * 10
     assert flops.attention_backward(10, 4, 8) == 10 * 8 * 4 * 10
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the project's operators, as a mode sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "treegrpo":
+            self.seen.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+OPERATORS = ["tree_attention", "tree_attention_backward"]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_plain_calls_go_past_the_operator_with_its_bits(backend, monkeypatch):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("ragged_turns")))
+    inputs = tensors(plan.num_tokens, dtype=torch.float32, grad=True)
+    sinks = torch.linspace(-1, 1, 4).requires_grad_()
+
+    def run():
+        out, lse = tk.tree_attention(*inputs, plan, sinks=sinks, backend=backend, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out.square().sum(), (*inputs, sinks))]
+
+    with Recorder() as recorder:
+        expected = run()
+    assert recorder.seen == OPERATORS
+    with monkeypatch.context() as patch:
+        # raises where it is called: the plain path must not need it
+        patch.setattr(api.op.torch.ops, "treegrpo", None)
+        found = run()
+        with torch.no_grad():
+            assert torch.equal(tk.tree_attention(*inputs, plan, sinks=sinks, backend=backend), expected[0])
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_whoever_watches_sees_the_operator(backend):
+    plan = tk.TreePlan.build(torch.tensor([4, 4, 3, 4]))
+    inputs = tensors(4, dtype=torch.float32, grad=True)
+    with torch.profiler.profile() as profile:
+        tk.tree_attention(*inputs, plan, backend=backend).sum().backward()
+    assert {f"treegrpo::{name}" for name in OPERATORS} <= {event.name for event in profile.events()}
+    out = tk.tree_attention(*inputs, plan, backend=backend)
+    with Recorder() as recorder:
+        out.sum().backward()
+    assert recorder.seen == OPERATORS[1:]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_gradients(backend, use_reentrant):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("two_trees")))
+    inputs = tensors(plan.num_tokens, dtype=torch.float32, grad=True)
+
+    def layer(q, k, v):
+        return tk.tree_attention(q.sin(), k, v, plan, backend=backend).square()
+
+    expected = torch.autograd.grad(layer(*inputs).sum(), inputs)
+    for x in inputs:
+        x.grad = None
+    checkpoint(layer, *inputs, use_reentrant=use_reentrant).sum().backward()
+    for x, gradient in zip(inputs, expected, strict=True):
+        assert torch.equal(x.grad, gradient)
+
+
+def test_arguments_are_checked_again_when_they_change():
+    plan = tk.TreePlan.build(torch.tensor([2, 2]))
+    q, k, v = tensors(2, dtype=torch.float32)
+    first = tk.tree_attention(q, k, v, plan)
+    assert torch.equal(tk.tree_attention(q, k, v, plan), first)
+    assert not torch.equal(tk.tree_attention(q, k, v, plan, scale=2.0), first)
+    with pytest.raises(ValueError, match="v has dtype"):
+        tk.tree_attention(q, k, v.double(), plan)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        tk.tree_attention(q, k, v, plan, window=0)
+    with pytest.raises(ValueError, match=r"sinks must be \[4\]"):
+        tk.tree_attention(q, k, v, plan, sinks=torch.zeros(3))
+    with pytest.raises(ValueError, match="q has 2 tokens but the plan is for 3"):
+        tk.tree_attention(q, k, v, tk.TreePlan.build(torch.tensor([3, 3, 3])))
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import logging
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import (
-    op,  # noqa: F401  (registers torch.ops.treegrpo.tree_attention)
-    reference,
-)
+from . import op, reference
 from .plan import TreePlan
 
 _log = logging.getLogger("treegrpo_kernels")
@@ -68,10 +66,20 @@ def tree_attention(
     Raises:
         ValueError: an argument that does not fit the others, or a backend that cannot do it, with the reason.
     """
-    _check(q, k, v, plan, window, softcap, sinks)
-    window, softcap = window or 0, softcap or 0.0
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks)
+    plain = op.is_plain(q, k, v, sinks)
+    scale = None if scale is None else float(scale)
+    # all that the checks and choices read of the arguments: what passed once with this plan passes again
+    key = plain and (
+        *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
+        None if sinks is None else (sinks.shape, sinks.device),
+        *(scale, window, softcap, backend),
+    )
+    call = plan.calls.get(key) if plain else None
+    if call is None:
+        call = _prepare(q, k, v, plan, scale, window, softcap, sinks, backend)
+        if plain:
+            plan.calls[key] = call
+    chosen, scale, window, softcap, tiles, num_pairs = call
     if chosen is Backend.REFERENCE:
         out, lse = reference.tree_attention(
             q, k, v, plan.subtree_end, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True
@@ -81,28 +89,52 @@ def tree_attention(
         from . import gather
 
         return gather.attend(q, k, v, plan, scale, window, softcap, sinks, deterministic, return_lse)
+    attend = op.attend if plain else torch.ops.treegrpo.tree_attention
+    # fmt: off
+    out, lse = attend(
+        q, k, v, sinks, plan.subtree_end, plan.position, tiles, scale, window, softcap, num_pairs, chosen.value,
+        deterministic,
+    )
+    # fmt: on
+    return (out, lse) if return_lse else out
+
+
+class _Call(NamedTuple):
+    """What a call of ``tree_attention`` comes down to; 0 for no window and no softcap, as in op.py."""
+
+    backend: Backend
+    scale: float
+    window: int
+    softcap: float
+    tiles: list[Tensor]
+    num_pairs: int
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    backend: str | Backend,
+) -> _Call:
+    """Check the arguments, choose the backend, make its tile lists. Reads shapes, dtypes and devices, no values."""
+    _check(q, k, v, plan, window, softcap, sinks)
+    window, softcap = window or 0, softcap or 0.0
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks)
     tiles: list[Tensor] = []
     if chosen is Backend.TRITON and q.shape[0]:
         from . import triton
 
         config = triton.config_for(q, k, v, window, softcap, sinks, scale)
         tiles = triton.tile_tensors(plan, q, v, window, config)
-    out, lse = torch.ops.treegrpo.tree_attention(
-        q,
-        k,
-        v,
-        sinks,
-        plan.subtree_end,
-        plan.position,
-        tiles,
-        scale,
-        window,
-        softcap,
-        plan.count_pairs(window),
-        chosen.value,
-        deterministic,
-    )
-    return (out, lse) if return_lse else out
+    # only the operator's FLOP formula reads the pairs; under a window they are counted on the device
+    num_pairs = 0 if chosen in (Backend.REFERENCE, Backend.GATHER) else plan.count_pairs(window)
+    return _Call(chosen, scale, window, softcap, tiles, num_pairs)
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:

@@ -5,12 +5,16 @@ Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key 
 ``window == 0`` and ``softcap == 0.0`` mean off. ``tiles`` is whatever flat tensor list the backend made of the plan.
 The gradient of the sinks needs no kernel: a sink adds exp(sink) to the denominator and nothing to the numerator, so
 d sink_h = - sum_i exp(sink_h - lse_ih) * (dout_ih . out_ih).
+
+Where nothing but autograd watches (:func:`is_plain`), the public op calls :func:`attend`, the same rule as a plain
+``autograd.Function``: torch.library's bookkeeping costs more host time than all the rest of a call (NOTES.md).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import flops
 
@@ -138,12 +142,73 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None
     dq, dk, dv = torch.ops.treegrpo.tree_attention_backward(
         dout, q, k, v, out, lse, sinks, subtree_end, position, tiles, *ctx.options
     )
-    dsinks = None
-    if sinks is not None:
-        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        dsinks = -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum(0).to(sinks.dtype)
+    dsinks = None if sinks is None else _sinks_grad(dout, out, lse, sinks)
     return (dq, dk, dv, dsinks, None, None, [None] * len(tiles), *(None,) * 6)
+
+
+def _sinks_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum(0).to(sinks.dtype)
 
 
 torch.library.register_autograd("treegrpo::tree_attention", _differentiate, setup_context=_setup_context, lib=_library)
 flops.register(torch.ops.treegrpo.tree_attention, torch.ops.treegrpo.tree_attention_backward)
+
+
+class _TreeAttention(torch.autograd.Function):
+    """The operator's autograd rule, without the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        subtree_end: Tensor,
+        position: Tensor,
+        tiles: list[Tensor],
+        *options: object,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(q, k, v, sinks, subtree_end, position, tiles, *options)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        # the plan's own tensors: nobody differentiates or offloads them
+        ctx.plan, ctx.options = (subtree_end, position, tiles), options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: None) -> tuple:
+        if dout is None:
+            return (None,) * 13
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        dout = dout.contiguous()
+        args = (dout, q, k, v, out, lse, sinks, *ctx.plan, *ctx.options)
+        # under create_graph the operator says that it has no second derivative
+        if torch.is_grad_enabled() or not is_plain(dout):
+            dq, dk, dv = torch.ops.treegrpo.tree_attention_backward(*args)
+        else:
+            dq, dk, dv = _backward(*args)
+        dsinks = None if sinks is None else _sinks_grad(dout, out, lse, sinks)
+        return (dq, dk, dv, dsinks, *(None,) * 9)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
+    """What ``torch.ops.treegrpo.tree_attention`` does, for tensors of which :func:`is_plain` is true."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        return _TreeAttention.apply(q, k, v, sinks, *rest)
+    return _forward(q, k, v, sinks, *rest)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether only autograd would see an operator: no compiler, mode, transform, profiler or tensor subclass would."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    return all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)

@@ -68,6 +68,8 @@ class TreePlan:
         self._tile_lists: dict[tuple[int, int, int], TileLists] = {}
         # what a backend made of the plan, under the backend's own keys
         self.derived: dict[object, list[Tensor]] = {}
+        # what api.py decided for the shapes, dtypes and options of calls with this plan
+        self.calls: dict[tuple, tuple] = {}
 
     @classmethod
     def build(cls, subtree_end: Tensor, *, device: torch.device | str | None = None) -> TreePlan:
@@ -112,6 +114,11 @@ class TreePlan:
                 raise ValueError(
                     "tile lists cannot be built inside torch.compile, for their length depends on the tree: call"
                     f" plan.tile_lists({block_m}, {block_n}, {window}) before the compiled function"
+                )
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    "tile lists cannot be built while a CUDA graph is captured, for their length depends on the tree:"
+                    " call tree_attention once with this plan and these shapes before the capture"
                 )
             kernels = _kernels(self.device) if self.num_tokens else None
             build = kernels.tile_lists if kernels else _build_tile_lists
