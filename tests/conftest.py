@@ -69,7 +69,10 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make):
         def poisoned(*args, **kwargs):
             x = make(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
+            if x.is_floating_point():
+                # detached: a leaf that requires a gradient may not be written in place
+                x.detach().fill_(float("nan"))
+            return x
 
         return poisoned
 
