@@ -140,7 +140,8 @@ run_modules() { # run_modules NAME PATTERN
   run "$1" 20 bash -c "set -e; while read -r line; do echo \"-- \$line\"; $python -m \$line; done <<< '$found'"
 }
 
-run build 20 env TREEGRPO_BUILD=auto $python setup.py build_ext --inplace
+# where nvcc is, a CUDA object that does not build is a failure
+run build 20 env TREEGRPO_BUILD=$(command -v nvcc > /dev/null && echo cuda || echo auto) $python setup.py build_ext --inplace
 # only the files that have GPU tests: the others import packages that a bare machine may lack
 workers=$($python -c "import xdist; print('-n 6')" 2>/dev/null)
 run tests 20 $python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py) -m gpu -q $workers --maxfail=30 -p no:cacheprovider

@@ -61,7 +61,7 @@ cuda::View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.st
 
 void* current_stream(const Tensor& q) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
   return stream;
 }
 
