@@ -62,10 +62,11 @@ class Launch:
         options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
         return options | {"maxnreg": self.tile.max_registers} if self.tile.max_registers else options
 
-    def run(self) -> None:
+    def run(self) -> Any:
+        """Launch on the current stream of the tensors' device; returns the compiled kernel."""
         device = next(x for x in self.args.values() if isinstance(x, Tensor))
         with torch.cuda.device_of(device):
-            self.kernel[self.grid](**self.args, **self.options)
+            return self.kernel[self.grid](**self.args, **self.options)
 
 
 def config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Config:

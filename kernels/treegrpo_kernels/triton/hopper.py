@@ -8,6 +8,7 @@ Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and ke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -16,17 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backward import delta_launch
-from .common import cdiv
+from .common import Launch, cdiv
 from .hopper_backward_dkv import dkv_launch
 from .hopper_backward_dq import dq_launch
-from .hopper_common import HopperTile
+from .hopper_common import HopperLaunch, HopperTile
 from .hopper_forward import fwd_launch
+from .prepared import PreparedLaunch, hooked, prepare, stream_of
 
 if TYPE_CHECKING:
     from ..plan import TreePlan
 
 # spans are read in whole key tiles, the largest of which this is
 LARGEST_TILE = 256
+_DENSE = torch.contiguous_format
 _FWD, _DQ, _DKV = slice(0, 6), slice(6, 12), slice(12, 17)
 
 
@@ -76,8 +79,16 @@ def tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
     """
     made = plan.derived.get(config)
     if made is None:
-        made = plan.derived[config] = _make_tile_tensors(plan, config)
+        made = plan.derived[config] = HopperTiles(_make_tile_tensors(plan, config))
     return made
+
+
+class HopperTiles(list):
+    """The flat list of :func:`tile_tensors`, and the launches prepared for the plan it was made of."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__(tensors)
+        self.prepared: dict[tuple, PreparedLaunch | None] = {}
 
 
 def _make_tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
@@ -93,10 +104,15 @@ def _make_tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
 
 def attn_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """q [T,Hq,D], k and v [T,Hkv,D] -> out [T,Hq,D] in q's dtype, lse [T,Hq] fp32 (natural log)."""
-    tile, *lists = tiles[_FWD]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    fwd_launch(_packed(q), _packed(k), _packed(v), out, lse, _tile_of(tile), lists, scale).run()
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    q, k, v = _packed(q), _packed(k), _packed(v)
+
+    def make() -> HopperLaunch:
+        tile, *lists = tiles[_FWD]
+        return fwd_launch(q, k, v, out, lse, _tile_of(tile), lists, scale)
+
+    names = ("q_desc", "k_desc", "v_desc", "out_desc", "lse")
+    _launch(tiles, ("fwd", q.shape[1], k.shape[1], q.dtype, scale), make, names, (q, k, v, out, lse))
     return out, lse
 
 
@@ -104,25 +120,72 @@ def attn_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype and shapes of q, k, v."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    q, k, v, dout = (_packed(x) for x in (q, k, v, dout))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    q, k, v, dout, out = _packed(q), _packed(k), _packed(v), _packed(dout), _packed(out)
     num_tokens, num_heads, _ = q.shape
     num_padded = cdiv(num_tokens, LARGEST_TILE) * LARGEST_TILE
-    delta, lse2 = torch.empty((2, num_heads, num_padded), dtype=torch.float32, device=q.device).unbind()
-    delta_launch(dout, out, lse, delta, lse2).run()
-    dq_tile, *dq_lists = tiles[_DQ]
-    dkv_tile, *dkv_lists = tiles[_DKV]
-    dq_launch(dout, q, k, v, dq, lse2, delta, _tile_of(dq_tile), dq_lists, scale).run()
-    dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(dkv_tile), dkv_lists, scale).run()
+    delta, lse2 = q.new_empty((2, num_heads, num_padded), dtype=torch.float32).unbind()
+
+    def make_delta() -> Launch:
+        return delta_launch(dout, out, lse, delta, lse2)
+
+    def make_dq() -> HopperLaunch:
+        tile, *lists = tiles[_DQ]
+        return dq_launch(dout, q, k, v, dq, lse2, delta, _tile_of(tile), lists, scale)
+
+    def make_dkv() -> HopperLaunch:
+        tile, *lists = tiles[_DKV]
+        return dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(tile), lists, scale)
+
+    shapes = (num_heads, k.shape[1], q.dtype, scale)
+    # the strides of dout and out are compiled into this one
+    key, names = ("delta", *shapes, dout.stride(0), out.stride(0)), ("dout", "out", "lse", "delta", "lse2")
+    _launch(tiles, key, make_delta, names, (dout, out, lse, delta, lse2))
+    names = ("dout_desc", "q_desc", "k_desc", "v_desc", "lse2", "delta")
+    inputs = (dout, q, k, v, lse2, delta)
+    _launch(tiles, ("dq", *shapes), make_dq, (*names, "dq_desc"), (*inputs, dq))
+    _launch(tiles, ("dkv", *shapes), make_dkv, (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv))
     return dq, dk, dv
+
+
+def _launch(
+    tiles: list[Tensor],
+    key: tuple,
+    make: Callable[[], Launch | HopperLaunch],
+    names: tuple[str, ...],
+    tensors: tuple[Tensor, ...],
+) -> None:
+    """Launch what ``make`` describes; from the second time on, for one plan and ``key``, with new ``tensors`` alone.
+
+    ``names`` are the arguments that ``tensors`` fill. Addresses are multiples of 16: the allocator's are, and
+    :func:`_packed` sees to the others.
+    """
+    # the operator (torch.compile) passes a plain list on
+    known = tiles.prepared if isinstance(tiles, HopperTiles) and not hooked() else {}
+    prepared = known.get(key)
+    if prepared is None:
+        launch = make()
+        known[key] = prepare(launch.run(), launch.grid, launch.args, names)
+        return
+    index = tensors[0].get_device()
+    places = [(x.data_ptr(), x.stride(0)) for x in tensors]
+    if torch.cuda.current_device() == index:
+        prepared(stream_of(index), *places)
+    else:
+        with torch.cuda.device(index):
+            prepared(stream_of(index), *places)
 
 
 def _packed(x: Tensor) -> Tensor:
     """``x`` itself where TMA can read it as a matrix [T, H * D], else a copy."""
+    aligned = x.data_ptr() % 16 == 0
+    if aligned and x.is_contiguous():
+        return x
     _, num_heads, head_dim = x.shape
-    heads_packed = x.stride(2) == 1 and (num_heads == 1 or x.stride(1) == head_dim)
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x if heads_packed and aligned and x.stride(0) >= num_heads * head_dim else x.contiguous()
+    step, head_step, unit = x.stride()
+    heads_packed = unit == 1 and (num_heads == 1 or head_step == head_dim) and step >= num_heads * head_dim
+    # a copy of what is contiguous already would be the same memory
+    return x if heads_packed and aligned and step * x.element_size() % 16 == 0 else x.clone(memory_format=_DENSE)
 
 
 def _span(plan: TreePlan) -> Tensor:

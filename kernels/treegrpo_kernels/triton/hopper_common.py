@@ -46,34 +46,10 @@ class HopperLaunch:
         """What the compiler is told beside the arguments."""
         return {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS}
 
-    def run(self) -> None:
-        """Launch on the current stream of the tensors' device, without what Triton's launcher works out every time."""
-        values = [self.args[name] for name in self.kernel.arg_names]
-        device = self.args["span"].device
-        # what a compiled kernel depends on: the constants, the dtypes behind the descriptors and pointers' alignment
-        key = (
-            self.kernel,
-            device.index,
-            *(
-                x if isinstance(x, int) and is_constant else x.base.dtype if isinstance(x, TensorDescriptor) else None
-                for x, is_constant in zip(values, _constants(self.kernel), strict=True)
-            ),
-            *(x.data_ptr() % 16 for x in values if isinstance(x, Tensor)),
-        )
-        compiled = _compiled.get(key)
-        with torch.cuda.device(device):
-            if compiled is None:
-                _compiled[key] = self.kernel[self.grid](**self.args, **self.options)
-            else:
-                compiled[(*self.grid, 1, 1)](*values)
-
-
-_compiled: dict[tuple, Any] = {}
-
-
-@cache
-def _constants(kernel: Any) -> list[bool]:
-    return [parameter.is_constexpr for parameter in kernel.params]
+    def run(self) -> Any:
+        """Launch on the current stream of the tensors' device; returns the compiled kernel."""
+        with torch.cuda.device_of(self.args["span"]):
+            return self.kernel[self.grid](**self.args, **self.options)
 
 
 def descriptor(x: Tensor, num_rows: int) -> TensorDescriptor:
