@@ -136,7 +136,7 @@ def compile_one(pipe: Connection, candidate: Candidate, problem: Problem, arch: 
     try:
         worst = (0, 0, 0)
         for launch in candidate.build(problem):
-            compiled, registers, spilled = compile_launch(launch, arch)
+            compiled, registers, spilled, _ = compile_launch(launch, arch)
             worst = tuple(map(max, worst, (registers, spilled, compiled.metadata.shared)))
         pipe.send(worst)
     except Exception as error:

