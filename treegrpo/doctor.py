@@ -164,12 +164,8 @@ def _backends() -> list[Finding]:
 
     findings = []
     for name, reason in treegrpo_kernels.backends().items():
-        if name == "cuda" and not _cuda_verified():
-            reason = f"{reason or 'usable'}; never run on a GPU so far, so auto does not choose it"
-            findings.append(Finding("backend cuda", reason, "take triton; or verify it: bash bench/device.sh"))
-        elif reason is None:
-            state = f"usable, {_cpu_info()}" if name == "cpu" else "usable"
-            findings.append(Finding(f"backend {name}", state))
+        if reason is None:
+            findings.append(Finding(f"backend {name}", _usable(name)))
         elif name in _NEEDS_GPU and not torch.cuda.is_available():
             findings.append(Finding(f"backend {name}", reason, "run on a machine with an NVIDIA GPU"))
         elif name == "cpu" and torch.cuda.is_available() and _cpu_reason() is None:
@@ -179,10 +175,19 @@ def _backends() -> list[Finding]:
     return findings
 
 
-def _cuda_verified() -> bool:
-    from treegrpo_kernels import native
+def _usable(name: str) -> str:
+    match name:
+        case "cpu":
+            return f"usable, {_cpu_info()}"
+        case "triton":
+            import torch
 
-    return native.CUDA_VERIFIED
+            hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+            return "usable" + (", with Hopper kernels for bf16 and fp16 heads of 64 and 128" if hopper else "")
+        case "cuda":
+            return "usable; auto takes it for what triton does not (float64)"
+        case _:
+            return "usable"
 
 
 def _cpu_reason() -> str | None:

@@ -125,7 +125,7 @@ def _prepare(
     _check(q, k, v, plan, window, softcap, sinks)
     window, softcap = window or 0, softcap or 0.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks)
+    chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks, scale)
     tiles: list[Tensor] = []
     if chosen is Backend.TRITON and q.shape[0]:
         from . import triton
@@ -212,21 +212,29 @@ def _refusal(
 
 
 def _choose(
-    wanted: Backend, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None
+    wanted: Backend, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
 ) -> Backend:
     if wanted is not Backend.AUTO:
         refusal = _refusal(wanted, q, k, v, window, softcap, sinks)
         if refusal is not None:
             raise ValueError(f"backend {wanted.value!r}: {refusal}")
         return wanted
-    first = Backend.TRITON if q.device.type == "cuda" else Backend.CPU
-    refusal = _refusal(first, q, k, v, window, softcap, sinks)
-    chosen = first if refusal is None else Backend.REFERENCE
+    refusals = []
+    for candidate in (Backend.TRITON, Backend.CUDA) if q.device.type == "cuda" else (Backend.CPU,):
+        refusal = _refusal(candidate, q, k, v, window, softcap, sinks)
+        if refusal is None:
+            break
+        refusals.append(f"{candidate.value}: {refusal}")
+    else:
+        candidate = Backend.REFERENCE
     if not torch.compiler.is_compiling():
-        _announce(
-            chosen, q, f"the fastest for {q.device.type} tensors" if refusal is None else f"{first.value}: {refusal}"
-        )
-    return chosen
+        why = "; ".join(refusals) or f"the fastest for {q.device.type} tensors"
+        if candidate is Backend.TRITON:
+            from . import triton
+
+            why += f"; {triton.kernels_for(q, k, v, window, softcap, sinks, scale)}"
+        _announce(candidate, q, why)
+    return candidate
 
 
 def _announce(chosen: Backend, q: Tensor, why: str) -> None:

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import torch
 
-# the CUDA kernel has not run on a GPU yet: it is never chosen by "auto"; True once tests/test_cuda.py passed on one
-CUDA_VERIFIED = False
-
 _CURE = "run `pip install --no-build-isolation -e .` with a C++ compiler (csrc needs no network)"
 
 

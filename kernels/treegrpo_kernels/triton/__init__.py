@@ -64,9 +64,24 @@ def config_for(
     if 90 <= arch < 100:
         from . import hopper
 
-        if hopper.takes(q, k, v, window, softcap, sinks, scale, arch):
+        if hopper.refusal(q, k, v, window, softcap, sinks, scale, arch) is None:
             return hopper.config(q.shape[-1])
     return config(q.shape[-1], v.shape[-1], q.dtype, arch)
+
+
+def kernels_for(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
+) -> str:
+    """Which of the two families :func:`config_for` takes, for the log."""
+    from .common import arch_of
+
+    arch = arch_of(q.device)
+    if not 90 <= arch < 100:
+        return "plain kernels"
+    from . import hopper
+
+    why = hopper.refusal(q, k, v, window, softcap, sinks, scale, arch)
+    return "Hopper kernels" if why is None else f"plain kernels, for the Hopper ones do not serve {why}"
 
 
 def tile_tensors(

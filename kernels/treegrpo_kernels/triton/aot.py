@@ -41,8 +41,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # opt-in shared memory per block in bytes: CUDA C++ Programming Guide, technical specifications per compute capability
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
-# bytes, stores and loads: ptxas parks seven loop-invariant words of the dK/dV kernel on the stack; in the loops over tiles
-# it only reads, one to three words a thread and tile beside some 200 wgmma and ex2 instructions
+# bytes, stores and loads: ptxas parks seven loop-invariant words of the dK/dV kernel on the stack; in the loops over
+# tiles it only reads, one to three words a thread and tile
 SPILLS_ALLOWED = {"hopper_dkv": 128}
 
 

@@ -54,22 +54,19 @@ def config(head_dim: int) -> HopperConfig:
     return _CONFIGS[head_dim]
 
 
-def takes(
+def refusal(
     q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float, arch: int
-) -> bool:
-    """Whether the kernels serve these arguments of ``tree_attention`` on compute capability ``arch``."""
-    return (
-        90 <= arch < 100
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.dtype == k.dtype == v.dtype
-        and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] in (64, 128)
-        and not window
-        and not softcap
-        and sinks is None
-        # the kernels take row maxima before scaling, and -inf * 0 is no score
-        and scale > 0
-    )
+) -> str | None:
+    """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words."""
+    if not 90 <= arch < 100:
+        return f"compute capability {arch // 10}.{arch % 10}"
+    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"{q.dtype}"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
+        return f"head dims {q.shape[-1]} and {v.shape[-1]}"
+    asked = [name for name, on in (("window", window), ("softcap", softcap), ("sinks", sinks is not None)) if on]
+    # the kernels take row maxima before scaling, and -inf * 0 is no score
+    return ", ".join(asked) or (None if scale > 0 else f"scale {scale}")
 
 
 def tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:

@@ -1,0 +1,56 @@
+"""What the Hopper kernels take, and how their inputs reach them; their numerics need a GPU: test_gpu_attention.py."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from treegrpo_kernels.triton import hopper
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def inputs(d=128, dv=128, dtype=BF16):
+    return [torch.zeros(4, heads, dim, dtype=dtype) for heads, dim in ((2, d), (1, d), (1, dv))]
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("d", [64, 128])
+def test_takes_what_a_full_attention_model_asks_for(d, dtype):
+    assert hopper.refusal(*inputs(d, d, dtype), 0, 0.0, None, d**-0.5, 90) is None
+    assert hopper.config(d) is hopper.config(d)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "arch", "why"),
+    [
+        (dict(), dict(), 80, "compute capability 8.0"),
+        (dict(), dict(), 100, "compute capability 10.0"),
+        (dict(dtype=FP32), dict(), 90, "float32"),
+        (dict(d=96, dv=96), dict(), 90, "head dims 96 and 96"),
+        (dict(dv=64), dict(), 90, "head dims 128 and 64"),
+        (dict(), dict(window=7), 90, "window"),
+        (dict(), dict(softcap=3.0, sinks=torch.zeros(2)), 90, "softcap, sinks"),
+        (dict(), dict(scale=0.0), 90, "scale 0.0"),
+        (dict(), dict(scale=-1.0), 90, "scale -1.0"),
+    ],
+)
+def test_says_what_it_leaves_to_the_plain_kernels(shapes, options, arch, why):
+    asked = dict(window=0, softcap=0.0, sinks=None, scale=0.1) | options
+    assert why in hopper.refusal(*inputs(**shapes), *asked.values(), arch)
+
+
+def test_inputs_are_copied_only_where_tma_cannot_read_them():
+    row = torch.zeros(5, 12, 64, dtype=BF16)
+    q, k, v = row.split([8, 2, 2], dim=1)
+    for x in (row, q, k, v, row[1:], row[:, :1], row[:, 1:2]):
+        assert hopper._packed(x) is x
+    heads_first = torch.zeros(8, 5, 64, dtype=BF16).transpose(0, 1)
+    every_other = row[:, ::2]
+    shifted = torch.zeros(5 * 64 + 1, dtype=BF16)[1:].view(5, 1, 64)
+    odd_step = torch.zeros(5, 68, dtype=BF16)[:, :64].unflatten(1, (1, 64))
+    repeated = row[:1].expand(5, 12, 64)
+    for x in (heads_first, every_other, shifted, odd_step, repeated):
+        copy = hopper._packed(x)
+        assert copy.is_contiguous() and copy.data_ptr() % 16 == 0 and torch.equal(copy, x)
+        assert copy.data_ptr() != x.data_ptr()
