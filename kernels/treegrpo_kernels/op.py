@@ -156,48 +156,39 @@ flops.register(torch.ops.treegrpo.tree_attention, torch.ops.treegrpo.tree_attent
 
 
 class _TreeAttention(torch.autograd.Function):
-    """The operator's autograd rule, without the operator."""
+    """The operator's autograd rule, without the operator; ``rest`` are its arguments from ``subtree_end`` on."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        subtree_end: Tensor,
-        position: Tensor,
-        tiles: list[Tensor],
-        *options: object,
+        ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rest: tuple
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, sinks, subtree_end, position, tiles, *options)
+        out, lse = _forward(q, k, v, sinks, *rest)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         # the plan's own tensors: nobody differentiates or offloads them
-        ctx.plan, ctx.options = (subtree_end, position, tiles), options
+        ctx.rest = rest
         return out, lse
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: None) -> tuple:
         if dout is None:
-            return (None,) * 13
+            return (None,) * 5
         q, k, v, out, lse, sinks = ctx.saved_tensors
         dout = dout.contiguous()
-        args = (dout, q, k, v, out, lse, sinks, *ctx.plan, *ctx.options)
         # under create_graph the operator says that it has no second derivative
-        if torch.is_grad_enabled() or not is_plain(dout):
-            dq, dk, dv = torch.ops.treegrpo.tree_attention_backward(*args)
-        else:
-            dq, dk, dv = _backward(*args)
+        watched = torch.is_grad_enabled() or not is_plain(dout)
+        run = torch.ops.treegrpo.tree_attention_backward if watched else _backward
+        dq, dk, dv = run(dout, q, k, v, out, lse, sinks, *ctx.rest)
         dsinks = None if sinks is None else _sinks_grad(dout, out, lse, sinks)
-        return (dq, dk, dv, dsinks, *(None,) * 9)
+        return dq, dk, dv, dsinks, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
     """What ``torch.ops.treegrpo.tree_attention`` does, for tensors of which :func:`is_plain` is true."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
-        return _TreeAttention.apply(q, k, v, sinks, *rest)
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        return _TreeAttention.apply(q, k, v, sinks, rest)
     return _forward(q, k, v, sinks, *rest)
 
 
