@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -108,26 +109,72 @@ def ancestor_mask(subtree_end: np.ndarray) -> np.ndarray:
     return mask
 
 
-def balanced_subtree_end(prompt: int, branching: int, depth: int, node: int) -> np.ndarray:
+def stretches(subtree_end: np.ndarray, most: int = 4096) -> list[tuple[int, int]]:
+    """The row cut between trees into (start, stop) of at most ``most`` tokens each, longer where one tree is."""
+    seen = np.maximum.accumulate(subtree_end)
+    stops = [*(np.flatnonzero(seen[:-1] <= np.arange(1, len(seen))) + 1).tolist(), len(seen)]
+    cuts = [0]
+    for last, stop in zip([0, *stops], stops, strict=False):
+        if stop - cuts[-1] > most and last > cuts[-1]:
+            cuts.append(last)
+    return list(itertools.pairwise([*cuts, len(seen)]))
+
+
+# a node's tokens and its children
+Node = tuple[int, list["Node"]]
+
+
+def nested_subtree_end(*trees: Node) -> np.ndarray:
+    """subtree_end int32 [T] of trees in a row, each nested (tokens, children)."""
+    runs: list[np.ndarray] = []
+
+    def lay(node: Node, start: int) -> int:
+        own, children = node
+        place = len(runs)
+        runs.append(np.empty(0, dtype=np.int32))
+        stop = start + own
+        for child in children:
+            stop = lay(child, stop)
+        runs[place] = np.full(own, stop, dtype=np.int32)
+        return stop
+
+    stop = 0
+    for tree in trees:
+        stop = lay(tree, stop)
+    return np.concatenate(runs)
+
+
+def balanced(prompt: int, branching: int, depth: int, node: int) -> Node:
     """A prompt of ``prompt`` tokens, then ``depth`` levels of ``node``-token nodes, ``branching`` under each."""
-    sizes: list[tuple[int, int]] = []
+    return prompt, [balanced(node, branching, depth - 1, node) for _ in range(branching if depth else 0)]
 
-    def size(level: int) -> int:
-        own = prompt if level == 0 else node
-        return own + (branching * size(level + 1) if level < depth else 0)
 
-    def lay(level: int) -> None:
-        own = prompt if level == 0 else node
-        sizes.append((own, size(level)))
-        if level < depth:
-            for _ in range(branching):
-                lay(level + 1)
+def balanced_subtree_end(prompt: int, branching: int, depth: int, node: int) -> np.ndarray:
+    return nested_subtree_end(balanced(prompt, branching, depth, node))
 
-    lay(0)
-    starts = np.cumsum([0] + [own for own, _ in sizes[:-1]])
-    return np.concatenate(
-        [np.full(own, start + whole, dtype=np.int32) for start, (own, whole) in zip(starts, sizes, strict=True)]
-    )
+
+def comb(depth: int, leaf: int, node: int) -> Node:
+    """``depth`` nodes in a chain, each with a leaf of its own beside the next."""
+    return node, [(leaf, []), comb(depth - 1, leaf, node)] if depth else []
+
+
+def searched(turns: list[int], branches: list[int], prompt: int) -> Node:
+    """An agent's episode of ``turns`` tokens each after a prompt; for every entry of ``branches`` another end from that
+    turn on."""
+    node: Node = (0, [])
+    for i in range(len(turns) - 1, -1, -1):
+        node = turns[i], [*([node] if node[0] else []), *((sum(turns[i + 1 :]), []) for b in branches if b == i + 1)]
+    return prompt, [node, *((sum(turns), []) for b in branches if b == 0)]
+
+
+def residues_subtree_end(block: int) -> np.ndarray:
+    """A row of trees as of :func:`residue_subtree_end`, in which a branch starts at every residue modulo ``block``."""
+    row, stop = [], 0
+    for residue in range(block):
+        tree = residue_subtree_end((residue - stop) % block, block)
+        row.append(tree + stop)
+        stop += len(tree)
+    return np.concatenate(row)
 
 
 def shared_data(name: str) -> Path | None:

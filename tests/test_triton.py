@@ -1,7 +1,7 @@
 """backend="triton": forward and every gradient against the float64 oracle; on the CPU through Triton's interpreter.
 
-Tolerance (FlashAttention's): the kernel may err twice as much as the same computation in plain torch of the same dtype,
-plus a rounding band. Tiles are pinned small, so that small forests meet every tile class.
+Here the launchers themselves; the tolerance is that of attention_checks.py. Tiles are pinned small, so that small
+forests meet every tile class.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+from attention_checks import DEVICE, NAMES, excess, inputs, same_bits
 
 from treegrpo_kernels import reference
 from treegrpo_kernels import triton as backend
@@ -26,7 +27,6 @@ from treegrpo_kernels.triton.backward_dkv import dkv_bounds, dkv_launch
 from treegrpo_kernels.triton.common import Config, TileConfig, arch_of, config, tma_fits
 from treegrpo_kernels.triton.split import query_lists, work_items
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.skipif(
         backend.reason(torch.device(DEVICE)) is not None, reason=f"Triton: {backend.reason(torch.device(DEVICE))}"
@@ -45,17 +45,6 @@ def tiles(fwd, dq, dkv):
 SQUARE = tiles((16, 16), (16, 16), (16, 16))
 TALL = tiles((32, 16), (32, 16), (32, 16))
 WIDE = tiles((16, 32), (16, 32), (16, 32))
-# relative to the largest value: half a unit in the last place; in fp32 16 units, for plain torch may be exact by luck
-BAND = {torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float32: 2**-19}
-NAMES = ("out", "lse", "dq", "dk", "dv")
-
-
-def inputs(num_tokens, hq=2, hkv=1, d=16, dv=16, dtype=torch.float32, seed=0):
-    """q, k, v, dout and sinks."""
-    gen = torch.Generator(DEVICE).manual_seed(seed)
-    shapes = (hq, d), (hkv, d), (hkv, dv), (hq, dv)
-    q, k, v, dout = (torch.randn(num_tokens, *s, generator=gen, device=DEVICE).to(dtype) for s in shapes)
-    return q, k, v, dout, torch.linspace(-1, 2, hq, device=DEVICE)
 
 
 def kernels(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, softcap=0.0, pinned=SQUARE, mutate=None):
@@ -67,49 +56,6 @@ def kernels(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, soft
     rest = plan.position, lists, scale, window, softcap, True
     out, lse = backend.attn_fwd(q, k, v, sinks, end, *rest)
     return out, lse, *backend.attn_bwd(dout, q, k, v, out, lse, end, *rest)
-
-
-def oracle(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, softcap=0.0):
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    out, lse = reference.tree_attention(
-        *leaves,
-        torch.as_tensor(subtree_end, device=DEVICE),
-        scale=scale,
-        window=window or None,
-        softcap=softcap or None,
-        sinks=None if sinks is None else sinks.double(),
-        return_lse=True,
-    )
-    return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout.double())
-
-
-def eager(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, softcap=0.0):
-    """The same in plain torch of the inputs' dtype, log-sum-exp in fp32: what sets the tolerance."""
-    q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    group = q.shape[1] // k.shape[1]
-    scores = scale * torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1))
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    mask = reference.dense_mask(torch.as_tensor(subtree_end, device=DEVICE), window or None)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(q.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
-        scores = torch.cat([scores, column], -1)
-    weights = scores.softmax(-1)[..., : k.shape[0]]
-    out = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
-    return out.detach(), scores.float().logsumexp(-1).T.detach(), *torch.autograd.grad(out, leaves, dout)
-
-
-def excess(got, subtree_end, *args, **options):
-    """For each result how far its worst error lies above what is allowed; negative passes."""
-    over = {}
-    for name, mine, low, want in zip(
-        NAMES, got, eager(subtree_end, *args, **options), oracle(subtree_end, *args, **options), strict=True
-    ):
-        assert mine.shape == want.shape and mine.dtype == low.dtype, name
-        error, allowed = (mine.double() - want).abs().amax(), 2 * (low.double() - want).abs().amax()
-        allowed += BAND[mine.dtype] * want.abs().amax().clamp(min=1)
-        over[name] = float("inf") if torch.isnan(error) else float(error - allowed)
-    return over
 
 
 def check(subtree_end, *args, pinned=SQUARE, **options):
@@ -441,44 +387,54 @@ def test_ahead_of_time_compilation_refuses_the_interpreter(capsys):
 
 
 class TestOnGpu:
-    """The launcher's own tiles at real sizes."""
+    """Tiles of real sizes. The plain kernels, in bf16 and without options too, where the op would take others."""
 
     pytestmark = gpu
 
-    @pytest.mark.parametrize("d", [64, 128, 80, 256])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-    @pytest.mark.parametrize("name", ["plain", "all"])
-    def test_large_forests(self, d, dtype, name, poisoned_empty):
+    @pytest.mark.parametrize(("d", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.float16)])
+    @pytest.mark.parametrize("arch", [80, 90])
+    def test_every_tile(self, d, dtype, arch, poisoned_empty):
+        """A branch at every residue of a tile, and trees long enough that their key tiles are parted."""
+        pinned = config(d, d, dtype, arch)
+        forests = cases.residues_subtree_end(128), cases.random_subtree_end(2777, 3, branch=0.004, root=0)
+        for subtree_end in forests:
+            args = inputs(len(subtree_end), hq=4, hkv=2, d=d, dv=d, dtype=dtype)[:4]
+            check(subtree_end, *args, pinned=pinned, scale=d**-0.5)
+        got, again = (kernels(subtree_end, *args, pinned=pinned) for _ in range(2))
+        assert all(map(same_bits, got, again))
+
+    @pytest.mark.parametrize("persistent", [True, False])
+    @pytest.mark.parametrize("d", [64, 128])
+    def test_other_tiles_of_the_hopper_kernels(self, d, persistent, poisoned_empty):
+        """What the tuner may find the faster."""
+        if not 90 <= arch_of(torch.device(DEVICE)) < 100:
+            pytest.skip("needs compute capability 9.0")
+        from treegrpo_kernels.triton import hopper
+        from treegrpo_kernels.triton.hopper_common import HopperTile
+
+        pinned = hopper.HopperConfig(
+            fwd=HopperTile(128, 64, 3, persistent=persistent),
+            dq=HopperTile(128, 32 if persistent else 64, 2, persistent=persistent),
+            dkv=HopperTile(32, 128, 3) if persistent else HopperTile(64, 128, 2),
+        )
         subtree_end = cases.random_subtree_end(2777, 3, branch=0.004)
-        *args, sinks = inputs(2777, hq=8, hkv=2, d=d, dv=d, dtype=dtype)
-        if name == "all":
-            check(subtree_end, *args, sinks, pinned=None, scale=d**-0.5, window=700, softcap=20.0)
-        else:
-            check(subtree_end, *args, pinned=None, scale=d**-0.5)
-
-    @pytest.mark.parametrize("residue", range(0, 128, 7))
-    def test_a_branch_may_start_anywhere_in_a_tile(self, residue):
-        subtree_end = cases.residue_subtree_end(residue, 128)
-        args = inputs(len(subtree_end), hq=2, hkv=1, d=128, dv=128, dtype=torch.bfloat16)[:4]
-        check(subtree_end, *args, pinned=None, scale=128**-0.5)
-
-    def test_the_same_bits_a_hundred_times(self):
-        subtree_end = cases.random_subtree_end(4000, 3, branch=0.01)
-        args = inputs(4000, hq=8, hkv=2, d=128, dv=128, dtype=torch.bfloat16)[:4]
-        first = kernels(subtree_end, *args, pinned=None)
-        for _ in range(100):
-            again = kernels(subtree_end, *args, pinned=None)
-            assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+        args = inputs(2777, hq=4, hkv=1, d=d, dv=d, dtype=torch.bfloat16)[:4]
+        check(subtree_end, *args, pinned=pinned, scale=d**-0.5)
 
     def test_offsets_beyond_32_bits(self):
         """q of more than 2^31 elements: a row of many small trees, the last of which must be right."""
         num_tokens, tree, hq, d = 2**17 + 64, 96, 136, 128
-        end = (torch.arange(num_tokens) // tree + 1) * tree
+        last = (num_tokens - 1) // tree * tree
+        end = ((torch.arange(num_tokens) // tree + 1) * tree).clamp(max=num_tokens)
         args = inputs(num_tokens, hq=hq, hkv=1, d=d, dv=d, dtype=torch.bfloat16)[:4]
         assert args[0].numel() > 2**31
-        got = kernels(end.clamp(max=num_tokens), *args, pinned=None, scale=d**-0.5)
-        tail = num_tokens - num_tokens % tree
-        rest = [x[tail:] for x in args]
-        subtree_end = torch.full((num_tokens - tail,), num_tokens - tail)
-        over = excess([x[tail:] for x in got], subtree_end, *rest, scale=d**-0.5)
-        assert max(over.values()) <= 0, over
+        pins = [config(d, d, torch.bfloat16, 90)]
+        if 90 <= arch_of(torch.device(DEVICE)) < 100:
+            from treegrpo_kernels.triton import hopper
+
+            pins.append(hopper.config(d))
+        rest = [x[last:] for x in args]
+        for pinned in pins:
+            got = [x[last:].clone() for x in kernels(end, *args, pinned=pinned, scale=d**-0.5)]
+            over = excess(got, end[last:] - last, *rest, scale=d**-0.5)
+            assert max(over.values()) <= 0, over
