@@ -145,12 +145,7 @@ run build 20 env TREEGRPO_BUILD=$(command -v nvcc > /dev/null && echo cuda || ec
 # only the files that have GPU tests: the others import packages that a bare machine may lack
 workers=$($python -c "import xdist; print('-n 6')" 2>/dev/null)
 run tests 20 $python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py) -m gpu -q $workers --maxfail=30 -p no:cacheprovider
-run sanitize 20 bash -c "command -v compute-sanitizer > /dev/null || { echo 'compute-sanitizer is not installed'; exit 3; }
-  for tool in memcheck racecheck; do
-    echo \"-- \$tool\"
-    compute-sanitizer --tool \$tool --error-exitcode 9 $python -m pytest tests/test_triton.py tests/test_cuda.py -m gpu -q \
-      -p no:cacheprovider -k worked_example || exit
-  done"
+run sanitize 20 $python tests/sanitize.py --seconds {limit}
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure step 30 bench/test_step.py
 measure head 20 bench/test_logprobs.py
