@@ -142,9 +142,13 @@ run_modules() { # run_modules NAME PATTERN
 
 # where nvcc is, a CUDA object that does not build is a failure
 run build 20 env TREEGRPO_BUILD=$(command -v nvcc > /dev/null && echo cuda || echo auto) $python setup.py build_ext --inplace
-# only the files that have GPU tests: the others import packages that a bare machine may lack
-workers=$($python -c "import xdist; print('-n 6')" 2>/dev/null)
-run tests 20 $python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py) -m gpu -q $workers --maxfail=30 -p no:cacheprovider
+# only the files that have GPU tests: the others import packages that a bare machine may lack; what takes the time of a
+# call runs last and alone
+workers=$($python -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null)
+timed="of_the_host or within_a_millisecond"
+run tests 20 bash -c "$python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py | tr '\n' ' ') -m gpu -k 'not ($timed)' -q $workers --maxfail=30 \
+  -p no:cacheprovider; failed=\$?
+  $python -m pytest tests/test_gpu_plan.py -m gpu -k '$timed' -q -p no:cacheprovider && exit \$failed"
 run sanitize 20 $python tests/sanitize.py --seconds {limit}
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure step 30 bench/test_step.py

@@ -21,7 +21,6 @@ import treegrpo
 import treegrpo_kernels as tk
 from treegrpo.logprobs import chain_logprobs, token_logprobs
 from treegrpo.loss import grpo_loss, loss_normalizer
-from treegrpo_kernels import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,9 +138,9 @@ def leaf_streams(batch, leaves):
     mine = [leaf for group in groups for leaf in leaves if leaf.group == group]
     assert batch.input_ids[batch.leaf_tokens].tolist() == [token for leaf in mine for token in leaf.tokens]
     return {
-        "old_logp": torch.cat([leaf.old for leaf in mine]),
-        "ref_logp": torch.cat([leaf.ref for leaf in mine]),
-        "advantages": torch.cat([leaf.advantage for leaf in mine]),
+        "old_logp": torch.cat([leaf.old for leaf in mine]).to(batch.input_ids.device),
+        "ref_logp": torch.cat([leaf.ref for leaf in mine]).to(batch.input_ids.device),
+        "advantages": torch.cat([leaf.advantage for leaf in mine]).to(batch.input_ids.device),
     }
 
 
@@ -284,6 +283,27 @@ def test_float32_model_to_1e_6(family, loss_type):
     assert norm_error(gradients(tree, loss), truth) <= max(1e-6, 2 * rounding)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss", "gemma2"])
+def test_float32_tree_on_a_device_against_float64_leaves_on_the_cpu(family, device):
+    """A whole model through the kernels of the device; matrix products there may round otherwise than on the CPU."""
+    eager = tiny_model(family, dtype=torch.float32)
+    tree, wide = tree_twin(eager).to(device), copy.deepcopy(eager).double()
+    for model in (tree, wide):
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
+    leaves = make_leaves(eager, TWO_GROUPS, seed=3)
+    [batch] = pack_leaves(leaves, device=device)
+    loss, logp, _ = packed_loss(tree, batch, leaves, **loss_options("grpo", beta=0.05))
+    exact = [naive_logprobs(wide, leaf.tokens) for leaf in leaves]
+    expected = naive_loss(exact, leaves, "grpo", beta=0.05)
+    assert abs(float(loss.detach()) - float(expected.detach())) <= 1e-5
+    theirs = torch.cat([x for x, _ in exact]).detach()
+    assert float((logp.detach().cpu() - theirs)[batch.leaf_mask.cpu()].abs().max()) <= 1e-5 * float(theirs.abs().max())
+    ours = {name: grad.cpu() for name, grad in gradients(tree, loss).items()}
+    assert norm_error(ours, gradients(wide, expected)) <= 1e-5
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_flattened_baseline_is_the_same_loss(exact, loss_type):
     leaves = make_leaves(exact[0], TWO_GROUPS, seed=4)
@@ -408,33 +428,45 @@ def attention_alone(q, k, v):
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
+    scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), float("-inf"))
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("seed", range(6))
 def test_the_op_on_a_forest_is_the_op_on_its_leaves_to_1e_10(backend, seed):
-    if backend == "cpu" and native.cpu_reason() is not None:
-        pytest.skip(native.cpu_reason())
+    the_op_on_a_forest_is_the_op_on_its_leaves(backend, seed, torch.device("cpu"), torch.float64, 1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("backend", "dtype", "bound"), [("cuda", torch.float64, 1e-10), ("triton", torch.float32, 1e-4)]
+)
+def test_the_op_on_a_forest_is_the_op_on_its_leaves_on_a_gpu(backend, dtype, bound):
+    for seed in range(6):
+        the_op_on_a_forest_is_the_op_on_its_leaves(backend, seed, torch.device("cuda"), dtype, bound)
+
+
+def the_op_on_a_forest_is_the_op_on_its_leaves(backend, seed, device, dtype, bound):
+    reason = tk.backends(device)[backend]
+    if reason is not None:
+        pytest.skip(reason)
     end = random_subtree_end(70, seed=seed, branch=0.25)
     mask = ancestor_mask(end)
-    leaves = [torch.from_numpy(np.flatnonzero(mask[t])) for t in range(len(end)) if end[t] == t + 1]
+    leaves = [torch.from_numpy(np.flatnonzero(mask[t])).to(device) for t in range(len(end)) if end[t] == t + 1]
     assert len(leaves) > 5
-    rng = torch.Generator().manual_seed(seed)
-    q, k, v = (
-        torch.randn(70, heads, dim, generator=rng, dtype=torch.float64, requires_grad=True)
-        for heads, dim in ((4, 8), (2, 8), (2, 6))
-    )
-    weights = [torch.randn(len(leaf), 4, 6, generator=rng, dtype=torch.float64) for leaf in leaves]
-    out = tk.tree_attention(q, k, v, tk.TreePlan.build(torch.from_numpy(end)), backend=backend)
+    kind = dict(generator=torch.Generator(device).manual_seed(seed), dtype=dtype, device=device)
+    q, k, v = (torch.randn(70, heads, dim, requires_grad=True, **kind) for heads, dim in ((4, 8), (2, 8), (2, 6)))
+    weights = [torch.randn(len(leaf), 4, 6, **kind) for leaf in leaves]
+    plan = tk.TreePlan.build(torch.from_numpy(end), device=device)
+    out = tk.tree_attention(q, k, v, plan, backend=backend)
     alone = [attention_alone(q[leaf], k[leaf], v[leaf]) for leaf in leaves]
     for leaf, x in zip(leaves, alone, strict=True):
-        torch.testing.assert_close(out[leaf], x, rtol=0, atol=1e-10)
+        torch.testing.assert_close(out[leaf], x, rtol=0, atol=bound)
     ours = sum((out[leaf] * w).sum() for leaf, w in zip(leaves, weights, strict=True))
     theirs = sum((x * w).sum() for x, w in zip(alone, weights, strict=True))
     for a, b in zip(torch.autograd.grad(ours, (q, k, v)), torch.autograd.grad(theirs, (q, k, v)), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=0, atol=bound)
 
 
 def test_the_vocabulary_covers_the_forests():

@@ -21,10 +21,29 @@ HERE = [name for name in ("reference", "cpu", "triton") if tk.backends("cpu")[na
 KERNELS = [name for name in HERE if name != "reference"]
 
 
-def tensors(num_tokens, hq=4, hkv=2, d=8, dv=None, dtype=torch.float64, seed=0, grad=False):
-    gen = torch.Generator().manual_seed(seed)
+def on_gpu(backend, **kind):
+    """A backend, a device and what :func:`tensors` makes there."""
+    reason = tk.backends()[backend] if torch.cuda.is_available() else "needs a CUDA device"
+    marks = [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")]
+    return pytest.param(backend, dict(kind, device="cuda"), marks=marks, id=f"{backend}-cuda-{kind['d']}")
+
+
+# the last two: the Hopper kernels and the plain ones
+CALLS = [pytest.param(name, dict(dtype=torch.float32), id=name) for name in KERNELS] + [
+    on_gpu("cuda", dtype=torch.float32, d=8),
+    on_gpu("triton", dtype=torch.bfloat16, d=64),
+    on_gpu("triton", dtype=torch.float32, d=64),
+]
+
+
+def tensors(num_tokens, hq=4, hkv=2, d=8, dv=None, dtype=torch.float64, seed=0, grad=False, device="cpu"):
+    gen = torch.Generator(device).manual_seed(seed)
     shapes = [(num_tokens, hq, d), (num_tokens, hkv, d), (num_tokens, hkv, dv or d)]
-    return [torch.randn(s, generator=gen, dtype=dtype).requires_grad_(grad) for s in shapes]
+    return [torch.randn(s, generator=gen, dtype=dtype, device=device).requires_grad_(grad) for s in shapes]
+
+
+def plan_of(subtree_end, device="cpu", **_):
+    return tk.TreePlan.build(torch.as_tensor(subtree_end), device=device)
 
 
 def paths(subtree_end):
@@ -107,8 +126,8 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.treegrpo.tree_attention, (q, k, v, sinks, *args[4:]))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_compile_fullgraph_dynamic_across_plans(backend):
+@pytest.mark.parametrize(("backend", "kind"), CALLS)
+def test_compile_fullgraph_dynamic_across_plans(backend, kind):
     def step(q, k, v, plan):
         return tk.tree_attention(q * 2, k, v, plan, backend=backend).sin()
 
@@ -116,8 +135,8 @@ def test_compile_fullgraph_dynamic_across_plans(backend):
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=False, recompile_limit=3, fail_on_recompile_limit_hit=True):
         for seed, num_tokens in enumerate((20, 33, 47, 61, 80, 91)):
-            plan = tk.TreePlan.build(torch.from_numpy(cases.random_subtree_end(num_tokens, seed)))
-            q, k, v = tensors(num_tokens, dtype=torch.float32, seed=seed, grad=True)
+            plan = plan_of(cases.random_subtree_end(num_tokens, seed), **kind)
+            q, k, v = tensors(num_tokens, **kind, seed=seed, grad=True)
             expected = step(q, k, v, plan)
             grads = torch.autograd.grad(expected.sum(), (q, k, v))
             found = compiled(q, k, v, plan)
@@ -159,15 +178,18 @@ class Recorder(TorchDispatchMode):
 OPERATORS = ["tree_attention", "tree_attention_backward"]
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_plain_calls_go_past_the_operator_with_its_bits(backend, monkeypatch):
-    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("ragged_turns")))
-    inputs = tensors(plan.num_tokens, dtype=torch.float32, grad=True)
-    sinks = torch.linspace(-1, 1, 4).requires_grad_()
+@pytest.mark.parametrize(("backend", "kind"), CALLS)
+def test_plain_calls_go_past_the_operator_with_its_bits(backend, kind, monkeypatch):
+    plan = plan_of(cases.named_subtree_end("ragged_turns"), **kind)
+    inputs = tensors(plan.num_tokens, **kind, grad=True)
+    # the Hopper kernels take none
+    half = kind["dtype"] == torch.bfloat16
+    sinks = None if half else torch.linspace(-1, 1, 4, device=plan.device).requires_grad_()
+    wanted = inputs if half else [*inputs, sinks]
 
     def run():
         out, lse = tk.tree_attention(*inputs, plan, sinks=sinks, backend=backend, return_lse=True)
-        return [out, lse, *torch.autograd.grad(out.square().sum(), (*inputs, sinks))]
+        return [out, lse, *torch.autograd.grad(out.square().sum(), wanted)]
 
     with Recorder() as recorder:
         expected = run()
@@ -195,11 +217,11 @@ def test_whoever_watches_sees_the_operator(backend):
     assert recorder.seen == OPERATORS[1:]
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(("backend", "kind"), CALLS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_gradients(backend, use_reentrant):
-    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("two_trees")))
-    inputs = tensors(plan.num_tokens, dtype=torch.float32, grad=True)
+def test_checkpointed_gradients(backend, kind, use_reentrant):
+    plan = plan_of(cases.named_subtree_end("two_trees"), **kind)
+    inputs = tensors(plan.num_tokens, **kind, grad=True)
 
     def layer(q, k, v):
         return tk.tree_attention(q.sin(), k, v, plan, backend=backend).square()
