@@ -262,8 +262,8 @@ def test_poison_reaches_what_the_kernels_write(d, window, poisoned_empty, monkey
 def test_one_token_of_any_stride(backend):
     """The stride of a dimension of size 1 means nothing: a contiguous tensor may have any there."""
     args = inputs(1, 4, 4, 64, 64, BF16)[:4]
-    odd = [x.permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in args]
-    assert odd[0].is_contiguous() and odd[0].stride(0) == 1
+    odd = [x.as_strided(x.shape, (1, 64, 1)) for x in args]
+    assert odd[0].is_contiguous()
     end = np.ones(1, dtype=np.int32)
     assert all(map(same_bits, through_op(backend, end, *odd), through_op(backend, end, *args)))
 
