@@ -151,7 +151,7 @@ run tests 20 bash -c "$python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py |
   $python -m pytest tests/test_gpu_plan.py -m gpu -k '$timed' -q -p no:cacheprovider && exit \$failed"
 run sanitize 20 $python tests/sanitize.py --seconds {limit}
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
-measure step 30 bench/test_step.py
+measure step 30 bench/test_real_step.py
 measure head 20 bench/test_logprobs.py
 run_modules tune 'tune.py'
 run_modules profile 'profile*.py'

@@ -1,4 +1,4 @@
-"""One training step, forward + loss + backward, of a small Qwen3-shaped model: tree against chain.
+"""One training step, forward + loss + backward, of a small Qwen3-shaped model on a CPU: tree against chain.
 
 Contenders: the packed tree; the best chain (padding-free, head on trained tokens only, through the same kernel); and
 stock transformers, one leaf at a time through SDPA, logits of every token. Same weights, same loss (dapo).
@@ -102,6 +102,8 @@ def rounds_for(num_chain_tokens):
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("workload", NAMES)
 def test_step(workload, contender, meter, device, quick):
+    if device.type == "cuda":
+        pytest.skip("a small model says nothing of a GPU: test_real_step.py measures real ones there")
     usable = fast_tree_backend(Request(workloads.forest(workload, quick), device, True, quick))
     if isinstance(usable, str):
         pytest.skip(usable)

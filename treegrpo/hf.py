@@ -94,6 +94,7 @@ def treegrpo_attention(
     *,
     tree_plan: tk.TreePlan | None = None,
     tree_backend: str = "auto",
+    tree_deterministic: bool = True,
     tree_trace: list[nn.Module] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -104,7 +105,7 @@ def treegrpo_attention(
         key, value: [1, Hkv, T, D], [1, Hkv, T, Dv].
         attention_mask: a ``LazyMask`` or None; with a tree, a mask that hides tokens is refused.
         tree_plan: the forest of the row; None: plain causal attention through ``sdpa`` (softcap, sinks: ``eager``).
-        tree_backend: ``backend`` of ``treegrpo_kernels.tree_attention``.
+        tree_backend, tree_deterministic: ``backend`` and ``deterministic`` of ``treegrpo_kernels.tree_attention``.
         tree_trace: list to which each call appends its module (``check_model`` counts the layers with it).
 
     Returns:
@@ -132,7 +133,16 @@ def treegrpo_attention(
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     with torch.autocast(device, enabled=False):
         out = tk.tree_attention(
-            q, k, v, tree_plan, scale=scaling, window=window, softcap=softcap, sinks=s_aux, backend=tree_backend
+            q,
+            k,
+            v,
+            tree_plan,
+            scale=scaling,
+            window=window,
+            softcap=softcap,
+            sinks=s_aux,
+            backend=tree_backend,
+            deterministic=tree_deterministic,
         )
     return out.unsqueeze(0), None
 

@@ -138,13 +138,21 @@ def attend(
         out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
         return (out, q.new_zeros(0, q.shape[1], dtype=torch.float32)) if return_lse else out
     layout = layout_of(plan)
-    take = _Take.apply if deterministic else _take
+    if layout.path.shape[0] == q.shape[0]:
+        # chains: every path is its own segment, in place
+        take = _keep
+    else:
+        take = _Take.apply if deterministic else _take
     # the flash kernels take one head dim, a multiple of 8; zeros change no score and no output column that is kept
     width = -(-max(q.shape[2], v.shape[2]) // 8) * 8
     q_p, k_p, v_p = (F.pad(x, (0, width - x.shape[2])) for x in (q, take(k, layout.path), take(v, layout.path)))
     out, lse = (varlen or _kernel())(q_p, k_p, v_p, layout, scale, window, softcap, deterministic)
     out = out[..., : v.shape[2]]
     return (out, lse.detach()) if return_lse else out
+
+
+def _keep(x: Tensor, path: Tensor) -> Tensor:
+    return x
 
 
 def _take(x: Tensor, path: Tensor) -> Tensor:

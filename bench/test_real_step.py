@@ -1,0 +1,61 @@
+"""The whole training step of Qwen2.5-0.5B, 1.5B and 3B on a GPU, tree against chains; on a CPU a tiny one, as a check.
+
+What is timed, counted and checked: real_step.py.
+"""
+
+from functools import cache
+
+import pytest
+
+from bench import workloads
+from bench.real_step import CONTENDERS, WORKLOADS, Case, info_of, measure, usable
+
+# the most telling first: a run that is cut short has them
+CASES = [
+    *(Case("1.5b", name, False) for name in ("search_2_6", "star", "tau_calls", "search_2_2", "tau_whole", "binary")),
+    *(Case("1.5b", name, True) for name in ("search_2_6", "tau_calls")),
+    *(Case("0.5b", name, False) for name in ("search_2_6", "star", "tau_calls")),
+    *(Case("3b", name, True) for name in ("search_2_6", "star")),
+]
+QUICK = CASES[:2]
+TINY = [Case("tiny", name, name == "star") for name in WORKLOADS]
+ROUNDS, QUICK_ROUNDS = 3, 2
+
+
+@cache
+def outcome(case, device, quick):
+    on_cpu = device.type == "cpu"
+    return measure(case, device, tiny=on_cpu, rounds=1 if on_cpu else QUICK_ROUNDS if quick else ROUNDS)
+
+
+def pytest_generate_tests(metafunc):
+    import torch
+
+    cases = CASES if torch.cuda.is_available() else TINY
+    metafunc.parametrize(
+        ("case", "contender"),
+        [(case, name) for case in cases for name in CONTENDERS],
+        ids=lambda x: getattr(x, "name", x),
+    )
+
+
+def test_real_step(case, contender, meter, device, quick):
+    if device.type == "cuda" and quick and case not in QUICK:
+        pytest.skip("left out of quick runs")
+    reason = usable(contender, device)
+    if reason is not None:
+        pytest.skip(reason)
+    try:
+        problem, found = outcome(case, device, quick)
+    except workloads.Unavailable as absent:
+        pytest.skip(str(absent))
+    if contender not in found.seconds:
+        pytest.skip("checked against, not timed here: see timed_contenders")
+    meter.benchmark.group = f"step of {case.name}"
+    meter.replay(found.seconds[contender])
+    meter.benchmark.extra_info.update(
+        info_of(case, problem, found, contender),
+        device=str(device),
+        oracle="passed",
+        oracle_error=found.error[contender],
+    )
