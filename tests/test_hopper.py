@@ -50,7 +50,8 @@ def test_inputs_are_copied_only_where_tma_cannot_read_them():
     shifted = torch.zeros(5 * 64 + 1, dtype=BF16)[1:].view(5, 1, 64)
     odd_step = torch.zeros(5, 68, dtype=BF16)[:, :64].unflatten(1, (1, 64))
     repeated = row[:1].expand(5, 12, 64)
-    for x in (heads_first, every_other, shifted, odd_step, repeated):
+    one_token = torch.zeros(128, dtype=BF16).as_strided((1, 1, 64), (1, 64, 1))
+    for x in (heads_first, every_other, shifted, odd_step, repeated, one_token):
         copy = hopper._packed(x)
         assert copy.is_contiguous() and copy.data_ptr() % 16 == 0 and torch.equal(copy, x)
-        assert copy.data_ptr() != x.data_ptr()
+        assert copy.data_ptr() != x.data_ptr() and copy.stride(0) == x.shape[1] * 64

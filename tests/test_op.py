@@ -339,3 +339,19 @@ print(len(end), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) //
     num_tokens, megabytes = map(int, done.stdout.split())
     assert num_tokens == 16000
     assert megabytes < 900
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_second_derivative_is_refused():
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    q, k, v = tensors(6, grad=True)
+    out = tk.tree_attention(q, k, v, plan)
+    penalty = torch.autograd.grad(out.square().sum(), q, create_graph=True)[0].square().sum()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        penalty.backward()
+
+
+def test_an_empty_row_has_gradients():
+    q, k, v = tensors(0, grad=True)
+    out = tk.reference.tree_attention(q, k, v, torch.zeros(0, dtype=torch.int32))
+    assert [g.shape[0] for g in torch.autograd.grad(out.sum(), (q, k, v))] == [0, 0, 0]

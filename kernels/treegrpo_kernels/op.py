@@ -151,7 +151,14 @@ def _sinks_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor
     return -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum(0).to(sinks.dtype)
 
 
+def _differentiate_again(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple:
+    raise RuntimeError(
+        "tree_attention has no second derivative (a gradient penalty would need one): take backend='reference'"
+    )
+
+
 torch.library.register_autograd("treegrpo::tree_attention", _differentiate, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("treegrpo::tree_attention_backward", _differentiate_again, lib=_library)
 flops.register(torch.ops.treegrpo.tree_attention, torch.ops.treegrpo.tree_attention_backward)
 
 

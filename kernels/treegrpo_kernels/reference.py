@@ -73,7 +73,7 @@ def tree_attention(
         outs.append(out)
         lses.append(lse)
     if not outs:
-        return _empty(q, v, compute, return_lse)
+        return _empty(q, k, v, compute, return_lse)
     out = torch.cat(outs, dim=1).transpose(0, 1).contiguous().to(q.dtype)
     if not return_lse:
         return out
@@ -99,7 +99,7 @@ def dense_mask(subtree_end: Tensor, window: int | None = None) -> Tensor:
     return visible
 
 
-def _empty(q: Tensor, v: Tensor, compute: torch.dtype, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _empty(q: Tensor, k: Tensor, v: Tensor, compute: torch.dtype, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     # summing the inputs keeps the graph, so that backward gives empty gradients and no error
-    out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + v.sum())
+    out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
     return (out, q.new_zeros(0, q.shape[1], dtype=compute)) if return_lse else out

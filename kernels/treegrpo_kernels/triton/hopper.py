@@ -72,20 +72,13 @@ def refusal(
 def tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
     """The tile lists of the three kernels as one flat list, for :func:`attn_fwd` and :func:`attn_bwd`.
 
-    Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile).
+    Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile), and whose attribute
+    ``launches`` holds the launches prepared for the part.
     """
     made = plan.derived.get(config)
     if made is None:
-        made = plan.derived[config] = HopperTiles(_make_tile_tensors(plan, config))
+        made = plan.derived[config] = _make_tile_tensors(plan, config)
     return made
-
-
-class HopperTiles(list):
-    """The flat list of :func:`tile_tensors`, and the launches prepared for the plan it was made of."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        super().__init__(tensors)
-        self.prepared: dict[tuple, PreparedLaunch | None] = {}
 
 
 def _make_tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
@@ -109,7 +102,7 @@ def attn_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], scale: float)
         return fwd_launch(q, k, v, out, lse, _tile_of(tile), lists, scale)
 
     names = ("q_desc", "k_desc", "v_desc", "out_desc", "lse")
-    _launch(tiles, ("fwd", q.shape[1], k.shape[1], q.dtype, scale), make, names, (q, k, v, out, lse))
+    _launch(tiles[_FWD.start], (q.shape, k.shape, q.dtype, scale), make, names, (q, k, v, out, lse))
     return out, lse
 
 
@@ -134,31 +127,31 @@ def attn_bwd(
         tile, *lists = tiles[_DKV]
         return dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(tile), lists, scale)
 
-    shapes = (num_heads, k.shape[1], q.dtype, scale)
+    shapes = (q.shape, k.shape, q.dtype, scale)
     # the strides of dout and out are compiled into this one
     key, names = ("delta", *shapes, dout.stride(0), out.stride(0)), ("dout", "out", "lse", "delta", "lse2")
-    _launch(tiles, key, make_delta, names, (dout, out, lse, delta, lse2))
+    _launch(tiles[_DQ.start], key, make_delta, names, (dout, out, lse, delta, lse2))
     names = ("dout_desc", "q_desc", "k_desc", "v_desc", "lse2", "delta")
     inputs = (dout, q, k, v, lse2, delta)
-    _launch(tiles, ("dq", *shapes), make_dq, (*names, "dq_desc"), (*inputs, dq))
-    _launch(tiles, ("dkv", *shapes), make_dkv, (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv))
+    _launch(tiles[_DQ.start], shapes, make_dq, (*names, "dq_desc"), (*inputs, dq))
+    _launch(tiles[_DKV.start], shapes, make_dkv, (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv))
     return dq, dk, dv
 
 
 def _launch(
-    tiles: list[Tensor],
+    shape: Tensor,
     key: tuple,
     make: Callable[[], Launch | HopperLaunch],
     names: tuple[str, ...],
     tensors: tuple[Tensor, ...],
 ) -> None:
-    """Launch what ``make`` describes; from the second time on, for one plan and ``key``, with new ``tensors`` alone.
+    """Launch what ``make`` describes; from the second time on, for one ``shape`` and ``key``, with new ``tensors``
+    alone.
 
-    ``names`` are the arguments that ``tensors`` fill. Addresses are multiples of 16: the allocator's are, and
-    :func:`_packed` sees to the others.
+    ``shape`` opens the part of the tile tensors in use, ``names`` are the arguments that ``tensors`` fill. Addresses
+    are multiples of 16: the allocator's are, and :func:`_packed` sees to the others.
     """
-    # the operator (torch.compile) passes a plain list on
-    known = tiles.prepared if isinstance(tiles, HopperTiles) and not hooked() else {}
+    known: dict[tuple, PreparedLaunch | None] = {} if hooked() else getattr(shape, "launches", {})
     prepared = known.get(key)
     if prepared is None:
         launch = make()
@@ -176,7 +169,8 @@ def _launch(
 def _packed(x: Tensor) -> Tensor:
     """``x`` itself where TMA can read it as a matrix [T, H * D], else a copy."""
     aligned = x.data_ptr() % 16 == 0
-    if aligned and x.is_contiguous():
+    # the stride of a single token may be anything
+    if aligned and x.shape[0] > 1 and x.is_contiguous():
         return x
     _, num_heads, head_dim = x.shape
     step, head_step, unit = x.stride()
@@ -192,7 +186,9 @@ def _span(plan: TreePlan) -> Tensor:
 
 
 def _shape_of(tile: HopperTile, like: Tensor) -> Tensor:
-    return torch.empty((0, *map(int, astuple(tile))), dtype=torch.int32, device=like.device)
+    shape = torch.empty((0, *map(int, astuple(tile))), dtype=torch.int32, device=like.device)
+    shape.launches = {}
+    return shape
 
 
 def _tile_of(shape: Tensor) -> HopperTile:
