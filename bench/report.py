@@ -140,7 +140,7 @@ def short_steps(rows: list[Row]) -> list[str]:
         for row in rows
         if row["suite"] == "real_step" and "time_ratio" in row
     ]
-    head = f"{'step':<9} {'workload':<11} {'tokens':>7} {'tree':>8} {'MFU':>4} {'GiB':>5} {'chain/':>7} {'FLOPs':>7} {'of it':>7}"
+    head = "step      workload     tokens     tree  MFU   GiB  chain/   FLOPs   of it"
     return [head, *lines] if lines else []
 
 
