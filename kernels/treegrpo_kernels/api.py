@@ -32,6 +32,10 @@ class Backend(str, Enum):
     GATHER = "gather"
 
 
+# torch.compile of torch 2.11 iterates over a tuple, but not over an Enum
+_BACKENDS = tuple(Backend)
+
+
 def tree_attention(
     q: Tensor,
     k: Tensor,
@@ -150,10 +154,10 @@ def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
 
 def _parse(backend: str | Backend) -> Backend:
     # compared one by one: torch.compile traces this, and an Enum call on an arbitrary string it does not
-    for known in Backend:
+    for known in _BACKENDS:
         if backend == known.value or backend is known:
             return known
-    raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(b.value for b in Backend)}")
+    raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(b.value for b in _BACKENDS)}")
 
 
 @torch.compiler.assume_constant_result
