@@ -8,12 +8,10 @@ from cases import NAMED
 from models import VOCAB, tiny_model, tree_twin
 
 import treegrpo
+from treegrpo.head import ChunkedHead, HeadOptions, LogitTransform, Pairs, logit_transform
 from treegrpo.logprobs import (
-    ChunkedHead,
-    LogitTransform,
     chain_logprobs,
     chain_plan,
-    logit_transform,
     output_head,
     row_logprobs,
     token_logprobs,
@@ -106,9 +104,10 @@ def test_gradcheck_of_the_head():
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     row_of, labels = torch.tensor([4, 0, 0, 2, 4, 4, 1]), torch.tensor([1, 5, 0, 3, 2, 6, 5])
-    options = (row_of, labels, LogitTransform(0.7, 1.5), 0.8, 2, torch.float64, True)
+    options = HeadOptions(LogitTransform(0.7, 1.5), 0.8, torch.float64, entropy=True, chunk_rows=2)
+    rest = labels, Pairs.of(row_of, 5), options
     assert torch.autograd.gradcheck(
-        lambda h, w, b: ChunkedHead.apply(h, w, b, *options), (random(5, 3), random(7, 3), random(7))
+        lambda h, w, b: ChunkedHead.apply(h, w, b, *rest), (random(5, 3), random(7, 3), random(7))
     )
 
 
@@ -203,9 +202,8 @@ def test_memory_does_not_grow_with_rows_times_vocabulary():
             return out
 
     with Largest() as largest:
-        logp, _ = ChunkedHead.apply(
-            x, weight, None, torch.arange(rows), labels, LogitTransform(1.0, 0.0), 1.0, chunk, torch.float32, True
-        )
+        options = HeadOptions(LogitTransform(1.0, 0.0), 1.0, torch.float32, entropy=True, chunk_rows=chunk)
+        logp, _ = ChunkedHead.apply(x, weight, None, labels, Pairs.of(torch.arange(rows), rows), options)
         logp.sum().backward()
     assert largest.elements <= chunk * vocab < rows * vocab // 16
 
