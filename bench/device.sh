@@ -152,7 +152,7 @@ run tests 20 bash -c "$python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py |
 run sanitize 20 $python tests/sanitize.py --seconds {limit}
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure step 30 bench/test_real_step.py
-measure head 20 bench/test_logprobs.py
+measure head 20 bench/test_head.py
 run_modules tune 'tune.py'
 run_modules profile 'profile*.py'
 

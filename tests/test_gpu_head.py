@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treegrpo import Trajectory, build_forest, pack, token_logprobs
+from treegrpo import Trajectory, build_forest, grpo_loss, pack, token_logprobs
 from treegrpo.head import ChunkedHead, HeadOptions, LogitTransform, Pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -46,7 +46,7 @@ def test_the_same_bits_twice():
 
 
 def test_memory_is_that_of_a_chunk():
-    x, weight, row_of, labels = problem()
+    x, weight, _, labels = problem()
     rows = 4 * ROWS
     big = x.repeat(4, 1)
     leaves = [big.requires_grad_(), weight.requires_grad_()]
@@ -61,7 +61,8 @@ def test_memory_is_that_of_a_chunk():
     assert used < 3 * 2**30 + 3 * 4 * VOCAB * HIDDEN + 16 * rows * HIDDEN < 4 * rows * VOCAB
 
 
-def test_a_prepared_batch_never_waits_for_the_device():
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "cispo"])
+def test_a_step_on_a_prepared_batch_never_waits_for_the_device(loss_type):
     transformers = pytest.importorskip("transformers")
     from treegrpo.hf import use_tree_attention
 
@@ -76,10 +77,17 @@ def test_a_prepared_batch_never_waits_for_the_device():
     rows = [Trajectory(ids, [0, 0] + [1] * (len(ids) - 2), reward=0.0, group="g") for ids in leaves]
     (batch,) = pack(build_forest(rows), device="cuda")
 
+    optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+    old = torch.full((batch.num_chain_tokens,), -6.0, device="cuda")
+    advantages = torch.linspace(-1, 1, batch.num_chain_tokens, device="cuda")
+
     def step():
-        model.zero_grad(set_to_none=True)
-        logp = batch.expand(token_logprobs(model, batch))
-        (logp * batch.leaf_mask).sum().backward()
+        optimiser.zero_grad(set_to_none=True)
+        logp, entropy = (batch.expand(x) for x in token_logprobs(model, batch, entropy=True))
+        options = dict(loss_type=loss_type, beta=0.1, ref_logp=old, entropy=entropy, entropy_coef=0.01)
+        loss, _ = grpo_loss(logp, old, advantages, batch.leaf_mask, batch.leaf_offsets, **options)
+        loss.backward()
+        optimiser.step()
 
     step()
     torch.cuda.synchronize()

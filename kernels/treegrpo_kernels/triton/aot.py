@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the attention kernels, without a GPU: ``python -m treegrpo_kernels.triton.aot``.
+"""Ahead-of-time compilation of the kernels, without a GPU: ``python -m treegrpo_kernels.triton.aot``.
 
 Prints registers, spills and shared memory of each kernel and fails on a register spill, on shared memory over the
 architecture's limit, on an sm_90 kernel without wgmma, or on a Hopper kernel whose wgmmas ptxas serialises or whose
@@ -29,7 +29,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan import TreePlan
-from . import _DKV, _DQ, _FWD, hopper, tile_tensors
+from . import _DKV, _DQ, _FWD, head, hopper, tile_tensors
 from .backward import delta_launch, dq_launch
 from .backward_dkv import dkv_launch, new_partials
 from .common import Config, Launch, config, tma_fits
@@ -45,10 +45,13 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90
 # tiles it only reads, one to three words a thread and tile
 SPILLS_ALLOWED = {"hopper_dkv": 128}
 
+WITHOUT_PRODUCTS = ("delta", "dkv_sum", "head_score", "head_slope")
+
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one head size, dtype and architecture; ``features``: plain, cap (softcap and sinks) or window."""
+    """One kernel at one head size, dtype and architecture; ``features``: plain, cap (softcap and sinks; for the
+    log-prob head, whose head size is 0, softcap and entropy) or window."""
 
     kernel: str
     arch: int
@@ -194,7 +197,9 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     if tma is None:
         tma = tma_fits(case.arch, torch.empty(1, 1, case.head_dim, dtype=dtype))
     specialised = case.kernel.startswith("hopper")
-    if specialised:
+    if case.head_dim == 0:
+        launch = head.launches(dtype, entropy=case.features == "cap", cap=options.get("softcap", 0.0))[case.kernel]
+    elif specialised:
         launch = hopper_launches(case.head_dim, dtype)[case.kernel]
     else:
         launch = launches(case.head_dim, case.head_dim, dtype, tiles, tma=tma, **options)[case.kernel]
@@ -217,7 +222,7 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     # head dims over 128 leave dK/dV too few registers for the 64 key rows that wgmma wants
     if (
         case.arch == 90
-        and case.kernel not in ("delta", "dkv_sum")
+        and case.kernel not in WITHOUT_PRODUCTS
         and case.dtype != "fp32"
         and case.head_dim <= 128
         and not wgmma
@@ -230,6 +235,12 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
     """Every kernel plain; and, for the first dtype, with softcap and sinks, and with a window."""
     hopper_kernels = ("hopper_dkv", "hopper_dq", "hopper_fwd")
     for arch in archs:
+        yield from (
+            Case(kernel, arch, 0, dtype, features)
+            for kernel in ("head_score", "head_slope")
+            for dtype in dtypes
+            for features in ("plain", "cap")
+        )
         for head_dim in head_dims:
             for dtype in dtypes:
                 if 90 <= arch < 100 and head_dim in (64, 128) and dtype != "fp32":

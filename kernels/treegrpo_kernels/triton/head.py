@@ -20,7 +20,9 @@ from .common import Launch, TileConfig, narrow
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
-_TILE = TileConfig(block_m=1, block_n=4096, num_warps=8, num_stages=1)
+_SCORE_TILE = TileConfig(block_m=1, block_n=4096, num_warps=8, num_stages=1)
+# half as wide: 128 registers a thread would leave two programs to a multiprocessor
+_SLOPE_TILE = TileConfig(block_m=1, block_n=2048, num_warps=8, num_stages=1)
 # the interpreter meets several blocks in a small vocabulary
 _SMALL_TILE = TileConfig(block_m=1, block_n=16, num_warps=1, num_stages=1)
 
@@ -96,7 +98,7 @@ def score_launch(
     temperature: float,
 ) -> Launch:
     """The forward pass over ``logits`` [R, V]; ``offsets`` [R+1] point into ``labels`` and ``picked`` [P]."""
-    tile = _tile()
+    tile = _tile(_SCORE_TILE)
     args = dict(
         logits=logits,
         offsets=offsets,
@@ -181,7 +183,7 @@ def slope_launch(
     temperature: float,
 ) -> Launch:
     """The backward pass; ``dentropy`` [R] and ``entropy`` [R] come together or not at all."""
-    tile = _tile()
+    tile = _tile(_SLOPE_TILE)
     args = dict(
         logits=logits,
         offsets=offsets,
@@ -204,8 +206,8 @@ def slope_launch(
     return Launch(head_slope_kernel, (logits.shape[0],), args, tile)
 
 
-def _tile() -> TileConfig:
-    return _SMALL_TILE if triton.knobs.runtime.interpret else _TILE
+def _tile(tile: TileConfig) -> TileConfig:
+    return _SMALL_TILE if triton.knobs.runtime.interpret else tile
 
 
 def launches(dtype: torch.dtype, *, entropy: bool = False, cap: float = 0.0) -> dict[str, Launch]:

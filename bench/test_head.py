@@ -1,0 +1,134 @@
+"""The log-prob head at Qwen2.5-1.5B's size: forward + backward from hidden rows to a log-prob a row; a GPU's bench.
+
+    fused        one Triton pass over each chunk's logits, chunks of 2 GiB
+    plain        torch operations, chunks of 128 MiB
+    plain_large  torch operations on the fused head's chunks
+    full_logits  every row's logits at once, log_softmax by torch, as a plain trainer does
+
+The check: log-probs and both gradients at most twice as far from float64 as the plain head's.
+On a CPU: tiny sizes, without the fused one, as a check of the bench.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from bench.timing import Stopwatch, spread
+from treegrpo.head import CHUNK_ELEMENTS, ChunkedHead, HeadOptions, LogitTransform, Pairs
+from treegrpo_kernels import head as passes
+
+HIDDEN, VOCAB, TINY_HIDDEN, TINY_VOCAB = 1536, 151_936, 16, 300
+ROWS = (2048, 8192, 16_384)
+CONTENDERS = ("fused", "plain", "plain_large", "full_logits")
+ROUNDS = 5
+# of the check, whose oracle is in float64
+CHECKED_ROWS = 1024
+
+
+def options(contender: str, dtype: torch.dtype, num_rows: int) -> HeadOptions:
+    transform = LogitTransform(1.0, 0.0)
+    fused = HeadOptions(transform, 1.0, dtype, fused=True)
+    if contender == "fused":
+        return fused
+    starts = fused.starts(num_rows, VOCAB)
+    large = starts[1] - starts[0] if contender == "plain_large" else None
+    return HeadOptions(transform, 1.0, dtype, chunk_rows=large)
+
+
+def log_probs(contender: str, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if contender == "full_logits":
+        logits = (x @ weight.t()).float()
+        return torch.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
+    pairs = pairs_of(len(x), x.device)
+    return ChunkedHead.apply(x, weight, None, labels, pairs, options(contender, x.dtype, len(x)))[0]
+
+
+@cache
+def pairs_of(num_rows: int, device: torch.device) -> Pairs:
+    return Pairs.of(torch.arange(num_rows, device=device), num_rows)
+
+
+@cache
+def inputs(num_rows: int, device: torch.device) -> list[torch.Tensor]:
+    real = device.type == "cuda"
+    hidden, vocab = (HIDDEN, VOCAB) if real else (TINY_HIDDEN, TINY_VOCAB)
+    gen = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if real else torch.float32
+    x = torch.randn(num_rows, hidden, generator=gen, device=device).to(dtype).requires_grad_()
+    weight = (0.03 * torch.randn(vocab, hidden, generator=gen, device=device)).to(dtype).requires_grad_()
+    labels = torch.randint(vocab, (num_rows,), generator=gen, device=device)
+    return [x, weight, labels, torch.sin(torch.arange(num_rows, device=device))]
+
+
+def gradients(contender: str, x, weight, labels, slope) -> list[torch.Tensor]:
+    logp = log_probs(contender, x, weight, labels)
+    return [logp.detach(), *torch.autograd.grad(logp, [x, weight], slope.to(logp.dtype))]
+
+
+def check(contender: str, device: torch.device) -> float:
+    x, weight, labels, slope = inputs(CHECKED_ROWS, device)
+    wide = [x.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), labels, slope]
+    want = gradients("plain", *wide)
+    plain, found = gradients("plain", x, weight, labels, slope), gradients(contender, x, weight, labels, slope)
+    worst = 0.0
+    for name, a, b, c in zip(("logp", "dhidden", "dweight"), found, plain, want, strict=True):
+        error, allowed = (float((y.double() - c).norm() / c.norm()) for y in (a, b))
+        # logits rounded to bf16 are what the full head stands for
+        assert contender == "full_logits" or error <= 2 * allowed + 1e-7, f"{contender}: {name} is off by {error:.1e}"
+        worst = max(worst, error)
+    return worst
+
+
+@cache
+def outcome(num_rows: int, device: torch.device, rounds: int) -> dict[str, tuple[list[float], int, float]]:
+    """contender -> (seconds of each round, peak bytes beyond the inputs, error)."""
+    args = inputs(num_rows, device)
+    names = [name for name in CONTENDERS if unusable(name, device) is None]
+    errors = {name: check(name, device) for name in names}
+    on_gpu, watch = device.type == "cuda", Stopwatch(device)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0)
+    for name in names:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        gradients(name, *args)
+        peaks[name] = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    for _ in range(rounds):
+        for name in names:
+            times[name] += watch.once(lambda name=name: gradients(name, *args))
+    return {name: (times[name], peaks[name], errors[name]) for name in names}
+
+
+def unusable(contender: str, device: torch.device) -> str | None:
+    return passes.reason(device, torch.bfloat16) if contender == "fused" else None
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_head(num_rows, contender, meter, device, quick):
+    reason = unusable(contender, device)
+    if reason is not None:
+        pytest.skip(reason)
+    if device.type == "cpu":
+        num_rows //= 32
+    found = outcome(num_rows, device, 1 if device.type == "cpu" else 3 if quick else ROUNDS)
+    times, peak, error = found[contender]
+    meter.benchmark.group = f"log-prob head of {num_rows} rows"
+    meter.replay(times)
+    hidden, vocab = (HIDDEN, VOCAB) if device.type == "cuda" else (TINY_HIDDEN, TINY_VOCAB)
+    meter.benchmark.extra_info.update(
+        spread(times),
+        suite="real_head",
+        contender=contender,
+        workload=f"{num_rows} rows",
+        head_rows=num_rows,
+        chunk_elements=CHUNK_ELEMENTS,
+        flops=3 * 2 * num_rows * hidden * vocab,
+        peak_bytes=peak,
+        time_ratio=spread(found["plain"][0])["median_s"] / spread(times)["median_s"],
+        device=str(device),
+        oracle="passed",
+        oracle_error=error,
+    )
