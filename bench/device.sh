@@ -32,7 +32,7 @@ seconds=${seconds:-$([ -n "$quick" ] && echo 240 || echo 540)}
 reserve=12
 
 # weight of each stage: its share of the time that is left, against the chosen stages not yet run
-declare -A weight=([build]=6 [tests]=6 [sanitize]=2 [bench]=8 [step]=6 [head]=2 [tune]=8 [profile]=2)
+declare -A weight=([build]=3 [tests]=9 [sanitize]=5 [bench]=10 [step]=8 [head]=2 [tune]=8 [profile]=2)
 for name in $stages; do
   [ -n "${weight[$name]:-}" ] || { echo "unknown stage $name: use ${!weight[*]}" >&2; exit 2; }
 done
@@ -97,7 +97,7 @@ run() { # run NAME LEAST COMMAND...: the command sees its limit as {limit}, and 
   echo "== $name (at most $limit s)" | tee -a "$log"
   local start=$SECONDS rc
   # an interrupted pytest still writes its results
-  timeout -s INT -k 8 $((limit > 30 ? limit - 8 : limit)) "${@//\{limit\}/$((limit > 60 ? limit - 30 : limit))}" > "$parts/$name.log" 2>&1
+  timeout -s INT -k 8 $((limit > 30 ? limit - 8 : limit)) "${@//\{limit\}/$((limit > 40 ? limit - 16 : limit))}" > "$parts/$name.log" 2>&1
   rc=$?
   cat "$parts/$name.log" >> "$log"
   tail -n 6 "$parts/$name.log" | cut -c1-200
@@ -149,7 +149,7 @@ timed="of_the_host or within_a_millisecond"
 run tests 20 bash -c "$python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py | tr '\n' ' ') -m gpu -k 'not ($timed)' -q $workers --maxfail=30 \
   -p no:cacheprovider; failed=\$?
   $python -m pytest tests/test_gpu_plan.py -m gpu -k '$timed' -q -p no:cacheprovider && exit \$failed"
-run sanitize 20 $python tests/sanitize.py --seconds {limit}
+run sanitize 30 $python tests/sanitize.py --seconds {limit}
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure step 30 bench/test_real_step.py
 measure head 20 bench/test_head.py
