@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 CHECKED_ROWS = 64
 # larger inputs outlast the L2 by themselves and need no second set
 ROTATED_BYTES, NUM_SETS = 4 * 2**30, 2
-SECONDS_PER_CONTENDER, MIN_ROUNDS, MAX_ROUNDS = 0.4, 3, 11
+SECONDS_PER_CONTENDER, MIN_ROUNDS, MAX_ROUNDS = 0.2, 3, 7
 QUICK_ROUNDS = 3
 PASSES = ("forward", "backward", "forward_backward")
 
