@@ -211,7 +211,7 @@ def compiled_ahead(request: pytest.FixtureRequest, device: torch.device) -> None
         from bench.compile_ahead import LIMIT_SECONDS, run_all
 
         limit = request.config.getoption("--bench-seconds")
-        print("\n" + "\n".join(run_all(LIMIT_SECONDS if limit is None else min(LIMIT_SECONDS, limit / 2))))
+        print("\n" + "\n".join(run_all(LIMIT_SECONDS if limit is None else min(LIMIT_SECONDS, 0.6 * limit))))
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ run sanitize 30 $python tests/sanitize.py --seconds {limit}
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure step 30 bench/test_real_step.py
 measure head 20 bench/test_head.py
-run_modules tune 'tune.py'
+run_modules tune 'tune*.py'
 run_modules profile 'profile*.py'
 
 rm -rf "$parts"

@@ -35,7 +35,7 @@ def tensors(seed):
 
 
 plan = TreePlan.build(torch.full((300,), 300))
-tiles = hopper.tile_tensors(plan, hopper.config(64))
+tiles = hopper.tile_tensors(plan, hopper.config(64), 2)
 tile, *lists = tiles[hopper._FWD]
 
 

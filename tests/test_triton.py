@@ -7,6 +7,7 @@ forests meet every tile class.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -420,6 +421,25 @@ class TestOnGpu:
         subtree_end = cases.random_subtree_end(2777, 3, branch=0.004)
         args = inputs(2777, hq=4, hkv=1, d=d, dv=d, dtype=torch.bfloat16)[:4]
         check(subtree_end, *args, pinned=pinned, scale=d**-0.5)
+
+    @pytest.mark.parametrize("hkv", [1, 2])
+    @pytest.mark.parametrize("d", [64, 128])
+    def test_parted_key_tiles_of_the_hopper_kernels(self, d, hkv, poisoned_empty):
+        """Roots seen by thousands of queries, few heads: pieces, their partials, whole tiles beside them."""
+        if not 90 <= arch_of(torch.device(DEVICE)) < 100:
+            pytest.skip("needs compute capability 9.0")
+        from treegrpo_kernels.triton import hopper
+
+        pinned = replace(hopper.config(d), split=True)
+        for num_tokens, branch in ((6007, 0.002), (4096, 0.0)):
+            subtree_end = cases.random_subtree_end(num_tokens, 3, branch=branch, root=0.0)
+            args = inputs(num_tokens, hq=4, hkv=hkv, d=d, dv=d, dtype=torch.bfloat16)[:4]
+            plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+            *_, items, parted = backend.tile_tensors(plan, args[0], args[2], 0, pinned)
+            assert 0 < len(parted) < len(items)
+            check(subtree_end, *args, pinned=pinned, scale=d**-0.5)
+            runs = [kernels(subtree_end, *args, pinned=pinned) for _ in range(3)]
+            assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
 
     def test_offsets_beyond_32_bits(self):
         """q of more than 2^31 elements: a row of many small trees, the last of which must be right."""

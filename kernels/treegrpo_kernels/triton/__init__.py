@@ -100,7 +100,7 @@ def tile_tensors(
     if config is not None and not isinstance(config, Config):
         from . import hopper
 
-        return hopper.tile_tensors(plan, config)
+        return hopper.tile_tensors(plan, config, v.shape[1])
     config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
     tensors = []
     for tile in (config.fwd, config.dq):

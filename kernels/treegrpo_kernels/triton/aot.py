@@ -43,7 +43,7 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 87: 163 * 1024, 89: 99 * 1024, 90
 
 # bytes, stores and loads: ptxas parks seven loop-invariant words of the dK/dV kernel on the stack; in the loops over
 # tiles it only reads, one to three words a thread and tile
-SPILLS_ALLOWED = {"hopper_dkv": 128}
+SPILLS_ALLOWED = {"hopper_dkv": 128, "hopper_dkv_split": 192}
 
 WITHOUT_PRODUCTS = ("delta", "dkv_sum", "head_score", "head_slope")
 
@@ -137,12 +137,15 @@ def hopper_launches(head_dim: int, dtype: torch.dtype, *, num_tokens: int = 256)
     lse = torch.empty(num_tokens, num_heads)
     delta, lse2 = torch.empty(2, num_heads, hopper.LARGEST_TILE * -(-num_tokens // hopper.LARGEST_TILE)).unbind()
     tiles = hopper.config(head_dim)
-    lists = hopper.tile_tensors(plan, tiles)
+    lists = hopper.tile_tensors(plan, tiles, num_kv_heads)
     fwd, dq_lists, dkv = (lists[part][1:] for part in (hopper._FWD, hopper._DQ, hopper._DKV))
+    whole, items = dkv[:4], [*dkv[:2], torch.zeros(5, 4, dtype=torch.int32), dkv[3]]
+    partials = hopper.new_partials(k, tiles.dkv, 4)
     return {
         "hopper_fwd": hopper.fwd_launch(q, k, v, out, lse, tiles.fwd, fwd, scale),
         "hopper_dq": hopper.dq_launch(dout, q, k, v, dq, lse2, delta, tiles.dq, dq_lists, scale),
-        "hopper_dkv": hopper.dkv_launch(dout, q, k, v, dk, dv, lse2, delta, tiles.dkv, dkv, scale),
+        "hopper_dkv": hopper.dkv_launch(dout, q, k, v, dk, dv, lse2, delta, tiles.dkv, whole, scale),
+        "hopper_dkv_split": hopper.dkv_launch(dout, q, k, v, dk, dv, lse2, delta, tiles.dkv, items, scale, partials),
     }
 
 
@@ -233,7 +236,7 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
 
 def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
     """Every kernel plain; and, for the first dtype, with softcap and sinks, and with a window."""
-    hopper_kernels = ("hopper_dkv", "hopper_dq", "hopper_fwd")
+    hopper_kernels = ("hopper_dkv", "hopper_dkv_split", "hopper_dq", "hopper_fwd")
     for arch in archs:
         yield from (
             Case(kernel, arch, 0, dtype, features)
@@ -252,7 +255,7 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
 
 
 def _line(*cells: object) -> str:
-    widths = (10, 5, 5, 6, 9, 5, 8, 9, 6, 6, 0)
+    widths = (16, 5, 5, 6, 9, 5, 8, 9, 6, 6, 0)
     return " ".join(f"{cell!s:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .backward import delta_launch
 from .common import Launch, cdiv
-from .hopper_backward_dkv import dkv_launch
+from .hopper_backward_dkv import dkv_launch, new_partials
 from .hopper_backward_dq import dq_launch
 from .hopper_common import HopperLaunch, HopperTile
 from .hopper_forward import fwd_launch
 from .prepared import PreparedLaunch, hooked, prepare, stream_of
+from .split import sum_launch, work_items
 
 if TYPE_CHECKING:
     from ..plan import TreePlan
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 # spans are read in whole key tiles, the largest of which this is
 LARGEST_TILE = 256
 _DENSE = torch.contiguous_format
-_FWD, _DQ, _DKV = slice(0, 6), slice(6, 12), slice(12, 17)
+_FWD, _DQ, _DKV = slice(0, 6), slice(6, 12), slice(12, 19)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class HopperConfig:
     fwd: HopperTile
     dq: HopperTile
     dkv: HopperTile
+    split: bool = False
+    """Part key tiles whose query ranges are longer than a multiprocessor's share of dK/dV; see split.py."""
 
 
 # measured on an H200, see NOTES.md; two stages of dq and dkv wait for memory, four gain nothing over three
@@ -69,19 +72,21 @@ def refusal(
     return ", ".join(asked) or (None if scale > 0 else f"scale {scale}")
 
 
-def tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
+def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) -> list[Tensor]:
     """The tile lists of the three kernels as one flat list, for :func:`attn_fwd` and :func:`attn_bwd`.
 
     Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile), and whose attribute
     ``launches`` holds the launches prepared for the part.
     """
-    made = plan.derived.get(config)
+    # only parting depends on the heads
+    key = config, num_kv_heads if config.split else 0
+    made = plan.derived.get(key)
     if made is None:
-        made = plan.derived[config] = _make_tile_tensors(plan, config)
+        made = plan.derived[key] = _make_tile_tensors(plan, config, num_kv_heads)
     return made
 
 
-def _make_tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
+def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) -> list[Tensor]:
     span = _span(plan)
     tensors = []
     for tile in (config.fwd, config.dq):
@@ -89,7 +94,8 @@ def _make_tile_tensors(plan: TreePlan, config: HopperConfig) -> list[Tensor]:
         tensors += [_shape_of(tile, span), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order, span]
     lists = plan.tile_lists(config.dkv.block_m, config.dkv.block_n)
     tensors += [_shape_of(config.dkv, span), lists.kv_max, lists.kv_min, lists.kv_order, span]
-    return tensors
+    nothing = [span.new_empty((0, n)) for n in (4, 3)]
+    return tensors + (work_items(plan, config.dkv, num_kv_heads) if config.split else nothing)
 
 
 def attn_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
@@ -123,9 +129,20 @@ def attn_bwd(
         tile, *lists = tiles[_DQ]
         return dq_launch(dout, q, k, v, dq, lse2, delta, _tile_of(tile), lists, scale)
 
+    tile, kv_max, kv_min, kv_order, span, items, parted = tiles[_DKV]
+    num_parted = parted.shape[0]
+    partials = []
+    if num_parted:
+        # every key tile that is not parted is one item
+        num_whole = cdiv(num_tokens, tile.shape[2]) - num_parted
+        partials = new_partials(k, _tile_of(tile), items.shape[0] - num_whole)
+
     def make_dkv() -> HopperLaunch:
-        tile, *lists = tiles[_DKV]
-        return dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(tile), lists, scale)
+        lists = [kv_max, kv_min, items if partials else kv_order, span]
+        return dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(tile), lists, scale, partials or None)
+
+    def make_sum() -> Launch:
+        return sum_launch(*partials, parted, dk, dv, scale)
 
     shapes = (q.shape, k.shape, q.dtype, scale)
     # the strides of dout and out are compiled into this one
@@ -134,7 +151,12 @@ def attn_bwd(
     names = ("dout_desc", "q_desc", "k_desc", "v_desc", "lse2", "delta")
     inputs = (dout, q, k, v, lse2, delta)
     _launch(tiles[_DQ.start], shapes, make_dq, (*names, "dq_desc"), (*inputs, dq))
-    _launch(tiles[_DKV.start], shapes, make_dkv, (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv))
+    names, inputs = (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv)
+    if not partials:
+        _launch(tile, shapes, make_dkv, names, inputs)
+        return dq, dk, dv
+    _launch(tile, shapes, make_dkv, (*names, "partial_dk", "partial_dv"), (*inputs, *partials))
+    _launch(tile, ("sum", *shapes), make_sum, ("partial_dk", "partial_dv", "dk", "dv"), (*partials, dk, dv))
     return dq, dk, dv
 
 

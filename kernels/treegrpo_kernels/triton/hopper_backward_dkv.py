@@ -3,8 +3,9 @@
     p_ij = exp(s_ij - lse_i)     dp_ij = dout_i . v_j     ds_ij = p_ij (dp_ij - delta_i)
     dk_j = scale * sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
 
-A program is one key tile of one key/value head; each consumer owns 64 of its keys and keeps their dK and dV in
-registers. Programs run longest query range first. The query rows that see a key tile are one contiguous range, so
+A program is one key tile of one key/value head, or with SPLIT a piece of its query range (split.py): few key/value
+heads leave too few programs to even out a root's long ranges. Each consumer owns 64 of the keys and keeps their dK and
+dV in registers. Programs run longest query range first. The query rows that see a key tile are one contiguous range, so
 nothing is looked up: the producer counts through the range once for every query head of the group and streams Q, dO,
 lse and delta through a ring. Scores are held transposed, [keys, queries], as operands of the next product. Sums run in
 a fixed order: the same inputs give the same bits.
@@ -15,6 +16,7 @@ of a tile, BN = 128 key rows. Names as in common.py; s_ shared memory, bars_ mba
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,6 +42,28 @@ def _bounds(i_n, kv_max, kv_min, num_tokens, BM: gl.constexpr, BN: gl.constexpr)
     a = gl.minimum((n1 - 1 + BM - 1) // BM, hi)
     b = gl.maximum(a, gl.minimum(gl.load(kv_min + i_n) // BM, hi))
     return lo, a, b, hi
+
+
+@gluon.jit
+def _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr):
+    """This program's key tile and head, and the bounds of its query tiles.
+
+    ``work`` are the items of split.work_items, or without SPLIT key tiles in order.
+    """
+    program = gl.program_id(0)
+    i_kv = program % num_kv_heads
+    if SPLIT:
+        p_item = work + program // num_kv_heads * 4
+        i_n = gl.load(p_item)
+        lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+        lo = gl.maximum(lo, gl.load(p_item + 1))
+        hi = gl.minimum(hi, gl.load(p_item + 2))
+        a = gl.minimum(gl.maximum(a, lo), hi)
+        b = gl.minimum(gl.maximum(b, a), hi)
+    else:
+        i_n = gl.load(work + program // num_kv_heads)
+        lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+    return i_n, i_kv, lo, a, b, hi
 
 
 @gluon.jit
@@ -104,10 +128,12 @@ def _consumer(
     bars,
     dk_desc,
     dv_desc,
+    partial_dk,
+    partial_dv,
     span,
     kv_max,
     kv_min,
-    kv_order,
+    work,
     num_tokens,
     num_kv_heads,
     scale,
@@ -117,6 +143,7 @@ def _consumer(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
     """64 keys of a key tile."""
     bars_kv, bars_q, bars_q_free = bars
@@ -128,10 +155,7 @@ def _consumer(
     s_k_own = s_k.index(I_WG)
     s_v_own = s_v.index(I_WG)
     ring = 0
-    work = gl.program_id(0)
-    i_n = gl.load(kv_order + work // num_kv_heads)
-    i_kv = work % num_kv_heads
-    lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+    i_n, i_kv, lo, a, b, hi = _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM, BN, SPLIT)
     o_k = i_n * BN + o_row
     b_span = gl.load(span + o_k)
     b_dk = gl.zeros([ROWS, D], gl.float32, layout=O_LAYOUT)
@@ -151,12 +175,29 @@ def _consumer(
         )
         ring += 1
     # fmt: on
-    # every product has read K and V by now: their buffers carry the results out
-    s_k_own.store((b_dk * scale).to(s_k.dtype))
-    s_v_own.store(b_dv.to(s_v.dtype))
+    if SPLIT:
+        # read here, for a register would have to carry it through the loops
+        partial = gl.load(work + gl.program_id(0) // num_kv_heads * 4 + 3)
+        if partial >= 0:
+            row = (partial.to(gl.int64) * num_kv_heads + i_kv) * BN + I_WG * ROWS
+            o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
+            o_out = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O_LAYOUT))[:, None] * D + o_d[None, :]
+            gl.store(partial_dk + row * D + o_out, b_dk)
+            gl.store(partial_dv + row * D + o_out, b_dv)
+        else:
+            _store_whole(b_dk, b_dv, s_k_own, s_v_own, dk_desc, dv_desc, i_n * BN + I_WG * ROWS, i_kv * D, scale)
+    else:
+        _store_whole(b_dk, b_dv, s_k_own, s_v_own, dk_desc, dv_desc, i_n * BN + I_WG * ROWS, i_kv * D, scale)
+
+
+@gluon.jit
+def _store_whole(b_dk, b_dv, s_k, s_v, dk_desc, dv_desc, row, column, scale):
+    """Every product has read K and V by now: their buffers carry the results out."""
+    s_k.store((b_dk * scale).to(s_k.dtype))
+    s_v.store(b_dv.to(s_v.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dk_desc, [i_n * BN + I_WG * ROWS, i_kv * D], s_k_own)
-    tma.async_copy_shared_to_global(dv_desc, [i_n * BN + I_WG * ROWS, i_kv * D], s_v_own)
+    tma.async_copy_shared_to_global(dk_desc, [row, column], s_k)
+    tma.async_copy_shared_to_global(dv_desc, [row, column], s_v)
     tma.store_wait(0)
 
 
@@ -223,7 +264,7 @@ def _producer(
     delta,
     kv_max,
     kv_min,
-    kv_order,
+    work,
     num_tokens,
     num_padded,
     num_kv_heads,
@@ -232,15 +273,13 @@ def _producer(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
     """Streams K, V and the query tiles that see them, in the order in which the consumers read."""
     bars_kv, bars_q, bars_q_free = bars
     ROWS: gl.constexpr = BN // 2
     ring = 0
-    work = gl.program_id(0)
-    i_n = gl.load(kv_order + work // num_kv_heads)
-    i_kv = work % num_kv_heads
-    lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+    i_n, i_kv, lo, a, b, hi = _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM, BN, SPLIT)
     for i_wg in gl.static_range(2):
         bar = bars_kv.index(i_wg)
         mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -270,12 +309,14 @@ def tree_attention_bwd_dkv_hopper_kernel(
     dout_desc,
     dk_desc,
     dv_desc,
+    partial_dk,
+    partial_dv,
     lse2,
     delta,
     span,
     kv_max,
     kv_min,
-    kv_order,
+    work,
     num_tokens,
     num_padded,
     num_kv_heads,
@@ -286,6 +327,7 @@ def tree_attention_bwd_dkv_hopper_kernel(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
 ):
@@ -312,13 +354,15 @@ def tree_attention_bwd_dkv_hopper_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consumer, (0, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, span, kv_max, kv_min,
-                         kv_order, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES)),
-            (_consumer, (1, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, span, kv_max, kv_min,
-                         kv_order, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES)),
+            (_consumer, (0, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, partial_dk,
+                         partial_dv, span, kv_max, kv_min, work, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM,
+                         BN, D, STAGES, SPLIT)),
+            (_consumer, (1, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, partial_dk,
+                         partial_dv, span, kv_max, kv_min, work, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM,
+                         BN, D, STAGES, SPLIT)),
             (_producer, (s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, q_desc, k_desc, v_desc, dout_desc, lse2,
-                         delta, kv_max, kv_min, kv_order, num_tokens, num_padded, num_kv_heads, GROUP, BM, BN, D,
-                         STAGES)),
+                         delta, kv_max, kv_min, work, num_tokens, num_padded, num_kv_heads, GROUP, BM, BN, D, STAGES,
+                         SPLIT)),
         ],
         [4, 1],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -338,19 +382,25 @@ def dkv_launch(
     tile: HopperTile,
     lists: list[Tensor],
     scale: float,
+    partials: list[Tensor] | None = None,
 ) -> HopperLaunch:
-    """The dK/dV launch; ``lists`` are kv_max, kv_min, kv_order, span; lse2 (base 2) and delta are [Hq, Tp]."""
+    """The dK/dV launch; ``lists`` are kv_max, kv_min, work, span; lse2 (base 2) and delta are [Hq, Tp].
+
+    ``work`` are key tiles in order, or with ``partials`` (:func:`new_partials`) the items of split.work_items.
+    """
     num_tokens, num_kv_heads, head_dim = k.shape
     rows = tile.block_n // 2
-    num_work = cdiv(num_tokens, tile.block_n) * num_kv_heads
+    partial_dk, partial_dv = partials or (delta, delta)
     args = dict(
-        zip(("kv_max", "kv_min", "kv_order", "span"), lists, strict=True),
+        zip(("kv_max", "kv_min", "work", "span"), lists, strict=True),
         q_desc=descriptor(q, tile.block_m),
         k_desc=descriptor(k, rows),
         v_desc=descriptor(v, rows),
         dout_desc=descriptor(dout, tile.block_m),
         dk_desc=descriptor(dk, rows),
         dv_desc=descriptor(dv, rows),
+        partial_dk=partial_dk,
+        partial_dv=partial_dv,
         lse2=lse2,
         delta=delta,
         num_tokens=num_tokens,
@@ -363,7 +413,14 @@ def dkv_launch(
         BN=tile.block_n,
         D=head_dim,
         STAGES=tile.num_stages,
+        SPLIT=partials is not None,
         CONSUMER_REGS=tile.consumer_regs,
         PRODUCER_REGS=tile.producer_regs,
     )
-    return HopperLaunch(tree_attention_bwd_dkv_hopper_kernel, (num_work,), args)
+    num_work = cdiv(num_tokens, tile.block_n) if partials is None else lists[2].shape[0]
+    return HopperLaunch(tree_attention_bwd_dkv_hopper_kernel, (num_work * num_kv_heads,), args)
+
+
+def new_partials(k: Tensor, tile: HopperTile, num_slots: int) -> list[Tensor]:
+    """Uninitialised float32 partials of dK and dV, each [slots, Hkv, BN, D]."""
+    return list(k.new_empty((2, num_slots, k.shape[1], tile.block_n, k.shape[2]), dtype=torch.float32).unbind())
