@@ -91,7 +91,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         python=platform.python_version(),
-        system=platform.platform(),
+        system=f"{platform.system()} {platform.machine()}",
         **installed,
     )
 
