@@ -92,3 +92,11 @@ def test_tau_bench_calls_share_and_whole_trajectories_hardly():
     tokens, pairs = ratios(split_calls(trajectories))
     # 12.48 and 8.20 over the tree of whole trajectories: the calls' own tree lacks what follows the last turn.
     assert (round(tokens, 2), round(pairs, 2)) == (12.56, 8.28)
+
+
+def test_a_trajectory_in_which_nothing_is_trained_has_no_calls():
+    empty = Trajectory([1, 2, 3], [0, 0, 0], reward=0.0, group="a")
+    assert split_calls([empty]) == []
+    forest = build_forest([empty, Trajectory([1, 2, 3], [0, 1, 1], reward=1.0, group="b")])
+    split, advantages = call_trees(forest, compute_advantages(forest, "grpo"))
+    assert [tree.group for tree in split] == ["b"] and len(advantages) == 1

@@ -44,12 +44,15 @@ def split_calls(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def turn_spans(trajectory: Trajectory) -> list[tuple[int, int]]:
-    """`[begin, end)` of each assistant turn with what follows it, from `steps` or else from the loss mask's runs."""
+    """`[begin, end)` of each assistant turn with what follows it, from `steps` or else from the loss mask's runs; none
+    where nothing is trained."""
     if trajectory.steps is not None:
         begins = [int(step) for step in trajectory.steps]
     else:
         mask = np.concatenate([[0], np.asarray(trajectory.loss_mask, dtype=np.int8)])
         begins = np.flatnonzero(np.diff(mask) == 1).tolist()
+    if not begins:
+        return []
     return list(zip(begins, [*begins[1:], len(trajectory.token_ids)], strict=True))
 
 
@@ -64,6 +67,9 @@ def call_trees(
     split_trees, split_advantages = [], []
     for tree, per_leaf in zip(trees, advantages, strict=True):
         calls = split_calls(tree.trajectories)
+        if not calls:
+            # nothing of this group is trained
+            continue
         split_trees.append(build_tree(calls))
         split_advantages.append([_of_call(per_leaf[call.info["trajectory"]], call.info["step"]) for call in calls])
     return split_trees, split_advantages
