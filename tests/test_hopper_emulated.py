@@ -1,0 +1,131 @@
+"""The Hopper kernels' source on the CPU, through gluon_emulator.py, against the float64 oracle.
+
+Finds what a GPU would need luck for: a buffer refilled while it is read, a barrier waited for in the wrong phase,
+partitions that wait for each other; and a tile in the wrong class.
+"""
+
+from dataclasses import replace
+
+import cases
+import gluon_emulator
+import pytest
+import torch
+from attention_checks import excess, inputs
+
+pytest.importorskip("triton")
+
+from treegrpo_kernels.plan import TreePlan
+from treegrpo_kernels.triton import (
+    hopper,
+    hopper_backward_dkv,
+    hopper_backward_dq,
+    hopper_common,
+    hopper_forward,
+    split,
+)
+from treegrpo_kernels.triton.hopper_common import HopperTile
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the kernels themselves are tested"),
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+]
+
+MODULES = [hopper_common, hopper_forward, hopper_backward_dq, hopper_backward_dkv]
+
+
+@pytest.fixture
+def emulated(monkeypatch, poisoned_empty):
+    gluon_emulator.patch(monkeypatch, MODULES)
+    # few, so that a persistent program has many items and long key tiles are parted
+    for module in (hopper_common, split):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(hopper, "prepare", lambda *args: None)
+
+
+def results(subtree_end, q, k, v, dout, scale, config, seed):
+    gluon_emulator.scheduler.draw.seed(seed)
+    plan = TreePlan.build(torch.as_tensor(subtree_end))
+    tiles = hopper.tile_tensors(plan, config, k.shape[1])
+    out, lse = hopper.attn_fwd(q, k, v, tiles, scale)
+    return [out, lse, *hopper.attn_bwd(dout, q, k, v, out, lse, tiles, scale)], tiles
+
+
+FORESTS = {
+    "forks": cases.random_subtree_end(430, 3, branch=0.02, root=0.004),
+    "root_of_all": cases.random_subtree_end(517, 5, branch=0.01, root=0.0),
+    "chain": cases.random_subtree_end(385, 0, branch=0.0, root=0.0),
+    "many_trees": cases.random_subtree_end(300, 7, branch=0.1, root=0.1),
+    "one_token": cases.random_subtree_end(1, 0),
+}
+
+
+@pytest.mark.parametrize("parted", [False, True])
+@pytest.mark.parametrize("name", FORESTS)
+def test_as_launched(name, parted, emulated):
+    subtree_end = FORESTS[name]
+    config = replace(hopper.config(64), split=parted)
+    args = inputs(len(subtree_end), hq=2, hkv=1, d=64, dv=64, dtype=torch.bfloat16)[:4]
+    found, tiles = results(subtree_end, *args, 0.125, config, seed=len(subtree_end))
+    assert (len(tiles[-1]) > 0) == (parted and name in ("root_of_all", "chain"))
+    over = excess(found, subtree_end, *args, scale=0.125)
+    assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize("residue", range(0, 128, 13))
+def test_a_branch_may_start_anywhere_in_a_tile(residue, emulated):
+    subtree_end = cases.residue_subtree_end(residue, 128)
+    args = inputs(len(subtree_end), hq=1, hkv=1, d=64, dv=64, dtype=torch.bfloat16, seed=residue)[:4]
+    found, _ = results(subtree_end, *args, 0.125, replace(hopper.config(64), split=residue % 2 == 1), residue)
+    over = excess(found, subtree_end, *args, scale=0.125)
+    assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_other_rings_and_orders(seed, emulated):
+    """Shallow rings, small tiles, whoever goes first."""
+    config = hopper.HopperConfig(
+        fwd=HopperTile(128, 64, 2 + seed % 2, persistent=seed > 0),
+        dq=HopperTile(128, 32, 2, persistent=seed > 0),
+        dkv=HopperTile(32, 128, 2),
+        split=seed == 2,
+    )
+    subtree_end = FORESTS["forks"]
+    args = inputs(len(subtree_end), hq=3, hkv=1, d=64, dv=64, dtype=torch.float16, seed=seed)[:4]
+    found, _ = results(subtree_end, *args, 0.2, config, seed)
+    over = excess(found, subtree_end, *args, scale=0.2)
+    assert max(over.values()) <= 0, over
+    again, _ = results(subtree_end, *args, 0.2, config, seed + 100)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+FAULTS = ("the producer waits for nobody", "consumers wait for nothing", "no buffer is released")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("module", MODULES[1:], ids=lambda module: module.__name__.rsplit(".", 1)[1])
+def test_faults_are_found(fault, module, emulated, monkeypatch):
+    """The emulator is worth nothing if it forgives: three faults in each kernel's protocol, each found."""
+
+    class Faulty(gluon_emulator.mbarrier):
+        @staticmethod
+        def wait(bar, parity):
+            is_producer = gluon_emulator.scheduler.local.number == 2
+            if fault == FAULTS[2] or is_producer != (fault == FAULTS[0]):
+                gluon_emulator.mbarrier.wait(bar, parity)
+
+        @staticmethod
+        def arrive(bar, count, pred=True):
+            if fault != FAULTS[2] or gluon_emulator.scheduler.local.number == 2:
+                gluon_emulator.mbarrier.arrive(bar, count, pred)
+
+    monkeypatch.setattr(module, "mbarrier", Faulty)
+    subtree_end = FORESTS["chain"]
+    args = inputs(len(subtree_end), hq=2, hkv=1, d=64, dv=64, dtype=torch.bfloat16)[:4]
+
+    def passes():
+        found, _ = results(subtree_end, *args, 0.125, hopper.config(64), 1)
+        assert max(excess(found, subtree_end, *args, scale=0.125).values()) <= 0
+
+    with pytest.raises((AssertionError, RuntimeError)):
+        passes()
