@@ -5,15 +5,16 @@
 #
 # Needs Python with torch (CUDA), triton, transformers, pytest, pytest-benchmark, hypothesis; nvcc for the CUDA objects; no
 # network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, bench
-# (attention and plans), step, head, tune, profile; the last two are not among the default ones. A failing stage is
-# reported and the next one still runs. It ends before N seconds (default 540, with --quick 240): a stage gets its share of
-# what is left, and what does not fit is skipped and said so. DIR (default bench/results/<gpu>-<commit>) receives
-# machine.json, log.txt, bench.json and report.md, and never holds results of two commits or two states of the sources.
+# (attention and plans), step, head, tune, profile; the last two are not among the default ones, and --quick leaves out
+# sanitize and all tests but those of repeated runs and of the head. A failing stage is reported and the next one still
+# runs. It ends before N seconds (default 540, with --quick 240): a stage gets its share of what is left, and what does not
+# fit is skipped and said so. DIR (default bench/results/<gpu>-<commit>) receives machine.json, log.txt, bench.json and
+# report.md, and never holds results of two commits or two states of the sources.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
-stages="build tests sanitize bench step head"
+stages=""
 quick=""
 seconds=""
 out=""
@@ -23,10 +24,11 @@ while [ $# -gt 0 ]; do
     --stages) stages=$2; shift 2 ;;
     --seconds) seconds=$2; shift 2 ;;
     --quick) quick="--quick"; shift ;;
-    -h|--help) sed -n '2,11{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,12{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "unknown option $1: see --help" >&2; exit 2 ;;
   esac
 done
+stages=${stages:-$([ -n "$quick" ] && echo "build tests bench step head" || echo "build tests sanitize bench step head")}
 seconds=${seconds:-$([ -n "$quick" ] && echo 240 || echo 540)}
 # the merge and the last table need this much
 reserve=12
@@ -144,9 +146,10 @@ run_modules() { # run_modules NAME PATTERN
 run build 20 env TREEGRPO_BUILD=$(command -v nvcc > /dev/null && echo cuda || echo auto) $python setup.py build_ext --inplace
 # only the files that have GPU tests: the others import packages that a bare machine may lack; what takes the time of a
 # call runs last and alone
+tested=$([ -n "$quick" ] && echo tests/test_gpu_runs.py tests/test_gpu_head.py || grep -lE "mark\.gpu" tests/test_*.py | tr '\n' ' ')
 workers=$($python -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null)
 timed="of_the_host or within_a_millisecond"
-run tests 20 bash -c "$python -m pytest $(grep -lE "mark\.gpu" tests/test_*.py | tr '\n' ' ') -m gpu -k 'not ($timed)' -q $workers --maxfail=30 \
+run tests 20 bash -c "$python -m pytest $tested -m gpu -k 'not ($timed)' -q $workers --maxfail=30 \
   -p no:cacheprovider; failed=\$?
   $python -m pytest tests/test_gpu_plan.py -m gpu -k '$timed' -q -p no:cacheprovider && exit \$failed"
 run sanitize 30 $python tests/sanitize.py --seconds {limit}
