@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import gpu_baselines, gpu_workloads
+from bench import gpu_baselines, gpu_workloads, workloads
 from bench.baselines import Contender, heads_first, tree_backend
 from bench.gpu_baselines import (
     FLEX_BLOCK,
