@@ -12,7 +12,8 @@ gradients add up, as a trainer does that cannot hold a group's leaves at once.
 Model FLOPs are treegrpo.flops' training FLOPs: 3 x forward over visible pairs. Executed FLOPs add what is computed
 again: the head's logits in backward, under checkpointing every layer's forward, and the attention's scores and dP,
 which its two backward passes both compute (3.5 x its forward, not 2 x; masked elements of partial tiles are left out).
-MFU = model FLOPs / seconds / PEAK_FLOPS.
+MFU = model FLOPs / seconds / PEAK_FLOPS. Steps are timed in pairs, so that the second begins, as in training, while the
+host is still ahead of the device.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from treegrpo.tree import RolloutTree
 # dense bf16 of H100 and H200 SXM, NVIDIA's datasheet
 PEAK_FLOPS = 989e12
 CONTENDERS = ("tree", "chain", "chain_varlen")
-LONG_FLOPS, FEWEST_ROUNDS = 400e12, 2
+LONG_FLOPS, FEWEST_ROUNDS, STEPS = 400e12, 2, 2
 
 # hidden, MLP width, layers, query heads, key/value heads of the published configs; all tie embedding and head
 MODELS = {
@@ -310,29 +311,37 @@ def check(net: Trainee, problem: Problem) -> dict[str, float]:
     return errors
 
 
-def timed_contenders(case: Case, names: list[str]) -> list[str]:
-    """The slower chain is timed where it tells something new: not under checkpointing, not for every model."""
-    return names if case.model in ("1.5b", "tiny") and not case.checkpointing else names[:2]
+def timed_contenders(case: Case, names: list[str], is_long: bool) -> list[str]:
+    """The slower chain is timed where it tells something new: not under checkpointing, not for every model, not where
+    it takes seconds."""
+    return names if case.model in ("1.5b", "tiny") and not case.checkpointing and not is_long else names[:2]
 
 
 def measure(case: Case, device: torch.device, *, tiny: bool, rounds: int) -> tuple[Problem, Outcome]:
-    """All contenders of a case, checked, then timed in turn; a long step is timed FEWEST_ROUNDS times."""
+    """All contenders of a case, checked, then timed in turn: a round is STEPS steps, one after the other as in training,
+    and counts as their mean. A long case has FEWEST_ROUNDS."""
     problem = Problem(case, device, tiny)
     net = trainee(case.model, device)
     net.set_checkpointing(case.checkpointing)
     problem.prepare(net.model)
     error = check(net, problem)
-    names = timed_contenders(case, [name for name in CONTENDERS if name in error])
+    is_long = problem.cost.chain.training > LONG_FLOPS
+    names = timed_contenders(case, [name for name in CONTENDERS if name in error], is_long)
     on_gpu = device.type == "cuda"
     watch = Stopwatch(device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0)
-    for _ in range(rounds if problem.cost.chain.training <= LONG_FLOPS else min(rounds, FEWEST_ROUNDS)):
+
+    def steps(name: str) -> None:
+        for _ in range(STEPS):
+            step(net, problem, name)
+
+    for _ in range(min(rounds, FEWEST_ROUNDS) if is_long else rounds):
         for name in names:
             net.optimiser.zero_grad(set_to_none=True)
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats(device)
-            seconds[name] += watch.once(lambda name=name: step(net, problem, name))
+            seconds[name] += [spent / STEPS for spent in watch.once(lambda name=name: steps(name))]
             peaks[name] = torch.cuda.max_memory_allocated(device) if on_gpu else 0
     return problem, Outcome(seconds, peaks, error)
 

@@ -1,7 +1,5 @@
 """The fused head at a real vocabulary on a GPU: accuracy, bits, memory, no waiting for the device."""
 
-import warnings
-
 import pytest
 import torch
 
@@ -94,13 +92,8 @@ def test_a_step_on_a_prepared_batch_never_waits_for_the_device(loss_type):
 
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            step()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.filename) for w in found if "synchroniz" in str(w.message)]
-    # transformers asks whether the positions are those of packed sequences, once a forward
-    assert [place for place in waits if not place.endswith("masking_utils.py")] == []

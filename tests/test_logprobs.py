@@ -290,3 +290,30 @@ def test_bad_input(model, batch):
         token_logprobs(tiny_model("qwen3"), batch)
     with pytest.raises(ValueError, match="first token of a trajectory cannot be trained"):
         row_logprobs(model, batch.input_ids, batch.plan, torch.tensor([-1, 0]), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "granite"])
+def test_the_second_pass_over_a_batch_asks_for_no_values(family, batch):
+    """On a GPU each value read on the host would wait for the device."""
+    model = tree_twin(tiny_model(family))
+    first = token_logprobs(model, batch)
+
+    class Asked(torch.utils._python_dispatch.TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(name in function.name() for name in ("_local_scalar_dense", "nonzero", "unique", "equal")):
+                self.names = (*self.names, function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Asked() as asked:
+        second = token_logprobs(model, batch)
+    assert asked.names == ()
+    torch.testing.assert_close(first, second)
+
+
+def test_what_was_prepared_for_a_batch_is_prepared_again_when_it_is_changed(model):
+    batch = make_batch(NAMED["ragged_turns"])
+    token_logprobs(model, batch)
+    batch.trained[-3:] = False
+    torch.testing.assert_close(token_logprobs(model, batch), naive(model, batch)[0])

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import treegrpo_kernels as tk
-from treegrpo.logprobs import row_logprobs, unwrap
+from treegrpo.logprobs import is_blank, row_logprobs, unwrap
 
 ATTENTION = "treegrpo"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -169,7 +169,7 @@ def _check_call(
         raise ValueError(
             f"{layer} sees {key.shape[2]} keys for {query.shape[2]} tokens: pass use_cache=False with a tree"
         )
-    if isinstance(mask, Tensor):
+    if isinstance(mask, Tensor) and not is_blank(mask):
         raise ValueError("attention_mask must be None with tree_plan: the plan is the mask")
     if isinstance(mask, LazyMask):
         if mask.hides_tokens:

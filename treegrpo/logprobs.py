@@ -199,7 +199,7 @@ def _target_logprobs(
     inputs = {
         "input_ids": ids[None],
         "position_ids": plan.position[None].long(),
-        "attention_mask": None,
+        "attention_mask": blank_mask(config, ids),
         "use_cache": False,
     }
     # heads without logits_to_keep see all rows, and the swapped head picks its own
@@ -228,6 +228,23 @@ def _target_logprobs(
     logp, entropies = results
     logits = out.logits if hasattr(out, "logits") else out[0]
     return Tied.apply(logp, logits), entropies[targets.row_of] if entropy else None
+
+
+def blank_mask(config: Any, ids: Tensor) -> Tensor | None:
+    """A mask [1, 1, T, T] of one value in memory, which stands for the tree; None for models it might not suit.
+
+    transformers hands a four-dimensional mask on to the layers as it is. Without one it asks the device, once a
+    forward, whether the positions are those of packed sequences, and the host waits for the answer.
+    """
+    if getattr(config, "sliding_window", None) or getattr(config, "output_router_logits", False):
+        # windows travel with the mask, and router losses count its tokens
+        return None
+    return ids.new_empty((1, 1, 1, 1), dtype=torch.bool).expand(1, 1, len(ids), len(ids))
+
+
+def is_blank(mask: Tensor) -> bool:
+    """Whether ``mask`` is a :func:`blank_mask`: it has one value for all."""
+    return mask.dim() == 4 and mask.dtype == torch.bool and (mask.numel() == 1 or mask.stride()[-2:] == (0, 0))
 
 
 class Tied(torch.autograd.Function):
