@@ -318,8 +318,8 @@ def timed_contenders(case: Case, names: list[str], is_long: bool) -> list[str]:
 
 
 def measure(case: Case, device: torch.device, *, tiny: bool, rounds: int) -> tuple[Problem, Outcome]:
-    """All contenders of a case, checked, then timed in turn: a round is STEPS steps, one after the other as in training,
-    and counts as their mean. A long case has FEWEST_ROUNDS."""
+    """All contenders of a case, checked, then timed in turn: a round is STEPS steps, one after the other, and counts as
+    their mean. A long case has FEWEST_ROUNDS."""
     problem = Problem(case, device, tiny)
     net = trainee(case.model, device)
     net.set_checkpointing(case.checkpointing)
