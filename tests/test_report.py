@@ -90,3 +90,18 @@ def test_picture_of_the_mask_never_exceeds_its_canvas():
     ends = np.array([6, 6, 5, 4, 5, 6])
     expected = [[k <= q < ends[k] for k in range(6)] for q in range(6)]
     assert visible_fraction(ends).tolist() == np.array(expected, dtype=float).tolist()
+
+
+def test_step_metrics_are_read_once(monkeypatch):
+    """A step adds dozens of numbers; each read would wait for the device."""
+    reads = []
+    whole = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x.shape) or whole(x))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda x: pytest.fail("a number is read where it is added"))
+    metrics = StepMetrics()
+    for value in (1.0, 4.0):
+        metrics.add("kl", torch.tensor(value), weight=torch.tensor(value))
+        metrics.add_loss({"ratio/max": torch.tensor(value), "entropy": torch.tensor(2.0)}, 3)
+    assert reads == []
+    assert metrics.reduced() == {"kl": 3.4, "ratio/max": 4.0, "entropy": 2.0}
+    assert reads == [(8,)] and metrics.reduced()["kl"] == 3.4

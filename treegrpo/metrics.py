@@ -23,27 +23,42 @@ class StepMetrics:
 
     def __init__(self) -> None:
         self._values: dict[tuple[str, str], list[float]] = {}
+        self._added: list[tuple[str, str, Any, Any]] = []
 
-    def add(self, name: str, value: Any, *, weight: float = 1.0, how: str = "mean") -> None:
-        """`how`: mean (weighted), sum, min or max. `value` may be a 0-d tensor; it is read here."""
-        value = float(value)
-        total = self._values.setdefault((name, how), [0.0, 0.0] if how in ("mean", "sum") else [value, 1.0])
-        if how == "mean":
-            total[0] += value * weight
-            total[1] += weight
-        elif how == "sum":
-            total[0] += value
-        else:
-            total[0] = min(total[0], value) if how == "min" else max(total[0], value)
+    def add(self, name: str, value: Any, *, weight: Any = 1.0, how: str = "mean") -> None:
+        """`how`: mean (weighted), sum, min or max. `value` and `weight` may be 0-d tensors; they are read in `reduced`,
+        all at once, so that a step does not wait for its device at every number."""
+        self._added.append((name, how, *(x.detach() if isinstance(x, torch.Tensor) else x for x in (value, weight))))
 
-    def add_loss(self, metrics: dict[str, torch.Tensor], weight: float) -> None:
+    def add_loss(self, metrics: dict[str, torch.Tensor], weight: Any) -> None:
         """The metrics of `grpo_loss` for one batch with `weight` trained tokens."""
         for name, value in metrics.items():
             how = "min" if name.endswith("min") else "max" if name.endswith("max") else "mean"
             self.add(name, value, weight=weight, how=how)
 
+    def _read(self) -> None:
+        """Turns what was added into numbers: one read for all tensors of a device."""
+        given = [x for _, _, *pair in self._added for x in pair]
+        numbers: list[float] = [math.nan if isinstance(x, torch.Tensor) else float(x) for x in given]
+        for device in {x.device for x in given if isinstance(x, torch.Tensor)}:
+            places = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.device == device]
+            read = torch.stack([given[i].double() for i in places]).tolist()
+            for i, number in zip(places, read, strict=True):
+                numbers[i] = number
+        for (name, how, *_), value, weight in zip(self._added, numbers[::2], numbers[1::2], strict=True):
+            total = self._values.setdefault((name, how), [0.0, 0.0] if how in ("mean", "sum") else [value, 1.0])
+            if how == "mean":
+                total[0] += value * weight
+                total[1] += weight
+            elif how == "sum":
+                total[0] += value
+            else:
+                total[0] = min(total[0], value) if how == "min" else max(total[0], value)
+        self._added = []
+
     def reduced(self, accelerator=None) -> dict[str, float]:
         """One number per name, over all processes of `accelerator` (every process calls it)."""
+        self._read()
         tables = [self._values]
         if accelerator is not None and accelerator.num_processes > 1:
             from accelerate.utils import gather_object

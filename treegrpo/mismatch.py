@@ -14,6 +14,8 @@ L leaf-stream length, B leaves.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def importance_sampling_ratio(
     mode: str = "sequence_mask",
     clip_min: float | None = None,
     clip_max: float | None = 3.0,
+    any_known: bool | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`(weights [L], metrics)`; weights are 1 outside the mask, and where the sampling log-prob is unknown (NaN).
 
@@ -37,6 +40,7 @@ def importance_sampling_ratio(
         old_logp, sampling_logp, mask: [L]; the trainer's log-probs before the first update, those recorded at
             sampling, nonzero on trained tokens.
         leaf_offsets: int64 [B + 1].
+        any_known: whether some trained token's log-prob is known; None asks the tensors, for which a GPU is waited for.
 
     Metrics, 0-d: sampling/sampling_logp_difference/{mean,max} over trained tokens with a known log-prob,
     sampling/importance_sampling_ratio/{min,mean,max} over trained tokens ("sequence": over leaves). Empty where no
@@ -50,22 +54,25 @@ def importance_sampling_ratio(
     trained = mask != 0
     known = trained & sampling_logp.isfinite()
     ones = torch.ones_like(old_logp)
-    if not known.any():
+    if not (bool(known.any()) if any_known is None else any_known):
         return ones, {}
     difference = torch.where(known, old_logp - sampling_logp, 0)
     if mode.startswith("sequence"):
         sums = torch.segment_reduce(difference.double(), "sum", offsets=leaf_offsets, axis=0, unsafe=True, initial=0)
         weights = _clipped(sums.exp().to(old_logp.dtype), mode, clip_min, clip_max)
         ratio = torch.repeat_interleave(weights, leaf_offsets.diff(), output_size=old_logp.numel())
+        counted = torch.ones_like(weights, dtype=torch.bool)
     else:
-        ratio = _clipped(difference.exp(), mode, clip_min, clip_max)
-        weights = ratio[trained]
+        ratio = weights = _clipped(difference.exp(), mode, clip_min, clip_max)
+        counted = trained
+    # sums and bounds, not boolean indexing, whose length only the device knows
+    distance = difference.abs()
     metrics = {
-        "sampling/sampling_logp_difference/mean": difference[known].abs().mean(),
-        "sampling/sampling_logp_difference/max": difference[known].abs().max(),
-        "sampling/importance_sampling_ratio/min": weights.min(),
-        "sampling/importance_sampling_ratio/mean": weights.mean(),
-        "sampling/importance_sampling_ratio/max": weights.max(),
+        "sampling/sampling_logp_difference/mean": distance.sum() / known.sum(),
+        "sampling/sampling_logp_difference/max": distance.max(),
+        "sampling/importance_sampling_ratio/min": torch.where(counted, weights, math.inf).min(),
+        "sampling/importance_sampling_ratio/mean": torch.where(counted, weights, 0).sum() / counted.sum(),
+        "sampling/importance_sampling_ratio/max": torch.where(counted, weights, -math.inf).max(),
     }
     return torch.where(trained, ratio, ones), metrics
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,6 +34,13 @@ class Row:
     ref_logp: Tensor | None = None
     cost: flops.ChainVsTree | None = None
     """FLOPs as chains and as a tree; None for a family whose formulas are not known."""
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Trained leaf tokens, those with a recorded log-prob, unique trained tokens; read from the device once."""
+        mask, known = self.batch.leaf_mask, self.batch.leaf_logp.isfinite()
+        sums = torch.stack([mask.sum(), (mask & known).sum(), self.batch.trained.sum()]).tolist()
+        return dict(zip(("leaf_tokens", "known", "unique_tokens"), sums, strict=True))
 
 
 @dataclass
@@ -70,7 +79,11 @@ def _packed_rows(
     batches = pack(
         trees, token_budget=config.row_token_budget, share_across_groups=config.share_across_groups, device=device
     )
-    return [Row(batch, batch.leaf_stream(advantages)) for batch in batches]
+    rows = [Row(batch, batch.leaf_stream(advantages)) for batch in batches]
+    for row in rows:
+        # what the updates ask for is read now, so that they do not wait for the device
+        _ = row.counts
+    return rows
 
 
 def policy_logprobs(model: torch.nn.Module, batch: TreeBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -138,13 +151,11 @@ def row_loss(
     normalizer: Tensor,
     entropy_normalizer: Tensor,
     metrics: StepMetrics,
-    where: str,
-) -> Tensor:
-    """The loss of one packed row, its numbers added to `metrics`; ValueError naming the group if it is not finite."""
+) -> tuple[Tensor, Tensor]:
+    """`(loss, log-probs [L])` of one packed row, its numbers added to `metrics`. Reads nothing from the device."""
     batch = row.batch
     logp, entropy = policy_logprobs(model, batch, config)
     old_logp = logp.detach() if row.old_logp is None else row.old_logp
-    known = batch.leaf_mask & batch.leaf_logp.isfinite()
     ratio, mismatch = importance_sampling_ratio(
         old_logp,
         batch.leaf_logp,
@@ -153,6 +164,7 @@ def row_loss(
         mode=config.vllm_importance_sampling_mode,
         clip_min=config.vllm_importance_sampling_clip_min,
         clip_max=config.vllm_importance_sampling_clip_max,
+        any_known=row.counts["known"] > 0,
     )
     loss, loss_metrics = grpo_loss(
         logp,
@@ -177,11 +189,8 @@ def row_loss(
         max_completion_length=config.max_completion_length,
         importance_sampling_ratio=ratio if config.corrects_sampling else None,
     )
-    if not torch.isfinite(loss):
-        value, blamed = float(loss.detach()), blame(row, logp)
-        raise ValueError(f"{where}: the loss is {value}, stopped before the update; {blamed}")
-    metrics.add_loss(loss_metrics, int(batch.leaf_mask.sum()))
-    metrics.add_loss(mismatch, int(known.sum()))
+    metrics.add_loss(loss_metrics, row.counts["leaf_tokens"])
+    metrics.add_loss(mismatch, row.counts["known"])
     metrics.add("tree/unique_tokens", batch.num_tokens, how="sum")
     metrics.add("tree/chain_tokens", batch.num_chain_tokens, how="sum")
     metrics.add("tree/pairs", batch.num_pairs, how="sum")
@@ -190,8 +199,15 @@ def row_loss(
     if row.cost is not None:
         metrics.add("tree/chain_flops", row.cost.chain.training, how="sum")
         metrics.add("tree/flops", row.cost.tree.training, how="sum")
-    metrics.add("tree/trained_tokens", int(batch.trained.sum()), how="sum")
-    return loss
+    metrics.add("tree/trained_tokens", row.counts["unique_tokens"], how="sum")
+    return loss, logp
+
+
+def check_finite(rows: Sequence[Row], losses: list[Tensor], logps: list[Tensor], where: str) -> None:
+    """ValueError naming the group of a loss that is not finite; the device is waited for once."""
+    for row, value, logp in zip(rows, torch.stack(losses).tolist(), logps, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: the loss is {value}, stopped before the update; {blame(row, logp)}")
 
 
 def blame(row: Row, logp: Tensor) -> str:

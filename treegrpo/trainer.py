@@ -229,15 +229,17 @@ class Trainer:
         normalizer, entropy_normalizer = (total / accelerator.num_processes).unbind()
         began = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
+        losses, logps = [], []
         for i, row in enumerate(rows):
             is_last = i + 1 == len(rows)
             # Gradients travel between processes once a step, in the last backward.
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                loss = step.row_loss(
-                    self.model, row, config, normalizer, entropy_normalizer, metrics, f"step {self.step + 1}"
-                )
+                loss, logp = step.row_loss(self.model, row, config, normalizer, entropy_normalizer, metrics)
                 metrics.add("loss", loss.detach() / accelerator.num_processes, how="sum")
+                losses.append(loss.detach())
+                logps.append(logp.detach())
                 accelerator.backward(loss)
+        step.check_finite(rows, losses, logps, f"step {self.step + 1}")
         grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm or math.inf)
         if not torch.isfinite(grad_norm):
             groups = ", ".join(dict.fromkeys(repr(tree.group) for tree in self.data.trees))
