@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treegrpo import flops
+from treegrpo import balance, flops
 from treegrpo.advantages import compute_advantages
 from treegrpo.config import TrainConfig
 from treegrpo.logprobs import chain_logprobs, token_logprobs
@@ -21,7 +21,7 @@ from treegrpo.mismatch import importance_sampling_ratio
 from treegrpo.models import Reference
 from treegrpo.packing import TreeBatch, pack
 from treegrpo.samples import call_trees
-from treegrpo.tree import RolloutTree
+from treegrpo.tree import RolloutTree, Trajectory, build_tree
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Row:
     ref_logp: Tensor | None = None
     cost: flops.ChainVsTree | None = None
     """FLOPs as chains and as a tree; None for a family whose formulas are not known."""
+    is_blank: bool = False
+    """Nothing is trained: the row only keeps the processes in step."""
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -57,16 +59,24 @@ class StepData:
 
 
 def pack_step(
-    reads: list[list[RolloutTree]], config: TrainConfig, rank: int, world: int, device: torch.device
+    reads: list[list[RolloutTree]],
+    config: TrainConfig,
+    rank: int,
+    world: int,
+    device: torch.device,
+    model_config: object = None,
 ) -> StepData:
-    """The data of one step from its groups `[read][group]`; this process packs every world-th group of a read."""
+    """The data of one step from its groups `[read][group]`; of a read this process packs the groups that `balance`
+    gives it, by what they cost a model of `model_config`."""
     trees = [tree for read in reads for tree in read]
     # Over the whole step: comparison sets are groups, but scale_rewards="batch" divides by the spread of all of them.
     advantages = compute_advantages(trees, config.advantage_estimator, **config.estimator_options())
     rows, begin = [], 0
     for read in reads:
-        own = range(begin + rank, begin + len(read), world)
-        rows += _packed_rows([trees[j] for j in own], [advantages[j] for j in own], config, device)
+        own = range(len(read))
+        if world > 1:
+            own = balance.assign(balance.costs(read, model_config, config.attention), world)[rank]
+        rows += _packed_rows([read[i] for i in own], [advantages[begin + i] for i in own], config, device)
         begin += len(read)
     return StepData(trees, rows)
 
@@ -76,6 +86,8 @@ def _packed_rows(
 ) -> list[Row]:
     if config.samples == "call":
         trees, advantages = call_trees(trees, advantages)
+    if not trees:
+        return []
     batches = pack(
         trees, token_budget=config.row_token_budget, share_across_groups=config.share_across_groups, device=device
     )
@@ -84,6 +96,20 @@ def _packed_rows(
         # what the updates ask for is read now, so that they do not wait for the device
         _ = row.counts
     return rows
+
+
+def fill_up(data: StepData, num_rows: int, device: torch.device) -> None:
+    """Blank rows until there are `num_rows`: one token each, nothing trained.
+
+    Every process must enter the model as often as the others, whose gradients and shards wait for it.
+    """
+    if len(data.rows) >= num_rows:
+        return
+    first = data.trees[0].trajectories[0]
+    leaf = Trajectory(first.token_ids[:1], [0], reward=0.0)
+    while len(data.rows) < num_rows:
+        (batch,) = pack([build_tree([leaf])], device=device)
+        data.rows.append(Row(batch, batch.leaf_stream([[np.zeros(1)]]), is_blank=True))
 
 
 def policy_logprobs(model: torch.nn.Module, batch: TreeBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
@@ -119,6 +145,8 @@ def freeze_logprobs(
 def count_flops(data: StepData, model_config: object, config: TrainConfig) -> None:
     """Fills `cost` of every row."""
     for row in data.rows:
+        if row.is_blank:
+            continue
         share = config.share_across_groups and len(row.batch.trees) > 1
         try:
             row.cost = flops.report(model_config, row.batch.trees, share_across_groups=share)
@@ -131,6 +159,8 @@ def normalizers(rows: Sequence[Row], config: TrainConfig, device: torch.device) 
     """`[Z of the loss, Z of the entropy]` of this process's rows, float64; the step's are their sums over processes."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for row in rows:
+        if row.is_blank:
+            continue
         batch = row.batch
         for i, loss_type in enumerate((config.loss_type, "dapo")):
             total[i] += loss_normalizer(
@@ -189,6 +219,8 @@ def row_loss(
         max_completion_length=config.max_completion_length,
         importance_sampling_ratio=ratio if config.corrects_sampling else None,
     )
+    if row.is_blank:
+        return loss, logp
     metrics.add_loss(loss_metrics, row.counts["leaf_tokens"])
     metrics.add_loss(mismatch, row.counts["known"])
     metrics.add("tree/unique_tokens", batch.num_tokens, how="sum")

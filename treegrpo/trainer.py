@@ -184,9 +184,11 @@ class Trainer:
         if iteration and self.data is not None:
             return
         accelerator = self.accelerator
-        self.data = step.pack_step(
-            self._read(number, progress), self.config, accelerator.process_index, accelerator.num_processes, self.device
-        )
+        place = accelerator.process_index, accelerator.num_processes, self.device
+        self.data = step.pack_step(self._read(number, progress), self.config, *place, self.policy.config)
+        if accelerator.num_processes > 1:
+            counts = accelerator.gather(torch.tensor([len(self.data.rows)], device=self.device))
+            step.fill_up(self.data, int(counts.max()), self.device)
         step.count_flops(self.data, self.policy.config, self.config)
         step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
 
@@ -260,11 +262,19 @@ class Trainer:
     def _summary(self, metrics: StepMetrics, grad_norm: float, learning_rate: float) -> dict[str, float]:
         """The step's numbers under TRL's names, the same on every process."""
         is_chain = self.config.attention == "chain"
-        longest = max(row.batch.num_chain_tokens if is_chain else row.batch.num_tokens for row in self.data.rows)
-        metrics.add("batch/longest_row", longest, how="max")
-        metrics.add("tree/depth_max", max(int(row.batch.position_ids.max()) + 1 for row in self.data.rows), how="max")
-        metrics.add("tree/forks", sum(step.count_forks(row.batch) for row in self.data.rows), how="sum")
+        batches = [row.batch for row in self.data.rows if not row.is_blank]
+        forwarded = [batch.num_chain_tokens if is_chain else batch.num_tokens for batch in batches]
+        if batches:
+            metrics.add("batch/longest_row", max(forwarded), how="max")
+            metrics.add("tree/depth_max", max(int(batch.position_ids.max()) + 1 for batch in batches), how="max")
+            metrics.add("tree/forks", sum(step.count_forks(batch) for batch in batches), how="sum")
+        # what this process has to do, in FLOPs where they are known
+        costs = [row.cost and (row.cost.chain if is_chain else row.cost.tree).training for row in self.data.rows]
+        own = sum(cost for cost in costs if cost) or sum(forwarded)
+        metrics.add("batch/rank_cost_max", own, how="max")
+        metrics.add("batch/rank_cost", own, how="sum")
         values = metrics.reduced(self.accelerator)
+        busiest = values.pop("batch/rank_cost_max") * self.accelerator.num_processes / values.pop("batch/rank_cost")
         forwarded = values["tree/chain_tokens" if is_chain else "tree/unique_tokens"]
         self.num_tokens += int(values["tree/chain_tokens"])
         longest, trained = values.pop("batch/longest_row"), values.pop("tree/trained_tokens")
@@ -281,6 +291,7 @@ class Trainer:
             ),
             "batch/packing_ratio": values["tree/chain_tokens"] / values["tree/unique_tokens"],
             "batch/row_imbalance": longest * values["tree/rows"] / forwarded,
+            "batch/rank_imbalance": busiest,
             "batch/forwarded_tokens_per_step": forwarded,
             "batch/masked_token_frac": 1 - trained / values["tree/unique_tokens"],
             "perf/forwarded_tok_s_fwd_bwd": forwarded / values["perf/fwd_bwd_s"],
@@ -407,11 +418,6 @@ class Trainer:
         if config.backend != "auto" and (reason := treegrpo_kernels.backends(accelerator.device)[config.backend]):
             raise ValueError(
                 f"backend {config.backend!r} does not work here: {reason}; `treegrpo doctor` shows which do"
-            )
-        if config.groups_per_step % accelerator.num_processes:
-            raise ValueError(
-                f"groups_per_step={config.groups_per_step} does not divide among {accelerator.num_processes}"
-                " processes; give a multiple"
             )
 
     def _open_output(self) -> MetricsFile:
