@@ -14,7 +14,7 @@ def test_balance_depends_on_groups_a_process():
     assert all(cell.busy <= 1 / cell.bound + 0.05 for cell in cells.values() if cell.bound > 1)
     assert abs(cells[8, 16].busy - cells[64, 16].busy) < 0.05
     text = scaling.page(list(cells.values()), "drawn")
-    assert "Costs of groups: drawn." in text and text.count("| 64 ") == 3
+    assert "Costs of groups: drawn." in text and text.count("\n| 64 ") == 3
 
 
 def test_the_drawn_costs_have_the_recorded_spread():
