@@ -47,7 +47,7 @@ PREFACE = (
 AFTERWORD = (
     "On paper: with n groups a process, of mean cost c and largest cost m, the busiest process has at least m to do, so"
     " at most n c / m of the machine is busy; dealing longest first comes within 4/3 of the best (Graham 1969), and"
-    " close to even once n c is well above m. Balance depends on n and m / c and hardly on the number of processes: four"
+    " close to even once n c is well above m. Balance depends on n and m / c, hardly on the number of processes: four"
     " groups a process suffice for tau-bench's spread, with one a process the machine is c / m busy whatever its size."
     " The all-reduce of P parameters takes 4 P / B seconds whatever R, and is hidden while two thirds of a step's"
     " compute last longer: here from one group a process on.",
