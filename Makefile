@@ -18,11 +18,11 @@ endif
 BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test demo bench bench-smoke lint format aot ctest cuda doctor clean
+.PHONY: help setup test test-trl demo bench bench-smoke lint format aot ctest cuda doctor clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
-	@echo "also: setup bench bench-smoke lint format aot ctest cuda doctor clean"
+	@echo "also: setup test-trl bench bench-smoke lint format aot ctest cuda doctor clean"
 
 setup: $(BUILT)
 
@@ -51,6 +51,13 @@ $(BUILT): $(DEPS) $(SOURCES)
 test: $(BUILT)
 	@echo "== tests"
 	$(PY) -m pytest tests
+
+# an environment of its own: TRL brings many packages the rest does not need
+test-trl: $(BUILT)
+	@echo "== TRL's GRPOTrainer against TreeGRPOTrainer"
+	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft pytest pytest-benchmark hypothesis
+	.venv-trl/bin/python -m pytest tests/test_trl.py
 
 demo: $(BUILT)
 	@echo "== demo: a forest of agent rollouts, trained as a tree and as chains"

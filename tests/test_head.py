@@ -108,6 +108,19 @@ def test_large_logits_do_not_overflow(poisoned_empty):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
 
 
+def test_a_label_outside_the_vocabulary_scores_nan(poisoned_empty):
+    """Its place is in another row's memory or in none, and a device cannot raise: the loss must see it."""
+    x, weight, row_of, labels = draw(4, 20, 8, torch.float32)
+    want = expected(x, weight, row_of, labels, *TRANSFORMS["plain"])[0]
+    options = HeadOptions(*TRANSFORMS["plain"], torch.float32, fused=True)
+    for bad in (-1, 20, 10**6):
+        wrong = labels.clone()
+        wrong[0] = bad
+        logp = ChunkedHead.apply(x, weight, None, wrong, Pairs.of(row_of, len(x)), options)[0]
+        assert logp[0].isnan()
+        torch.testing.assert_close(logp[1:].double(), want[1:], rtol=1e-5, atol=1e-5)
+
+
 def test_plain_and_fused_agree_in_low_precision():
     x, weight, row_of, labels = draw(40, 333, 64, torch.bfloat16)
     x = x * 0.3

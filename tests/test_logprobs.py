@@ -317,3 +317,26 @@ def test_what_was_prepared_for_a_batch_is_prepared_again_when_it_is_changed(mode
     token_logprobs(model, batch)
     batch.trained[-3:] = False
     torch.testing.assert_close(token_logprobs(model, batch), naive(model, batch)[0])
+
+
+@pytest.mark.parametrize("score", [token_logprobs, chain_logprobs])
+def test_scored_in_inference_mode_first_a_batch_still_trains(model, score):
+    batch = make_batch(NAMED["ragged_turns"])
+    with torch.inference_mode():
+        old = score(model, batch)
+    logp = score(model, batch)
+    torch.testing.assert_close(logp, old)
+    fresh = score(model, make_batch(NAMED["ragged_turns"]))
+    assert_same_gradients(gradients(model, logp.square().sum()), gradients(model, fresh.square().sum()), atol=0)
+
+
+@pytest.mark.parametrize("score", [token_logprobs, chain_logprobs])
+def test_a_batch_packed_in_inference_mode_is_scored_and_its_changes_are_seen(model, score):
+    """Tensors made there count no versions, so a change in place could not be told."""
+    expected = score(model, make_batch(NAMED["ragged_turns"]))
+    with torch.inference_mode():
+        batch = make_batch(NAMED["ragged_turns"])
+        torch.testing.assert_close(score(model, batch), expected)
+        batch.trained[-3:] = False
+        batch.leaf_mask[-3:] = 0
+        assert not score(model, batch)[-3:].any()
