@@ -129,12 +129,21 @@ _prepared: weakref.WeakKeyDictionary[TreeBatch, dict[str, tuple]] = weakref.Weak
 
 
 def _cached(batch: TreeBatch, layout: str, of: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-    """What ``make`` returns, made once a batch (it waits for the GPU), and again if a tensor of ``of`` was written."""
-    state = tuple((id(x), x._version) for x in of)
-    known = _prepared.setdefault(batch, {})
-    if layout not in known or known[layout][0] != state:
-        known[layout] = (state, make())
-    return known[layout][1]
+    """What ``make`` returns, made once a batch (it waits for the GPU), and again if a tensor of ``of`` was replaced or
+    written. Tensors made in inference mode count no writes: for them it is made in every call."""
+    # what is kept may serve a training step next, whose graph takes no inference tensors
+    with torch.inference_mode(False), torch.no_grad():
+        if any(x.is_inference() for x in of):
+            return make()
+        # the tensors themselves: the id of one that is gone may be another's
+        known, versions = _prepared.setdefault(batch, {}), [x._version for x in of]
+        if layout in known:
+            seen, seen_versions, value = known[layout]
+            if versions == seen_versions and all(a is b for a, b in zip(of, seen, strict=True)):
+                return value
+        value = make()
+        known[layout] = (of, versions, value)
+        return value
 
 
 def _stream_logprobs(

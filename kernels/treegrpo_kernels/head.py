@@ -34,6 +34,7 @@ def score(
 
     logits: [R, V] float32, rows dense. offsets: int32 [R + 1], row r's pairs are offsets[r] .. offsets[r + 1] of
     ``labels`` and ``picked``; the first need not be 0. The softmax is over cap tanh(scale x / cap) / temperature.
+    A label outside 0 .. V - 1 scores NaN.
     """
     from .triton.head import score_launch
 

@@ -82,7 +82,9 @@ def head_score_kernel(
     if HAS_ENTROPY:
         tl.store(entropy + i_row, row_lse - row_dot / row_sum)
     for i_pair in range(tl.load(offsets + i_row), tl.load(offsets + i_row + 1)):
-        x = tl.load(p_row + tl.load(labels + i_pair))
+        label = tl.load(labels + i_pair)
+        # a label outside lies in another row's memory, or in none
+        x = tl.load(p_row + label, mask=(label >= 0) & (label < num_cols), other=float("nan"))
         tl.store(picked + i_pair, _score(x, scale, cap, inv_temperature, HAS_CAP) - row_lse)
 
 
