@@ -13,7 +13,7 @@ from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from treegrpo.integrations.trl import TreeGRPOTrainer, packed, take  # noqa: E402
+from treegrpo.integrations.trl import TreeGRPOTrainer, packed, plan_of_row, take, use_tree_op  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 VOCAB, GROUP = 60, 4
@@ -163,3 +163,73 @@ def test_rows_padded_anywhere_become_leaves():
     scored = dict(prompt_ids=ids, weights=[1, 2, 3], total=torch.tensor(7), none=None)
     assert take(scored, torch.tensor([2, 0]))["weights"] == [3, 1]
     assert take(scored, torch.tensor([2, 0]))["total"] == 7
+
+
+def leaves():
+    """Samples that share beginnings, end inside one another, and stand alone."""
+    draw = random.Random(5)
+    prompt = [draw.randrange(2, VOCAB) for _ in range(6)]
+    turn = [*prompt, *(draw.randrange(2, VOCAB) for _ in range(5))]
+    rows = [[*turn, *(draw.randrange(2, VOCAB) for _ in range(n))] for n in (3, 7, 1)]
+    return [*rows, turn, [*prompt, 3, 4, 5], [7, 8, 9, 10], [7, 8, 11]]
+
+
+def tree_row():
+    from trl.experimental.async_grpo.packing import TreeRow
+
+    row = TreeRow()
+    for ids in leaves():
+        mask = torch.tensor([int(i >= 2) for i in range(len(ids))])
+        row.add(
+            dict(
+                input_ids=torch.tensor(ids),
+                completion_mask=mask,
+                old_log_probs=torch.zeros(len(ids)),
+                advantage=1.0,
+                group_id=0,
+            )
+        )
+    return row.pack()
+
+
+def test_the_plan_of_trls_row_sees_what_its_paths_hold():
+    row = tree_row()
+    plan = plan_of_row(row["tree_cu_seqlens_q"], row["tree_cu_seqlens_k"])
+    assert plan.position.tolist() == row["position_ids"].tolist()
+    starts, paths = (row[name].tolist() for name in ("tree_cu_seqlens_q", "tree_cu_seqlens_k"))
+    end = plan.subtree_end.tolist()
+    for segment in range(len(starts) - 1):
+        path = row["tree_kv_index"][paths[segment] : paths[segment + 1]].tolist()
+        last = starts[segment + 1] - 1
+        assert path == [j for j in range(last + 1) if last < end[j]]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_async_rows_have_the_log_probs_of_their_samples(folder, checkpointing):
+    from trl.experimental.async_grpo.packing import TREE_ATTENTION, register_tree_attention
+
+    register_tree_attention()
+    use_tree_op()
+    row = tree_row()
+    model, alone = (
+        # float64: log-probs of float32 are themselves right to 1e-6 alone
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name, dtype=torch.float64)
+        for name in (TREE_ATTENTION, "sdpa")
+    )
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+    names = ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")
+    longest = dict(zip(("tree_max_seqlen_q", "tree_max_seqlen_k"), row["tree_max_seqlens"].tolist(), strict=True))
+    inputs = dict(input_ids=row["input_ids"][None], position_ids=row["position_ids"][None], use_cache=False)
+    logits = model(**inputs, **{name: row[name] for name in names}, **longest).logits[0]
+    found, want = [], []
+    for sample, ids in enumerate(leaves()):
+        own = row["token_index"][row["segment_id"] == sample]
+        found.append(torch.log_softmax(logits[own], -1).gather(1, torch.tensor(ids[2:])[:, None]))
+        single = alone(input_ids=torch.tensor([ids])).logits[0, 1:-1]
+        want.append(torch.log_softmax(single, -1).gather(1, torch.tensor(ids[2:])[:, None]))
+    torch.testing.assert_close(torch.cat(found), torch.cat(want), rtol=0, atol=1e-6)
+    torch.cat(found).sum().backward()
+    torch.cat(want).sum().backward()
+    for (name, p), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, other.grad, rtol=1e-5, atol=1e-5, msg=name)
