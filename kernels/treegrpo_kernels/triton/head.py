@@ -11,6 +11,8 @@ give the same bits. Bound by memory: a row of 152k logits is 608 KB.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -101,22 +103,7 @@ def score_launch(
 ) -> Launch:
     """The forward pass over ``logits`` [R, V]; ``offsets`` [R+1] point into ``labels`` and ``picked`` [P]."""
     tile = _tile(_SCORE_TILE)
-    args = dict(
-        logits=logits,
-        offsets=offsets,
-        labels=labels,
-        lse=lse,
-        entropy=lse if entropy is None else entropy,
-        picked=picked,
-        num_cols=logits.shape[1],
-        row_stride=logits.stride(0),
-        scale=float(scale),
-        cap=float(cap),
-        inv_temperature=1.0 / temperature,
-        HAS_CAP=cap > 0,
-        HAS_ENTROPY=entropy is not None,
-        BV=tile.block_n,
-    )
+    args = _shared(logits, offsets, labels, lse, entropy, scale, cap, temperature, tile) | dict(picked=picked)
     return Launch(head_score_kernel, (logits.shape[0],), args, tile)
 
 
@@ -186,26 +173,39 @@ def slope_launch(
 ) -> Launch:
     """The backward pass; ``dentropy`` [R] and ``entropy`` [R] come together or not at all."""
     tile = _tile(_SLOPE_TILE)
-    args = dict(
+    entropy = None if dentropy is None else entropy
+    args = _shared(logits, offsets, labels, lse, entropy, scale, cap, temperature, tile)
+    args |= dict(dpicked=dpicked, dentropy=lse if dentropy is None else dentropy, dz=dz, dz_stride=dz.stride(0))
+    return Launch(head_slope_kernel, (logits.shape[0],), args, tile)
+
+
+def _shared(
+    logits: Tensor,
+    offsets: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    scale: float,
+    cap: float,
+    temperature: float,
+    tile: TileConfig,
+) -> dict[str, Any]:
+    """The arguments that both passes take."""
+    return dict(
         logits=logits,
         offsets=offsets,
         labels=labels,
         lse=lse,
-        entropy=lse if dentropy is None else entropy,
-        dpicked=dpicked,
-        dentropy=lse if dentropy is None else dentropy,
-        dz=dz,
+        entropy=lse if entropy is None else entropy,
         num_cols=logits.shape[1],
         row_stride=logits.stride(0),
-        dz_stride=dz.stride(0),
         scale=float(scale),
         cap=float(cap),
         inv_temperature=1.0 / temperature,
         HAS_CAP=cap > 0,
-        HAS_ENTROPY=dentropy is not None,
+        HAS_ENTROPY=entropy is not None,
         BV=tile.block_n,
     )
-    return Launch(head_slope_kernel, (logits.shape[0],), args, tile)
 
 
 def _tile(tile: TileConfig) -> TileConfig:
