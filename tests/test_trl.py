@@ -2,109 +2,44 @@
 
 import json
 import random
-from functools import cache
 
 import pytest
 
 trl = pytest.importorskip("trl")
-import tokenizers  # noqa: E402
 import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
+from trl_tiny import VOCAB, Forwarded, difference, make, parameters, save_tiny  # noqa: E402
 
-from treegrpo.integrations.trl import TreeGRPOTrainer, packed, plan_of_row, take, use_tree_op  # noqa: E402
+from treegrpo.integrations.trl import (  # noqa: E402
+    TreeGRPOConfig,
+    TreeGRPOTrainer,
+    packed,
+    plan_of_row,
+    take,
+    use_tree_op,
+)
+from treegrpo.integrations.trl.rows import pack_rows  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
-VOCAB, GROUP = 60, 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model and a tokenizer of words, saved: with beta TRL loads the reference from the folder."""
-    path = tmp_path_factory.mktemp("model")
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("model"))
 
 
-@cache
-def completion(prompt, number):
-    """Completions of a prompt begin alike, two and two."""
-    draw = random.Random(f"{prompt} {number}")
-    common = random.Random(f"{prompt} {number // 2}")
-    return [common.randrange(2, VOCAB) for _ in range(3)] + [
-        draw.randrange(2, VOCAB) for _ in range(draw.randrange(1, 6))
-    ]
+@pytest.fixture(scope="module")
+def moe_folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("moe"), "moe")
 
 
-def rollouts(prompts, trainer):
-    # not through the tokenizer: TRL loads it by the model's type, whose rules are not those of words
-    ids = [[int(word[1:]) for word in prompt.split()] for prompt in prompts]
-    seen = {}
-    completions = []
-    for prompt in prompts:
-        seen[prompt] = seen.get(prompt, -1) + 1
-        completions.append(completion(prompt, seen[prompt]))
-    return dict(prompt_ids=ids, completion_ids=completions, logprobs=[[0.0] * len(c) for c in completions])
-
-
-def reward(completion_ids, **kwargs):
-    return [float(sum(ids) % 7) for ids in completion_ids]
-
-
-def train(kind, folder, out, peft_config=None, **changes):
-    """(parameters, logged rows, forwarded tokens) of five updates."""
-    texts = [" ".join(f"w{random.Random(i * 99 + j).randrange(2, VOCAB)}" for j in range(5 + i % 4)) for i in range(16)]
-    options = dict(
-        output_dir=str(out),
-        per_device_train_batch_size=2 * GROUP,
-        num_generations=GROUP,
-        max_completion_length=10,
-        max_steps=5,
-        learning_rate=1e-3,
-        # Adam divides rounding by itself where a gradient is nearly zero
-        adam_epsilon=1e-5,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        seed=3,
-        shuffle_dataset=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = kind(
-        str(folder),
-        reward_funcs=reward,
-        args=GRPOConfig(**options | changes),
-        train_dataset=Dataset.from_dict({"prompt": texts}),
-        rollout_func=rollouts,
-        peft_config=peft_config,
-    )
-    forwarded = []
-    trainer.accelerator.unwrap_model(trainer.model).get_input_embeddings().register_forward_hook(
-        lambda module, args, out: forwarded.append(out.shape[:-1].numel())
-    )
+def train(kind, folder, out, **changes):
+    """(parameters, logged rows, Forwarded) of five updates."""
+    trainer = make(kind, folder, out, **changes)
+    forwarded = Forwarded(trainer)
     trainer.train()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, trainer.state.log_history, sum(forwarded)
+    return parameters(trainer), trainer.state.log_history, forwarded
 
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -116,41 +51,100 @@ CASES = {
     "sequence_level": dict(importance_sampling_level="sequence", num_iterations=2),
     "checkpointing": dict(gradient_checkpointing=True),
     "temperature": dict(temperature=0.7, top_entropy_quantile=0.5),
+    "entropy_bonus": dict(entropy_coef=0.01, loss_type="grpo"),
 }
+METRICS = ("loss", "entropy", "reward", "grad_norm", "kl", "clip_ratio/region_mean", "aux_loss", "policy_loss")
+
+
+def assert_same_run(chain, tree, start, one_batch=True):
+    """Equal parameters to 1e-5, all of TRL's metrics, and exactly the tokens forwarded that packing leaves."""
+    (want, theirs, chains), (got, ours, rows) = chain, tree
+    assert difference(start, want) > 1e-3
+    assert difference(want, got) < 1e-5
+    assert all(row.keys() <= mine.keys() for row, mine in zip(theirs, ours, strict=True))
+    for row, mine in zip(theirs[:-1], ours[:-1], strict=True):
+        for metric in METRICS:
+            if metric in row:
+                assert float(mine[metric]) == pytest.approx(float(row[metric]), rel=1e-3, abs=1e-5), metric
+        assert mine["batch/packing_ratio"] > 1.3
+    json.dumps(ours)
+    if one_batch:
+        # the packing ratio to the token; with several micro-batches TRL's shuffle tears groups, so its forwards differ
+        assert rows.positions == rows.tokens == chains.prefixes
+    assert chains.tokens / rows.positions > 1.3
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_five_updates_are_those_of_grpo_trainer(name, folder, tmp_path):
     changes = CASES[name]
-    want, theirs, chain_tokens = train(GRPOTrainer, folder, tmp_path / "chain", **changes)
-    got, ours, tree_tokens = train(TreeGRPOTrainer, folder, tmp_path / "tree", **changes)
+    chain = train(GRPOTrainer, folder, tmp_path / "chain", **changes)
+    tree = train(TreeGRPOTrainer, folder, tmp_path / "tree", **changes)
     start = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    assert max(float((want[n] - p).abs().max()) for n, p in start.items()) > 1e-3
-    assert max(float((got[n] - want[n]).abs().max()) for n in want) < 1e-5
-    assert tree_tokens < 0.7 * chain_tokens
-    assert all(row.keys() <= mine.keys() for row, mine in zip(theirs, ours, strict=True))
-    for row, mine in zip(theirs[:-1], ours[:-1], strict=True):
-        for metric in ("loss", "entropy", "reward", "grad_norm", "kl", "clip_ratio/region_mean"):
-            if metric in row:
-                assert float(mine[metric]) == pytest.approx(float(row[metric]), rel=1e-3, abs=1e-5), metric
-        assert mine["batch/packing_ratio"] > 1.3
-    json.dumps(ours)
+    assert_same_run(chain, tree, start, one_batch="accumulation" not in name)
 
 
-def test_lora(folder, tmp_path):
+@pytest.mark.parametrize("budget", [None, 30, 18])
+def test_the_config_and_its_token_budget_change_nothing(budget, folder, tmp_path):
+    chain, _, chains = train(GRPOTrainer, folder, tmp_path / "chain", beta=0.05)
+    changes = dict(config=TreeGRPOConfig, token_budget=budget, beta=0.05)
+    tree, logged, rows = train(TreeGRPOTrainer, folder, tmp_path / "tree", **changes)
+    assert difference(chain, tree) < 1e-5
+    whole = rows.positions == chains.prefixes
+    assert whole if budget != 18 else rows.positions > chains.prefixes
+    assert all(row["tree/unique_tokens"] <= (budget or 10**9) for row in logged[:-1])
+
+
+@pytest.mark.parametrize("budget", [None, 18])
+@pytest.mark.parametrize("changes", [dict(), dict(gradient_checkpointing=True)])
+def test_the_router_loss_of_a_mixture_of_experts(changes, budget, moe_folder, tmp_path):
+    changes = dict(router_aux_loss_coef=0.1, loss_type="grpo", **changes)
+    chain = train(GRPOTrainer, moe_folder, tmp_path / "chain", **changes)
+    tree = train(TreeGRPOTrainer, moe_folder, tmp_path / "tree", config=TreeGRPOConfig, token_budget=budget, **changes)
+    without, _, _ = train(TreeGRPOTrainer, moe_folder, tmp_path / "no", **changes | dict(router_aux_loss_coef=0.0))
+    assert difference(chain[0], tree[0]) < 1e-5
+    for row, mine in zip(chain[1][:-1], tree[1][:-1], strict=True):
+        assert float(mine["aux_loss"]) == pytest.approx(float(row["aux_loss"]), rel=1e-5)
+    assert difference(chain[0], without) > 1e-4
+
+
+@pytest.mark.parametrize("config", [None, TreeGRPOConfig])
+def test_lora(config, folder, tmp_path):
     peft = pytest.importorskip("peft")
-    config = lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")  # noqa: E731
-    torch.manual_seed(0)
-    want, _, chain_tokens = train(GRPOTrainer, folder, tmp_path / "chain", config(), beta=0.05)
-    torch.manual_seed(0)
-    got, _, tree_tokens = train(TreeGRPOTrainer, folder, tmp_path / "tree", config(), beta=0.05)
-    assert max(float((got[n] - want[n]).abs().max()) for n in want) < 1e-5
-    assert tree_tokens < 0.7 * chain_tokens
+    lora = lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")  # noqa: E731
+    changes = dict(beta=0.05) | ({} if config is None else dict(config=config, token_budget=60))
+    want, _, chains = train(GRPOTrainer, folder, tmp_path / "chain", peft_config=lora(), beta=0.05)
+    got, _, rows = train(TreeGRPOTrainer, folder, tmp_path / "tree", peft_config=lora(), **changes)
+    assert difference(want, got) < 1e-5
+    assert rows.positions < chains.tokens / 1.3
 
 
 def test_refuses_what_tears_groups_apart(folder, tmp_path):
     with pytest.raises(ValueError, match="multiple"):
-        train(TreeGRPOTrainer, folder, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        make(TreeGRPOTrainer, folder, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+
+
+def test_packed_rows_keep_groups_whole_where_they_fit():
+    draw = random.Random(1)
+    group = lambda: [[5, 6, 7, draw.randrange(2, VOCAB), draw.randrange(2, VOCAB)] for _ in range(3)]  # noqa: E731
+    ids = torch.tensor([*group(), *group(), *group()])
+    mask = torch.ones_like(ids)
+    (one,) = pack_rows(ids, mask, 2, group_size=3)
+    assert one[0].tolist() == list(range(9))
+    for budget, groups in ((9, 3), (18, 2)):
+        parts = pack_rows(ids, mask, 2, group_size=3, token_budget=budget)
+        assert len(parts) == groups and all(batch.num_tokens <= budget for _, batch in parts)
+        assert all(
+            {row // 3 for row in rows.tolist()} & {r // 3 for r in others.tolist()} == set()
+            for k, (rows, _) in enumerate(parts)
+            for others, _ in parts[:k]
+        )
+    cut = pack_rows(ids, mask, 2, group_size=3, token_budget=7)
+    assert sorted(row for rows, _ in cut for row in rows.tolist()) == list(range(9))
+    assert all(batch.num_tokens <= 7 for _, batch in cut)
+    for rows, batch in cut:
+        assert batch.input_ids[batch.leaf_tokens].tolist() == ids[rows].flatten().tolist()
+    with pytest.raises(ValueError, match=r"token_budget=4, but row 0 .* 5 tokens: raise it"):
+        pack_rows(ids, mask, 2, group_size=3, token_budget=4)
 
 
 def test_rows_padded_anywhere_become_leaves():
