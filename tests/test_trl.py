@@ -133,11 +133,8 @@ def test_packed_rows_keep_groups_whole_where_they_fit():
     for budget, groups in ((9, 3), (18, 2)):
         parts = pack_rows(ids, mask, 2, group_size=3, token_budget=budget)
         assert len(parts) == groups and all(batch.num_tokens <= budget for _, batch in parts)
-        assert all(
-            {row // 3 for row in rows.tolist()} & {r // 3 for r in others.tolist()} == set()
-            for k, (rows, _) in enumerate(parts)
-            for others, _ in parts[:k]
-        )
+        owners = [{row // 3 for row in rows.tolist()} for rows, _ in parts]
+        assert sum(map(len, owners)) == 3
     cut = pack_rows(ids, mask, 2, group_size=3, token_budget=7)
     assert sorted(row for rows, _ in cut for row in rows.tolist()) == list(range(9))
     assert all(batch.num_tokens <= 7 for _, batch in cut)

@@ -96,11 +96,8 @@ def options(out, **changes):
 
 def make(kind, folder, out, *, config=GRPOConfig, rewards=reward, **changes):
     """A trainer of class ``kind``; what TRL's constructor takes beside the arguments is passed on."""
-    own = {
-        name: changes.pop(name)
-        for name in ("peft_config", "rollout_func", "tools", "environment_factory")
-        if name in changes
-    }
+    names = ("peft_config", "rollout_func", "tools", "environment_factory", "processing_class")
+    own = {name: changes.pop(name) for name in names if name in changes}
     dataset = changes.pop("train_dataset", None) or Dataset.from_dict({"prompt": texts()})
     if not {"tools", "environment_factory", "rollout_func"} & set(own):
         own["rollout_func"] = rollouts

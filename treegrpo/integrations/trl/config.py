@@ -119,9 +119,9 @@ class TreeGRPOConfig(GRPOConfig):
 
     def search_options(self) -> SearchOptions:
         """The trees' shape as treegrpo.rollout takes it; what bounds a turn is TRL's to say."""
-        branches = self.num_rounds * self.num_expansions + 1
+        branches = max(self.num_rounds * self.num_expansions + 1, 1)
         return SearchOptions(
-            num_trees=self.num_trees or max(1, self.num_generations // branches),
+            num_trees=self.num_trees or max(self.num_generations // branches, 1),
             num_expansions=self.num_expansions,
             num_rounds=self.num_rounds,
             selection=self.selection,
