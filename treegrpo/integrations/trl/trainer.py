@@ -11,6 +11,7 @@ Loss, divergence, importance sampling, entropy, the router loss and all metrics 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -145,29 +146,40 @@ class TreeGRPOTrainer(GRPOTrainer):
             group_size=self.num_generations,
             token_budget=self._token_budget,
         )
-        if not aux_loss:
-            streams = [self._forward(model, batch, entropy) for _, batch in parts]
-        else:
-            with recorded_router_logits(model) as router_logits:
-                streams = [self._forward(model, batch, entropy) for _, batch in parts]
-            aux_loss = router_loss(model, router_logits, [batch for _, batch in parts])
+        batches = [batch for _, batch in parts]
+        missing = self._missing_forwards(len(parts))
+        with recorded_router_logits(model) if aux_loss else nullcontext() as router_logits:
+            streams = [self._forward(model, batch, entropy) for batch in batches]
+            idle = [self._forward(model, batches[0], entropy) for _ in range(missing)]
+        # in the graph for their collectives' sake, at gradient zero
+        nothing = sum((0 * x.sum() for streams_of in idle for x in streams_of), start=0.0)
+        order = torch.cat([rows for rows, _ in parts]).to(input_ids.device)
+        kept = attention_mask[order].bool()
         found = []
         for stream in zip(*streams, strict=True):
             # the rows' tokens in their order are the stream of the leaves
-            order = torch.cat([rows for rows, _ in parts]).to(input_ids.device)
-            kept = attention_mask[order].bool()
-            rows = torch.cat(stream).new_zeros(kept.shape).masked_scatter(kept, torch.cat(stream))
+            values = torch.cat(stream) + nothing
+            rows = values.new_zeros(kept.shape).masked_scatter(kept, values)
             found.append(rows[order.argsort()][:, -logits_to_keep:])
-        return found, aux_loss if isinstance(aux_loss, Tensor) else None
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for batch in batches:
+            metrics["tree/unique_tokens"].append(batch.num_tokens)
+            metrics["tree/chain_tokens"].append(batch.num_chain_tokens)
+            metrics["batch/packing_ratio"].append(batch.token_ratio)
+        return found, router_loss(model, router_logits[: len(parts)], batches) if aux_loss else None
 
     def _forward(self, model: torch.nn.Module, batch: TreeBatch, entropy: bool) -> list[Tensor]:
         with self.accelerator.autocast():
             scored = token_logprobs(model, batch, temperature=self.temperature, entropy=entropy)
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["tree/unique_tokens"].append(batch.num_tokens)
-        metrics["tree/chain_tokens"].append(batch.num_chain_tokens)
-        metrics["batch/packing_ratio"].append(batch.token_ratio)
         return [batch.expand(x) for x in (scored if entropy else (scored,))]
+
+    def _missing_forwards(self, number: int) -> int:
+        """How many fewer packed rows this process has than another: in each forward FSDP gathers weights and DDP sends
+        buffers, which all processes do together."""
+        if self._token_budget is None or self.accelerator.num_processes == 1:
+            return 0
+        numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+        return int(numbers.max()) - number
 
     def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
         """TRL's schedule of generations and micro-batches, but groups are shuffled, not their completions."""
