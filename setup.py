@@ -94,7 +94,7 @@ def extension(kind: str) -> Extension:
         )
     archs = [f"-gencode=arch={arch}" for arch in CUDA_ARCHS]
     device = [
-        "-std=c++17",
+        "-std=c++20",
         "-O3",
         "-DUSE_CUDA",
         *(f"{d}ULL" if "TARGET" in d else d for d in defines),

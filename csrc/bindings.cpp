@@ -120,6 +120,14 @@ STABLE_TORCH_LIBRARY(treegrpo_native, m) {
   m.def(
       "attn_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor subtree_end, Tensor position,"
       " float scale, int window, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)");
+  // Hopper; tile lists as in treegrpo_kernels/hopper_cuda.py
+  m.def(
+      "sm90_fwd(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor full, Tensor order, Tensor least,"
+      " Tensor most, Tensor span, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sm90_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor offsets, Tensor indices,"
+      " Tensor full, Tensor order, Tensor least, Tensor most, Tensor half_least, Tensor half_most, Tensor items, Tensor parted,"
+      " Tensor span, float scale, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }

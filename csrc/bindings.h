@@ -1,7 +1,8 @@
-// What both bindings check before any pointer is taken. Only bindings include this: it knows torch.
+// What all bindings check before any pointer is taken. Only bindings include this: it knows torch.
 // Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D head dim of queries and keys, Dv head dim of values.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -10,8 +11,7 @@
 
 namespace treegrpo {
 
-inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
-                          const torch::stable::Tensor& subtree_end, const torch::stable::Tensor& position) {
+inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v) {
   TREEGRPO_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v must be [T, heads, head_dim]");
   const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), v.size(2)};
   TREEGRPO_CHECK(k.size(0) == shape.num_tokens && v.size(0) == shape.num_tokens, "k and v must have q's T");
@@ -19,6 +19,12 @@ inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::T
                  "k and v must have the same number of heads, a divisor of q's");
   TREEGRPO_CHECK(k.size(2) == shape.head_dim, "k must have q's head_dim");
   TREEGRPO_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k, v need one dtype");
+  return shape;
+}
+
+inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                          const torch::stable::Tensor& subtree_end, const torch::stable::Tensor& position) {
+  const Shape shape = check_inputs(q, k, v);
   for (const auto* x : {&subtree_end, &position}) {
     TREEGRPO_CHECK(x->dim() == 1 && x->size(0) == shape.num_tokens &&
                        x->scalar_type() == torch::headeronly::ScalarType::Int,
@@ -26,6 +32,14 @@ inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::T
   }
   return shape;
 }
+
+#ifdef USE_CUDA
+inline void* current_stream(const torch::stable::Tensor& q) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  return stream;
+}
+#endif
 
 inline void check_sinks(const Shape& shape, const torch::stable::Tensor& sinks) {
   TREEGRPO_CHECK(sinks.dim() == 1 && sinks.size(0) == shape.num_heads, "sinks must be [Hq]");

@@ -59,12 +59,6 @@ Tensor dense_rows(const Tensor& x) {
 
 cuda::View view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 
-void* current_stream(const Tensor& q) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
-  return stream;
-}
-
 void forward(cuda::Type type, const cuda::ForwardCall& call, void* stream) {
   switch (type) {
     case cuda::Type::kFloat32: return cuda::forward_typed<cuda::Type::kFloat32>(call, stream);

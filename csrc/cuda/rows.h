@@ -17,14 +17,7 @@
 #include <cstdint>
 
 #include "attention.h"
-
-#if defined(__CUDACC__)
-#define TREEGRPO_HD __host__ __device__ __forceinline__
-#define TREEGRPO_UNROLL _Pragma("unroll")
-#else
-#define TREEGRPO_HD inline
-#define TREEGRPO_UNROLL
-#endif
+#include "host_device.h"
 
 namespace treegrpo::cuda {
 
