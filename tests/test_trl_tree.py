@@ -15,6 +15,7 @@ from trl_tiny import make, parameters, save_tiny  # noqa: E402
 
 import treegrpo  # noqa: E402
 from treegrpo.integrations.trl import TreeGRPOConfig, TreeGRPOTrainer  # noqa: E402
+from treegrpo.integrations.trl.credit import leaves_of, on_tokens, step_advantages  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 SHAPE = dict(num_trees=2, num_expansions=2, num_rounds=2, num_generations=10, per_device_train_batch_size=20)
@@ -210,6 +211,25 @@ def test_chains_have_the_steps_in_which_they_part(folder, tmp_path):
         length = int(output["completion_mask"][row].sum())
         expected = (rewards[row] - group.mean()).expand(length - 3)
         torch.testing.assert_close(advantages[row, 3:length], expected)
+
+
+def test_chains_have_a_step_behind_each_answer_of_a_tool():
+    prompt, said, heard = [7, 8], [1, 1], [0, 0]
+    leaves = leaves_of(
+        [prompt] * 3,
+        [[5, 6, 9, 9, 5, 6], [5, 6, 9, 9, 5, 7], [4, 6]],
+        [said + heard + said, said + heard + said, [1, 1]],
+        [1.0, 0.0, math.nan],
+        group_size=3,
+        name="0",
+    )
+    # the completion, the second turn, and where the first two part inside it
+    assert [leaf.steps.tolist() for leaf in leaves] == [[2, 6, 7], [2, 6, 7], [2]]
+    assert [leaf.tree for leaf in leaves] == [0, 1, 2] and leaves[2].reward is None
+    values = step_advantages(leaves, "spo", {"eps": 1e-4})
+    assert values[0].tolist() == [0, 0, 0.5] and values[1].tolist() == [0, 0, -0.5] and values[2].tolist() == [0]
+    rows = on_tokens(leaves, values, [2, 2, 2], 7)
+    assert rows.tolist() == [[0, 0, 0, 0, 0, 0.5, 0], [0, 0, 0, 0, 0, -0.5, 0], [0] * 7]
 
 
 def test_turns_are_cut_into_steps_where_branches_begin(folder, tmp_path):

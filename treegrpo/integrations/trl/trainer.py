@@ -312,6 +312,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         total = super()._compute_loss(model, inputs | {"advantages": advantages * weights})
         logps, entropies = self._last_scored
+        self._last_scored = None
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1.0
         if self.beta != 0.0:
             items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
