@@ -56,8 +56,8 @@ test: $(BUILT)
 test-trl: $(BUILT)
 	@echo "== TRL's GRPOTrainer against TreeGRPOTrainer"
 	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
-	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft pytest pytest-benchmark hypothesis
-	.venv-trl/bin/python -m pytest tests/test_trl.py
+	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
+	.venv-trl/bin/python -m pytest tests/test_trl*.py
 
 demo: $(BUILT)
 	@echo "== demo: a forest of agent rollouts, trained as a tree and as chains"

@@ -23,7 +23,7 @@ from treegrpo_kernels.triton.backward import delta_launch, dq_launch
 from treegrpo_kernels.triton.backward_dkv import dkv_launch, dkv_launches
 from treegrpo_kernels.triton.common import TileConfig
 from treegrpo_kernels.triton.forward import fwd_launch
-from treegrpo_kernels.triton.split import query_lists, work_items
+from treegrpo_kernels.work import query_lists, work_items
 
 # every query tile tried divides it
 ROW_MULTIPLE = 256

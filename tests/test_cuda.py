@@ -43,9 +43,26 @@ def test_no_kernel_spills():
     if result.returncode == 2:
         pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout
+    lines = result.stdout.splitlines()
     for arch in ("sm_80", "sm_90a"):
         # three kernels, four input types, three row sizes
-        assert sum(line.startswith(arch) for line in result.stdout.splitlines()) == 36
+        assert sum(line.startswith(arch) and " sm90 " not in line for line in lines) == 36
+    # for Hopper seven kernels, two types, two head dims
+    hopper = [line for line in lines if " sm90 " in line]
+    assert len(hopper) == 28 and sum("HGMMA" in line and "UTMALDG" in line for line in hopper) == 16
+
+
+def test_what_a_hopper_kernel_lacks_is_said(monkeypatch):
+    monkeypatch.syspath_prepend(str(CSRC / "cuda"))
+    from check_spills import Kernel
+
+    name = "_ZN8treegrpo4sm9010dkv_kernelILi128ELNS0_4HalfE0ELb1EEEvNS0_13KeyGradParamsI14CUtensorMap_stEE"
+    counts = {"HGMMA": 64, "UTMALDG": 64, "USETMAXREG": 2, "WARPGROUP.DEPBAR": 10}
+    assert Kernel("sm_90a", name, 168, 0, counts).faults == []
+    assert Kernel("sm_90a", name, 168, 0, counts).readable == "sm90 dkv_kernel<128, bf16, dq>"
+    assert Kernel("sm_90a", name, 168, 8, counts).faults == ["SPILLS"]
+    assert Kernel("sm_90a", name, 168, 0, counts | {"HGMMA": 0}).faults == ["no HGMMA"]
+    assert "40 waits" in Kernel("sm_90a", name, 168, 0, counts | {"WARPGROUP.DEPBAR": 40}).faults[0]
 
 
 @needs_object

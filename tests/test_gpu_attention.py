@@ -94,7 +94,7 @@ def test_every_residue_starts_a_branch():
             assert all((end[start:stop] <= stop).all() for start, stop in cuts)
 
 
-# head dim, dtype, (Hq, Hkv): every pair of two of them; the Hopper kernels on sm_90
+# head dim, dtype, (Hq, Hkv): every pair of two of them; on sm_90 the Hopper kernels, of Triton or CUDA
 PLAIN_CALLS = [
     (64, BF16, (4, 4)),
     (64, FP16, (8, 2)),
@@ -110,7 +110,7 @@ PLAIN_CALLS = [
 @pytest.mark.parametrize(
     ("backend", "d", "dtype", "heads"),
     [needs("triton", *call, id=f"triton-{i}") for i, call in enumerate(PLAIN_CALLS)]
-    + [needs("cuda", 64, BF16, (4, 1)), needs("cuda", 128, FP16, (8, 2), id="cuda-128")],
+    + [needs("cuda", *call, id=f"cuda-{i}") for i, call in enumerate(PLAIN_CALLS)],
 )
 class TestPlainCalls:
     """No window, cap or sinks."""
@@ -223,7 +223,7 @@ def layouts(q, k, v, dout):
 @pytest.mark.parametrize(
     ("backend", "d", "window"),
     [needs("triton", d, window, id=f"triton-{d}-{window}") for d, window in ((64, 0), (128, 0), (128, 300))]
-    + [needs("cuda", 64, 0)],
+    + [needs("cuda", d, window, id=f"cuda-{d}-{window}") for d, window in ((64, 0), (128, 0), (64, 300))],
 )
 def test_layouts(backend, d, window):
     subtree_end = FORESTS["random"]
@@ -331,15 +331,27 @@ def test_long_rows_are_checked_rightly_on_the_cpu(one_thread):
 
 
 @gpu
-@pytest.mark.skipif(REASONS["triton"] is not None, reason=f"triton: {REASONS['triton']}")
-@pytest.mark.parametrize(("d", "dtype", "window"), [(128, BF16, 0), (64, FP16, 0), (128, BF16, 3000)])
-def test_128k_tokens(d, dtype, window, poisoned_empty):
+@pytest.mark.parametrize(
+    ("backend", "d", "dtype", "window"),
+    [
+        needs(backend, d, dtype, window, id=f"{backend}-{d}-{window}")
+        for backend, d, dtype, window in (
+            ("triton", 128, BF16, 0),
+            ("triton", 64, FP16, 0),
+            ("triton", 128, BF16, 3000),
+            ("cuda", 128, BF16, 0),
+        )
+    ],
+)
+def test_128k_tokens(backend, d, dtype, window, poisoned_empty):
+    if backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the plain CUDA kernels, one warp a row, take minutes for as many pairs")
     long = cases.nested_subtree_end(
         (20_000, [cases.balanced(9001, 3, 2, 1777), (15_003, [])]), *[cases.searched(EPISODE, [1, 2, 3], 333)] * 21
     )
     assert 100_000 < len(long) < 131_072
     filled = np.concatenate([long, np.full(131_072 - len(long), 131_072, dtype=np.int32)])
-    check_long_row("triton", filled, d, dtype, window)
+    check_long_row(backend, filled, d, dtype, window)
 
 
 @gpu

@@ -18,7 +18,8 @@ FORESTS = {
     "random": cases.random_subtree_end(1777, 1, branch=0.02),
     "comb": cases.nested_subtree_end(cases.comb(50, 9, 14)),
 }
-# backend, head dim, dtype, options: the Hopper kernels, the plain ones in both ways to load, the portable ones
+# backend, head dim, dtype, options: the Hopper kernels, the plain ones in both ways to load, those of CUDA, which on
+# sm_90 are again such for Hopper, and the portable ones
 KERNELS = {
     "hopper_128": ("triton", 128, BF16, {}),
     "hopper_64": ("triton", 64, FP16, {}),
@@ -26,6 +27,8 @@ KERNELS = {
     "plain_window": ("triton", 64, BF16, dict(window=200)),
     "plain_fp32": ("triton", 64, FP32, {}),
     "cuda": ("cuda", 64, BF16, {}),
+    "cuda_128": ("cuda", 128, BF16, {}),
+    "cuda_portable": ("cuda", 64, BF16, dict(window=200)),
 }
 
 
@@ -69,7 +72,10 @@ def test_the_same_bits_a_thousand_times(backend, d, dtype, options):
 
 
 @gpu
-@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["plain_128", "plain_window", "plain_fp32", "cuda"]))
+@pytest.mark.parametrize(
+    ("backend", "d", "dtype", "options"),
+    of(["plain_128", "plain_window", "plain_fp32", "cuda", "cuda_128", "cuda_portable"]),
+)
 def test_the_same_bits_a_hundred_times(backend, d, dtype, options):
     assert changes(calls(backend, d, dtype, options, ["random", "comb"]), 100) == 0
 
@@ -82,7 +88,7 @@ def test_a_changed_bit_is_counted():
 
 
 @gpu
-@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "cuda"]))
+@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "cuda_128"]))
 def test_two_streams_at_once(backend, d, dtype, options):
     """Calls on two streams share no scratch memory."""
     runs = calls(backend, d, dtype, options, ["search_agent", "random"])
@@ -99,9 +105,14 @@ def test_two_streams_at_once(backend, d, dtype, options):
 
 
 @gpu
-@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "plain_window", "cuda"]))
+@pytest.mark.parametrize(
+    ("backend", "d", "dtype", "options"), of(["hopper_128", "plain_window", "cuda_128", "cuda_portable"])
+)
 def test_peak_memory_grows_with_tokens(backend, d, dtype, options):
-    """Inputs, outputs and gradients once, two float32 rows of scratch a head, and no more: nothing of T^2."""
+    """Inputs, outputs and gradients once, two float32 rows of scratch a head, and no more: nothing of T^2.
+
+    The pieces of long key tiles, of which there are at most a few a multiprocessor, have partials in float32.
+    """
     hq, hkv = 8, 2
     per_token = []
     tree = cases.balanced(428, 3, 3, 96)
@@ -119,8 +130,9 @@ def test_peak_memory_grows_with_tokens(backend, d, dtype, options):
         peak = torch.cuda.max_memory_allocated() - before
         sizes = sum(x.numel() * x.element_size() for x in results)
         scratch = 2 * 4 * hq * num_tokens
-        assert sizes <= peak <= 1.05 * (sizes + scratch) + 2**23, (num_tokens, peak, sizes)
-        per_token.append(peak / num_tokens)
+        pieces = 2**26 if backend == "cuda" and not options else 0
+        assert sizes <= peak <= 1.05 * (sizes + scratch) + 2**23 + pieces, (num_tokens, peak, sizes)
+        per_token.append(max(peak - pieces, sizes) / num_tokens)
         del results
     assert max(per_token) <= 1.1 * min(per_token), per_token
 

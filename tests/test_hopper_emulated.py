@@ -14,6 +14,7 @@ from attention_checks import excess, inputs
 
 pytest.importorskip("triton")
 
+from treegrpo_kernels import work
 from treegrpo_kernels.plan import TreePlan
 from treegrpo_kernels.triton import (
     hopper,
@@ -21,7 +22,6 @@ from treegrpo_kernels.triton import (
     hopper_backward_dq,
     hopper_common,
     hopper_forward,
-    split,
 )
 from treegrpo_kernels.triton.hopper_common import HopperTile
 
@@ -38,7 +38,7 @@ MODULES = [hopper_common, hopper_forward, hopper_backward_dq, hopper_backward_dk
 def emulated(monkeypatch, poisoned_empty):
     gluon_emulator.patch(monkeypatch, MODULES)
     # few, so that a persistent program has many items and long key tiles are parted
-    for module in (hopper_common, split):
+    for module in (hopper_common, work):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(hopper, "prepare", lambda *args: None)
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from treegrpo_kernels.triton.backward import delta_launch
 from treegrpo_kernels.triton.backward_dkv import dkv_bounds, dkv_launch
 from treegrpo_kernels.triton.common import Config, TileConfig, arch_of, config, tma_fits
-from treegrpo_kernels.triton.split import query_lists, work_items
+from treegrpo_kernels.work import query_lists, work_items
 
 pytestmark = [
     pytest.mark.skipif(

@@ -185,7 +185,13 @@ def _usable(name: str) -> str:
             hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
             return "usable" + (", with Hopper kernels for bf16 and fp16 heads of 64 and 128" if hopper else "")
         case "cuda":
-            return "usable; auto takes it for what triton does not (float64)"
+            import torch
+
+            from treegrpo_kernels.hopper_cuda import NOTE
+
+            hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+            asked = f"; asked for by name, bf16 and fp16 heads of 64 and 128 take {NOTE}" if hopper else ""
+            return f"usable; auto takes it for what triton does not (float64){asked}"
         case _:
             return "usable"
 

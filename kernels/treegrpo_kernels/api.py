@@ -60,7 +60,8 @@ def tree_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: [Hq] raw logits, one extra term of each head's softmax denominator.
         backend: ``auto | reference | cpu | triton | cuda | gather``.
-        deterministic: bitwise repeatable results (the default); False allows a backend a faster order.
+        deterministic: bitwise repeatable results (the default). False lets backend="cuda" on Hopper add up dq in the
+            order in which programs come to it, with five products a tile in backward, not seven; elsewhere the same.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
@@ -136,9 +137,30 @@ def _prepare(
 
         config = triton.config_for(q, k, v, window, softcap, sinks, scale)
         tiles = triton.tile_tensors(plan, q, v, window, config)
+    elif chosen is Backend.CUDA and q.shape[0] and _parse(backend) is Backend.CUDA:
+        tiles = _hopper_cuda_tiles(q, k, v, plan, window, softcap, sinks, scale)
     # only the operator's FLOP formula reads the pairs; under a window they are counted on the device
     num_pairs = 0 if chosen in (Backend.REFERENCE, Backend.GATHER) else plan.count_pairs(window)
     return _Call(chosen, scale, window, softcap, tiles, num_pairs)
+
+
+def _hopper_cuda_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    scale: float,
+) -> list[Tensor]:
+    """Tile lists of the CUDA kernels for Hopper where they serve; empty for the plain CUDA kernels, which need none."""
+    from . import hopper_cuda
+
+    refusal = hopper_cuda.refusal(q, k, v, window, softcap, sinks, scale)
+    if not torch.compiler.is_compiling():
+        _announce(Backend.CUDA, q, hopper_cuda.NOTE if refusal is None else f"plain kernels: {refusal}")
+    return hopper_cuda.tile_tensors(plan, k.shape[1]) if refusal is None else []
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:

@@ -54,6 +54,10 @@ def _forward(
     if q.shape[0] == 0:
         return _empty_out(q, v)
     match backend:
+        case "cuda" if tiles:
+            from . import hopper_cuda
+
+            return hopper_cuda.attn_fwd(q, k, v, tiles, scale)
         case "cpu" | "cuda":
             from . import native
 
@@ -88,6 +92,10 @@ def _backward(
     if q.shape[0] == 0:
         return _empty_grads(q, k, v)
     match backend:
+        case "cuda" if tiles:
+            from . import hopper_cuda
+
+            return hopper_cuda.attn_bwd(dout, q, k, v, out, lse, tiles, scale, deterministic)
         case "cpu" | "cuda":
             from . import native
 

@@ -42,8 +42,11 @@ inline void check(cudaError_t error, const char* what) {
   TREEGRPO_CHECK(error == cudaSuccess, std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-template <typename Params>
-void launch(void (*kernel)(Params), const char* name, const Params& params, int num_blocks, int num_bytes, void* stream) {
+constexpr int kSharedLimit = 227 << 10;  // of a block
+
+template <int num_bytes, typename Params>
+void launch(void (*kernel)(Params), const char* name, const Params& params, int num_blocks, void* stream) {
+  static_assert(num_bytes <= kSharedLimit);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes), name);
   kernel<<<num_blocks, kThreads, num_bytes, static_cast<cudaStream_t>(stream)>>>(params);
   check(cudaGetLastError(), name);
@@ -71,7 +74,7 @@ void forward(const ForwardCall& call, void* stream) {
       map_of(type, call.k, s.num_tokens, key_columns, Tile::kKeys),
       map_of(type, call.v, s.num_tokens, key_columns, Tile::kKeys),
       call.lists, call.span, call.ends.least, call.ends.most, call.lse, s, num_items, call.scale * kLog2e};
-  launch(forward_kernel<D, type>, "forward", params, std::min(num_items, multiprocessors()), ForwardMemory<D>::kBytes, stream);
+  launch<ForwardMemory<D>::kBytes>(forward_kernel<D, type>, "forward", params, std::min(num_items, multiprocessors()), stream);
 }
 
 template <int D, Half type, bool kAddQueryGrad>
@@ -84,8 +87,8 @@ void launch_dkv(const BackwardCall& call, void* stream) {
       queries(call.q), queries(call.dout), keys(call.k), keys(call.v), keys({call.dk, key_stride}), keys({call.dv, key_stride}),
       {call.items, call.ends.most, call.ends.least}, call.span, call.half_ends.least, call.half_ends.most, call.lse2, call.delta,
       call.partial_dk, call.partial_dv, call.dq_sums, s, call.scale, call.scale * kLog2e};
-  launch(dkv_kernel<D, type, kAddQueryGrad>, "dk and dv", params, call.num_items * s.num_kv_heads,
-         KeyGradMemory<D, kAddQueryGrad>::kBytes, stream);
+  launch<KeyGradMemory<D, kAddQueryGrad>::kBytes>(dkv_kernel<D, type, kAddQueryGrad>, "dk and dv", params,
+                                                  call.num_items * s.num_kv_heads, stream);
 }
 
 template <int D, Half type>
@@ -98,7 +101,7 @@ void launch_dq(const BackwardCall& call, void* stream) {
   const QueryGradParams<CUtensorMap> params{
       queries(call.q), queries(call.dout), queries({call.dq, int64_t{s.num_heads} * D}), keys(call.k), keys(call.v), call.lists,
       call.span, call.half_ends.least, call.half_ends.most, call.lse2, call.delta, s, num_items, call.scale, call.scale * kLog2e};
-  launch(dq_kernel<D, type>, "dq", params, std::min(num_items, multiprocessors()), QueryGradMemory<D>::kBytes, stream);
+  launch<QueryGradMemory<D>::kBytes>(dq_kernel<D, type>, "dq", params, std::min(num_items, multiprocessors()), stream);
 }
 
 template <int D, Half type>

@@ -22,7 +22,10 @@ struct Gpu {
   __device__ __forceinline__ int num_blocks() const { return gridDim.x; }
   __device__ __forceinline__ uint32_t shared() const {
     extern __shared__ __align__(1024) unsigned char memory[];
-    return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+    // swizzles go by the address, and operands.h by the place in the tile
+    if (base % kAtomBytes) __trap();
+    return base;
   }
 
   // mbarriers

@@ -93,9 +93,9 @@ def tile_tensors(
     num_stages): it travels with the lists made for it, so that backward cannot pair them with other tiles. ``config``
     pins the tiles.
     """
+    from ..work import query_lists, work_items
     from .common import Config, arch_of
     from .common import config as choose
-    from .split import query_lists, work_items
 
     if config is not None and not isinstance(config, Config):
         from . import hopper

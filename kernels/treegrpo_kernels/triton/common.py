@@ -114,11 +114,6 @@ def arch_of(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; in the interpreter a few, so that small forests part their long key tiles too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
 def padded(head_dim: int) -> int:
     """The power of two, at least 16, that a head dim is computed at (tl.dot takes nothing smaller)."""
     return max(16, triton.next_power_of_2(head_dim))

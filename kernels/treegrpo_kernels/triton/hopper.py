@@ -13,9 +13,10 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import work
+from ..hopper import refusal as refusal
 from .backward import delta_launch
 from .common import Launch, cdiv
 from .hopper_backward_dkv import dkv_launch, new_partials
@@ -23,7 +24,7 @@ from .hopper_backward_dq import dq_launch
 from .hopper_common import HopperLaunch, HopperTile
 from .hopper_forward import fwd_launch
 from .prepared import PreparedLaunch, hooked, prepare, stream_of
-from .split import sum_launch, work_items
+from .split import sum_launch
 
 if TYPE_CHECKING:
     from ..plan import TreePlan
@@ -42,7 +43,7 @@ class HopperConfig:
     dq: HopperTile
     dkv: HopperTile
     split: bool = False
-    """Part key tiles whose query ranges are longer than a multiprocessor's share of dK/dV; see split.py."""
+    """Part key tiles whose query ranges are longer than a multiprocessor's share of dK/dV; see work.py."""
 
 
 # measured on an H200, see NOTES.md; two stages of dq and dkv wait for memory, four gain nothing over three
@@ -55,21 +56,6 @@ _CONFIGS = {
 def config(head_dim: int) -> HopperConfig:
     """Tiles for a head dim of 64 or 128. A pure function."""
     return _CONFIGS[head_dim]
-
-
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float, arch: int
-) -> str | None:
-    """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words."""
-    if not 90 <= arch < 100:
-        return f"compute capability {arch // 10}.{arch % 10}"
-    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
-        return f"{q.dtype}"
-    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
-        return f"head dims {q.shape[-1]} and {v.shape[-1]}"
-    asked = [name for name, on in (("window", window), ("softcap", softcap), ("sinks", sinks is not None)) if on]
-    # the kernels take row maxima before scaling, and -inf * 0 is no score
-    return ", ".join(asked) or (None if scale > 0 else f"scale {scale}")
 
 
 def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) -> list[Tensor]:
@@ -87,7 +73,7 @@ def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) -> lis
 
 
 def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) -> list[Tensor]:
-    span = _span(plan)
+    span = work.span(plan, LARGEST_TILE)
     tensors = []
     for tile in (config.fwd, config.dq):
         lists = plan.tile_lists(tile.block_m, tile.block_n)
@@ -95,7 +81,7 @@ def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) 
     lists = plan.tile_lists(config.dkv.block_m, config.dkv.block_n)
     tensors += [_shape_of(config.dkv, span), lists.kv_max, lists.kv_min, lists.kv_order, span]
     nothing = [span.new_empty((0, n)) for n in (4, 3)]
-    return tensors + (work_items(plan, config.dkv, num_kv_heads) if config.split else nothing)
+    return tensors + (work.work_items(plan, config.dkv, num_kv_heads) if config.split else nothing)
 
 
 def attn_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
@@ -199,12 +185,6 @@ def _packed(x: Tensor) -> Tensor:
     heads_packed = unit == 1 and (num_heads == 1 or head_step == head_dim) and step >= num_heads * head_dim
     # a copy of what is contiguous already would be the same memory
     return x if heads_packed and aligned and step * x.element_size() % 16 == 0 else x.clone(memory_format=_DENSE)
-
-
-def _span(plan: TreePlan) -> Tensor:
-    """subtree_end[j] - j, int32, padded with zeros to whole tiles: keys past T are visible to nobody."""
-    index = torch.arange(plan.num_tokens, dtype=torch.int32, device=plan.device)
-    return F.pad(plan.subtree_end - index, (0, -plan.num_tokens % LARGEST_TILE))
 
 
 def _shape_of(tile: HopperTile, like: Tensor) -> Tensor:

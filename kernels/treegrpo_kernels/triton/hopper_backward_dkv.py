@@ -48,7 +48,7 @@ def _bounds(i_n, kv_max, kv_min, num_tokens, BM: gl.constexpr, BN: gl.constexpr)
 def _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr):
     """This program's key tile and head, and the bounds of its query tiles.
 
-    ``work`` are the items of split.work_items, or without SPLIT key tiles in order.
+    ``work`` are the items of work.work_items, or without SPLIT key tiles in order.
     """
     program = gl.program_id(0)
     i_kv = program % num_kv_heads
@@ -386,7 +386,7 @@ def dkv_launch(
 ) -> HopperLaunch:
     """The dK/dV launch; ``lists`` are kv_max, kv_min, work, span; lse2 (base 2) and delta are [Hq, Tp].
 
-    ``work`` are key tiles in order, or with ``partials`` (:func:`new_partials`) the items of split.work_items.
+    ``work`` are key tiles in order, or with ``partials`` (:func:`new_partials`) the items of work.work_items.
     """
     num_tokens, num_kv_heads, head_dim = k.shape
     rows = tile.block_n // 2

@@ -1,0 +1,27 @@
+"""What the kernels for Hopper (sm_90) serve, those in Triton and those in CUDA.
+
+That is what a training step of a full-attention model asks for; everything else goes to the plain kernels of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float, arch: int
+) -> str | None:
+    """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words.
+
+    ``arch`` is the compute capability, 90 for 9.0.
+    """
+    if not 90 <= arch < 100:
+        return f"compute capability {arch // 10}.{arch % 10}"
+    if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"{q.dtype}"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
+        return f"head dims {q.shape[-1]} and {v.shape[-1]}"
+    asked = [name for name, on in (("window", window), ("softcap", softcap), ("sinks", sinks is not None)) if on]
+    # the kernels take row maxima before scaling, and -inf * 0 is no score
+    return ", ".join(asked) or (None if scale > 0 else f"scale {scale}")

@@ -1,0 +1,99 @@
+"""backend="cuda" on Hopper: the kernels of csrc/cuda/sm90, their tile lists and their calls.
+
+They compile for sm_90a, run on an imitated multiprocessor in the unit tests (csrc/test/machine.h), and have not been
+run on a GPU yet: ``backend="auto"`` does not take them.
+
+Shape legend: T tokens, Hq/Hkv query and key/value heads, D head dim (64 or 128).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native, work
+from .hopper import refusal as hopper_refusal
+
+if TYPE_CHECKING:
+    from .plan import TreePlan
+
+NOTE = "the Hopper kernels of csrc/cuda/sm90, not run on a GPU yet"
+
+_FWD = slice(0, 7)
+_BWD = slice(7, 18)
+# the C++ side pads rows to this
+_PADDING = 128
+
+
+@dataclass(frozen=True)
+class _Tile:
+    block_m: int
+    block_n: int
+
+
+# those of csrc/cuda/sm90/params.h
+_FWD_TILE, _DQ_TILE, _DKV_TILE = _Tile(128, 128), _Tile(128, 64), _Tile(64, 128)
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
+) -> str | None:
+    """None where the kernels serve these arguments of ``tree_attention`` on q's GPU, else why not, in a few words."""
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return hopper_refusal(q, k, v, window, softcap, sinks, scale, 10 * major + minor)
+
+
+def tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:
+    """What the kernels read of a plan, as one flat list for :func:`attn_fwd` and :func:`attn_bwd`; made once a plan."""
+    key = "cuda sm90", num_kv_heads
+    made = plan.derived.get(key)
+    if made is None:
+        made = plan.derived[key] = _make_tile_tensors(plan, num_kv_heads)
+    return made
+
+
+def _make_tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:
+    span = work.span(plan, _PADDING)
+    fwd, dq, dkv = (plan.tile_lists(t.block_m, t.block_n) for t in (_FWD_TILE, _DQ_TILE, _DKV_TILE))
+    ends = [fwd.kv_min, fwd.kv_max]
+    # a key tile has two halves, the last one too
+    odd = len(dq.kv_min) % 2
+    half_ends = [F.pad(x, (0, odd)) for x in (dq.kv_min, dq.kv_max)]
+    items, parted = work.work_items(plan, _DKV_TILE, num_kv_heads)
+    if not len(items):
+        low = dkv.kv_order * _DKV_TILE.block_n // _DKV_TILE.block_m
+        high = -(-dkv.kv_max[dkv.kv_order.long()] // _DKV_TILE.block_m)
+        items = torch.stack([dkv.kv_order, low, high, torch.full_like(low, -1)], 1).contiguous()
+    forward = [fwd.q_offsets, fwd.q_indices, fwd.q_full, fwd.q_order, *ends, span]
+    backward = [dq.q_offsets, dq.q_indices, dq.q_full, dq.q_order, *ends, *half_ends, items, parted, span]
+    return forward + backward
+
+
+def attn_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """q [T,Hq,D], k and v [T,Hkv,D] -> out [T,Hq,D] in q's dtype, lse [T,Hq] fp32 (natural log)."""
+    native.load()
+    return torch.ops.treegrpo_native.sm90_fwd(q, k, v, *tiles[_FWD], scale)
+
+
+def attn_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: list[Tensor],
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtype and shapes of q, k, v.
+
+    Not ``deterministic``: dQ comes out of the dK/dV pass, five products a tile instead of seven, summed in the order in
+    which programs come to it.
+    """
+    native.load()
+    return torch.ops.treegrpo_native.sm90_bwd(dout, q, k, v, out, lse, *tiles[_BWD], scale, deterministic)

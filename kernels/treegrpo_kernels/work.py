@@ -1,0 +1,111 @@
+"""The work of dK/dV, whatever kernel does it: long key tiles parted, query lists under a window.
+
+A key tile of a root is seen by all its descendants. Where one such tile would take longer than a multiprocessor's fair
+share of the whole pass, its range of query tiles is cut into pieces. Every piece writes a float32 partial, and the
+partials of a tile are added in the order of the pieces: same inputs, same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .plan import TreePlan
+
+# query tiles: less than this is not worth a partial
+SHORTEST_PIECE = 4
+
+
+class Tile(Protocol):
+    """Query and key rows of a kernel's tile; hashable."""
+
+    block_m: int
+    block_n: int
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; on the CPU a few, so that small forests part their long key tiles too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def span(plan: TreePlan, multiple: int) -> Tensor:
+    """subtree_end[j] - j, int32, padded with zeros to a multiple: keys past T are visible to nobody."""
+    index = torch.arange(plan.num_tokens, dtype=torch.int32, device=plan.device)
+    return F.pad(plan.subtree_end - index, (0, -plan.num_tokens % multiple))
+
+
+def work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tensor]:
+    """[items [I,4], parted [P,3]] int32, both empty where no key tile is long enough to part; made once a plan.
+
+    An item is (key tile, first query tile, query tile past the last, slot of its partial or -1), longest first; a
+    parted tile is (key tile, its first slot, how many).
+
+    Example: one chain of 10 query tiles and 10 key tiles on 8 multiprocessors has 55 visible tiles, a share of 6.9: key
+    tiles 0 to 3, which are 10 to 7 query tiles long, are parted.
+    """
+    return _made_once(plan, ("dkv items", tile, num_kv_heads), lambda: _make_work_items(plan, tile, num_kv_heads))
+
+
+def _made_once(plan: TreePlan, key: tuple, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    made = plan.derived.get(key)
+    if made is None:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "the work of dK/dV cannot be laid out inside torch.compile, for it depends on the tree: call"
+                " tree_attention once with this plan before the compiled function"
+            )
+        made = plan.derived[key] = make()
+    return made
+
+
+def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tensor]:
+    lists = plan.tile_lists(tile.block_m, tile.block_n)
+    device, num_kv = plan.device, len(lists.kv_max)
+    nothing = [torch.empty((0, n), dtype=torch.int32, device=device) for n in (4, 3)]
+    # the entries of the lists are the visible tiles, so that their number is known without asking the device
+    share = max(SHORTEST_PIECE, lists.q_indices.shape[0] * num_kv_heads / multiprocessors(device))
+    if -(-plan.num_tokens // tile.block_m) <= share:
+        return nothing
+    low = torch.arange(num_kv, device=device) * tile.block_n // tile.block_m
+    length = -(-lists.kv_max.long() // tile.block_m) - low
+    pieces = torch.where(length > share, -(-length // max(SHORTEST_PIECE, int(share / 2))), 1)
+    parted = torch.nonzero(pieces > 1).squeeze(1)
+    if parted.numel() == 0:
+        return nothing
+    kv_tile = torch.repeat_interleave(torch.arange(num_kv, device=device), pieces)
+    place = torch.arange(len(kv_tile), device=device) - (pieces.cumsum(0) - pieces)[kv_tile]
+    length, low, pieces = length[kv_tile], low[kv_tile], pieces[kv_tile]
+    start, stop = low + place * length // pieces, low + (place + 1) * length // pieces
+    slot = torch.where(pieces > 1, (pieces > 1).cumsum(0) - 1, -1)
+    items = torch.stack([kv_tile, start, stop, slot], 1)
+    items = items[torch.argsort(stop - start, descending=True, stable=True)]
+    counts = torch.bincount(kv_tile, minlength=num_kv)[parted]
+    sums = torch.stack([parted, counts.cumsum(0) - counts, counts], 1)
+    return [x.to(torch.int32).contiguous() for x in (items, sums)]
+
+
+def query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
+    """[kv_offsets [NK+1], kv_indices [nnz]] int32: the query tiles of each key tile under a window, ascending.
+
+    Empty without a window, where they are a range. Made once a plan.
+    """
+    if not window:
+        return [torch.empty(0, dtype=torch.int32, device=plan.device) for _ in range(2)]
+    key = ("dkv query lists", tile.block_m, tile.block_n, window)
+    return _made_once(plan, key, lambda: _make_query_lists(plan, tile, window))
+
+
+def _make_query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
+    lists = plan.tile_lists(tile.block_m, tile.block_n, window)
+    num_q, num_kv = len(lists.q_full), len(lists.kv_max)
+    q_tile = torch.repeat_interleave(torch.arange(num_q, device=plan.device), lists.q_offsets.diff())
+    kv_tile = lists.q_indices.long()
+    offsets = torch.zeros(num_kv + 1, dtype=torch.int64, device=plan.device)
+    torch.cumsum(torch.bincount(kv_tile, minlength=num_kv), 0, out=offsets[1:])
+    ordered = q_tile[torch.argsort(kv_tile * num_q + q_tile)]
+    return [x.to(torch.int32) for x in (offsets, ordered)]
