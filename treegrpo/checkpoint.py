@@ -2,11 +2,14 @@
 
 checkpoint-40/
     config.json, model.safetensors | adapter_config.json, adapter_model.safetensors    (from_pretrained reads it)
-    optimizer.pt                 AdamW's state and the schedule's, read with weights_only=True
+    shards/                      instead of model.safetensors under FSDP2: weights and AdamW's state, a file a process
+    optimizer.pt                 AdamW's state (unless in shards/) and the schedule's, read with weights_only=True
     rollouts-<i>.jsonl.gz        trees that were sampled but not trained to the end, and the tokenizer's files
-    old_logprobs-<rank>.pt       old log-probs of the groups in use, one file per process
+    old_logprobs-<rank>.pt       old log-probs of the groups in use, those that this process held
     trainer_state.json           step, the settings that decide the order of the data
     manifest.json                size of every file above
+
+Nothing in it depends on how many processes wrote it: any number of them resumes, sharded or not.
 """
 
 from __future__ import annotations
@@ -21,8 +24,12 @@ from typing import Any
 
 import torch
 
+from treegrpo.parallel import Parallel, full, full_like
+from treegrpo.shards import SHARDS, load_shards, save_shards
+
 _PREFIX = "checkpoint-"
 _MANIFEST = "manifest.json"
+_OLD = "old_logprobs-"
 
 
 def path_of(output_dir: str | Path, step: int) -> Path:
@@ -36,36 +43,77 @@ def listed(output_dir: str | Path) -> list[Path]:
 
 
 def save(
-    accelerator,
-    model,
+    parallel: Parallel,
+    policy: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: dict[str, Any],
-    old_logprobs: list[torch.Tensor],
+    old_logprobs: dict[int, torch.Tensor],
     state: dict[str, Any],
     path: Path,
     write_more: Callable[[Path], None],
 ) -> None:
-    """Writes `path` so that it never exists half written; every process calls it. `write_more(folder)` adds files and
-    may still change `state`."""
+    """Writes `path` so that it never exists half written; every process calls it. `policy` is the unwrapped model;
+    `write_more(folder)` adds files and may still change `state`."""
+    accelerator = parallel.accelerator
     temporary = path.with_name(f".{path.name}.tmp")
-    if accelerator.is_main_process:
+    if parallel.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    torch.save([x.cpu() for x in old_logprobs], temporary / _old_name(accelerator))
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(temporary)
-        torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule}, temporary / "optimizer.pt")
+    torch.save(old_logprobs, temporary / f"{_OLD}{accelerator.process_index}.pt")
+    # adapters are small: they are always written in one piece
+    is_sharded = parallel.sharding is not None and not parallel.sharding.full_checkpoints and not _has_adapters(policy)
+    if is_sharded:
+        save_shards(policy, optimizer, temporary / SHARDS)
+        weights, moments = None, None
+    else:
+        weights = _whole_weights(policy, parallel.is_main)
+        moments = _mapped(optimizer.state_dict(), lambda value, _: _whole(value, parallel.is_main))
+    if parallel.is_main:
+        if is_sharded:
+            policy.config.save_pretrained(temporary)
+        else:
+            policy.save_pretrained(temporary, state_dict=weights)
+        torch.save({"optimizer": moments, "schedule": schedule}, temporary / "optimizer.pt")
         write_more(temporary)
         (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+    if parallel.is_main:
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in files}
         (temporary / _MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
     accelerator.wait_for_everyone()
+
+
+def _has_adapters(policy: torch.nn.Module) -> bool:
+    return hasattr(policy, "get_base_model")
+
+
+def _whole_weights(policy: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """The state dict, whole; with adapters only what is trained."""
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    wanted = {n: x for n, x in policy.state_dict().items() if not _has_adapters(policy) or n in trained}
+    return {name: _whole(value, keep) for name, value in wanted.items()}
+
+
+def _whole(value: torch.Tensor, keep: bool) -> torch.Tensor:
+    """`value` in one piece; where it is not to be kept, a process only takes its part in gathering it."""
+    whole = full(value)
+    if whole is value:
+        return value
+    return whole.cpu() if keep else whole.new_empty(0)
+
+
+def _mapped(state: dict[str, Any], change: Callable[[torch.Tensor, Any], torch.Tensor]) -> dict[str, Any]:
+    """An optimiser's state dict with `change(value, index of its parameter)` in place of every tensor."""
+    moments = {
+        index: {key: change(value, index) if torch.is_tensor(value) else value for key, value in of_one.items()}
+        for index, of_one in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def remove_old(output_dir: str | Path, keep: int | None) -> None:
@@ -105,18 +153,36 @@ def check(path: Path) -> None:
         raise ValueError(f"checkpoint {path} is damaged: {name} {state}; {cure}")
 
 
-def load_state(path: Path, accelerator) -> tuple[dict[str, Any], dict[str, Any], list[torch.Tensor]]:
-    """`(trainer state, {"optimizer", "schedule"}, old log-probs of this process)`; ValueError where a file does not
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[int, torch.Tensor]]:
+    """`(trainer state, {"optimizer", "schedule"}, old log-probs of all processes)`; ValueError where a file does not
     read."""
+    old: dict[int, torch.Tensor] = {}
     try:
         state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        name = _old_name(accelerator)
-        old = torch.load(path / name, map_location="cpu", weights_only=True) if (path / name).exists() else []
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        for file in sorted(path.glob(f"{_OLD}*.pt")):
+            old |= torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError, json.JSONDecodeError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); resume from another checkpoint") from error
     return state, optimizer, old
 
 
-def _old_name(accelerator) -> str:
-    return f"old_logprobs-{accelerator.process_index}.pt"
+def load_optimizer(
+    path: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None
+) -> None:
+    """Puts AdamW's state back, `saved` or, where that is None, from the shards, whose weights are read too. Every
+    process calls it, however many wrote it.
+
+    Raises:
+        ValueError: what was saved does not fit the model.
+    """
+    if saved is None:
+        load_shards(policy, optimizer, path / SHARDS)
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        optimizer.load_state_dict(_mapped(saved, lambda value, index: full_like(value, parameters[index])))
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint {path}: its optimiser does not fit this model ({error}); resume with the same settings"
+        ) from error

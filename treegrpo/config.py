@@ -119,6 +119,8 @@ class TrainConfig(RolloutConfig):
     """LoRA scale numerator."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Names of the modules that get adapters, or all-linear."""
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4 bits (nf4, by bitsandbytes) under its adapters: QLoRA. Needs lora_r."""
 
     logging_steps: int = 1
     """Write metrics every so many steps."""
@@ -143,7 +145,8 @@ class TrainConfig(RolloutConfig):
         for name, choices in {**_CHOICES, **rollouts.CHOICES}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
-
+        if self.load_in_4bit and not self.lora_r:
+            raise ValueError("load_in_4bit freezes the base: give lora_r, whose adapters are trained")
         self.estimator_options()
 
     def estimator_options(self) -> dict[str, str | float]:

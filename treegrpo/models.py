@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from treegrpo.config import TrainConfig
+from treegrpo.parallel import Parallel
+from treegrpo.shards import SHARDS
 
 
 def read_model_config(path: str | Path) -> Any:
@@ -40,10 +42,22 @@ def vocabulary_size(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def build_model(path: str | Path, seed: int) -> torch.nn.Module:
+def build_model(
+    path: str | Path, seed: int, *, weights: bool = True, quantization: Any = None, device: torch.device | None = None
+) -> torch.nn.Module:
     """A float32 causal LM with tree attention, checked by `treegrpo.hf`; random weights depend on `seed` alone.
 
     Dropout is switched off: a token shared by many leaves would have one mask where chains have many.
+
+    Args:
+        path: a model folder, or a config file.
+        seed: of random weights.
+        weights: False leaves the weights of a folder random: others are put there.
+        quantization: a transformers quantisation config, for a folder with weights.
+        device: where quantised weights go; the others stay on the CPU.
+
+    Raises:
+        ValueError: weights that cannot be read, quantisation without weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -61,34 +75,59 @@ def build_model(path: str | Path, seed: int) -> torch.nn.Module:
     ):
         if getattr(config, name, None):
             setattr(config, name, 0.0)
-    options = {"attn_implementation": ATTENTION, "dtype": torch.float32}
-    if Path(path).is_dir():
+    options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
+    if Path(path).is_dir() and weights:
+        if quantization is not None:
+            options |= {"quantization_config": quantization, "device_map": {"": device or torch.device("cpu")}}
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
             )
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"model {path}: cannot load its weights ({error}); give a folder with whole .safetensors files"
-            ) from error
+            cure = (
+                "a sharded checkpoint: `treegrpo export` makes a folder that loads"
+                if (Path(path) / SHARDS).is_dir()
+                else "give a folder with whole .safetensors files"
+            )
+            raise ValueError(f"model {path}: cannot load its weights ({error}); {cure}") from error
     else:
+        if quantization is not None:
+            raise ValueError(f"load_in_4bit needs a folder with weights, model={str(path)!r} is a config file")
         with seeded(seed):
             model = AutoModelForCausalLM.from_config(config, **options)
     return use_tree_attention(model)
 
 
-def build_policy(config: TrainConfig, checkpoint: Path | None) -> torch.nn.Module:
-    """The model to train, from `config.model` or from a checkpoint of it; with LoRA adapters where asked."""
+def build_policy(
+    config: TrainConfig, checkpoint: Path | None, device: torch.device | None = None, *, dequantize: bool = False
+) -> torch.nn.Module:
+    """The model to train, from `config.model` or from a checkpoint of it; with LoRA adapters where asked.
+
+    A sharded checkpoint gives the structure alone: its weights are read in place later (shards.py). `dequantize` turns
+    a 4-bit base back into float32, of the values the 4 bits stand for.
+    """
     if config.lora_r == 0:
-        model = build_model(checkpoint or config.model, config.seed)
+        is_sharded = checkpoint is not None and (checkpoint / SHARDS).is_dir()
+        model = build_model(checkpoint or config.model, config.seed, weights=not is_sharded)
     else:
-        model = build_model(config.model, config.seed)
+        model = build_model(config.model, config.seed, quantization=_quantization(config), device=device)
+        if config.load_in_4bit and dequantize:
+            model = model.dequantize()
         model = _with_adapters(model, config, checkpoint)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora_r:
             model.enable_input_require_grads()
     return model.train()
+
+
+def _quantization(config: TrainConfig) -> Any:
+    if not config.load_in_4bit:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if config.bf16 else torch.float32
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def _with_adapters(model: torch.nn.Module, config: TrainConfig, checkpoint: Path | None) -> torch.nn.Module:
@@ -114,12 +153,14 @@ def _with_adapters(model: torch.nn.Module, config: TrainConfig, checkpoint: Path
 
 
 class Reference:
-    """The frozen initial model for the KL term: the policy with its adapters off, or a copy of its own."""
+    """The frozen initial model for the KL term: the policy with its adapters off, or a copy of its own, sharded as the
+    policy is."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, parallel: Parallel) -> None:
         self.model = None
         if config.lora_r == 0:
-            self.model = build_model(config.model, config.seed).to(device).eval().requires_grad_(False)
+            model = build_model(config.model, config.seed).eval().requires_grad_(False)
+            self.model = parallel.wrap_frozen(model)
 
     @contextlib.contextmanager
     def of(self, policy: torch.nn.Module) -> Iterator[torch.nn.Module]:

@@ -34,6 +34,8 @@ class Row:
     ref_logp: Tensor | None = None
     cost: flops.ChainVsTree | None = None
     """FLOPs as chains and as a tree; None for a family whose formulas are not known."""
+    groups: tuple[int, ...] = ()
+    """Which of the step's groups its trees are, in the order of `batch.trees`."""
     is_blank: bool = False
     """Nothing is trained: the row only keeps the processes in step."""
 
@@ -76,26 +78,59 @@ def pack_step(
         own = range(len(read))
         if world > 1:
             own = balance.assign(balance.costs(read, model_config, config.attention), world)[rank]
-        rows += _packed_rows([read[i] for i in own], [advantages[begin + i] for i in own], config, device)
+        rows += _packed_rows([begin + i for i in own], trees, advantages, config, device)
         begin += len(read)
     return StepData(trees, rows)
 
 
 def _packed_rows(
-    trees: list[RolloutTree], advantages: list[list[np.ndarray]], config: TrainConfig, device: torch.device
+    groups: list[int],
+    trees: list[RolloutTree],
+    advantages: list[list[np.ndarray]],
+    config: TrainConfig,
+    device: torch.device,
 ) -> list[Row]:
+    """The rows of those `groups` of the step's `trees`."""
+    own, of_own = [trees[i] for i in groups], [advantages[i] for i in groups]
     if config.samples == "call":
-        trees, advantages = call_trees(trees, advantages)
-    if not trees:
+        # one by one: a group of which nothing is trained is left out
+        split = [call_trees([tree], [values]) for tree, values in zip(own, of_own, strict=True)]
+        groups = [i for i, (calls, _) in zip(groups, split, strict=True) if calls]
+        own, of_own = [tree for calls, _ in split for tree in calls], [x for _, values in split for x in values]
+    if not own:
         return []
     batches = pack(
-        trees, token_budget=config.row_token_budget, share_across_groups=config.share_across_groups, device=device
+        own, token_budget=config.row_token_budget, share_across_groups=config.share_across_groups, device=device
     )
-    rows = [Row(batch, batch.leaf_stream(advantages)) for batch in batches]
+    rows = [Row(b, b.leaf_stream(of_own), groups=tuple(groups[i] for i in b.tree_indices)) for b in batches]
     for row in rows:
         # what the updates ask for is read now, so that they do not wait for the device
         _ = row.counts
     return rows
+
+
+def old_logprobs(data: StepData) -> dict[int, Tensor]:
+    """The old log-probs this process holds, as `{group of the step: stream of its leaves}`."""
+    found = {}
+    for row in data.rows:
+        if row.old_logp is not None and not row.is_blank:
+            lengths = [tree.num_chain_tokens for tree in row.batch.trees]
+            found |= dict(zip(row.groups, row.old_logp.cpu().split(lengths), strict=True))
+    return found
+
+
+def restore_old_logprobs(data: StepData, saved: dict[int, Tensor]) -> None:
+    """Puts back what `old_logprobs` gave, of all processes together, on rows that may be dealt otherwise now.
+
+    Raises:
+        ValueError: a group of these rows is not in `saved`.
+    """
+    for row in data.rows:
+        if row.is_blank:
+            continue
+        if missing := [row.batch.trees[i].group for i, group in enumerate(row.groups) if group not in saved]:
+            raise ValueError(f"the checkpoint has no old log-probs of group {missing[0]!r}; resume from another one")
+        row.old_logp = torch.cat([saved[group] for group in row.groups]).to(row.batch.device)
 
 
 def fill_up(data: StepData, num_rows: int, device: torch.device) -> None:
@@ -262,25 +297,3 @@ def blame(row: Row, logp: Tensor) -> str:
             value = float(stream[bad[0]].detach())
             return f"group {groups[leaf]!r}: {name} of token {place} of its leaf is {value}"
     return f"groups {', '.join(dict.fromkeys(map(repr, groups)))}: all log-probs are finite, so a ratio overflowed"
-
-
-def reward_summary(trees: Sequence[RolloutTree]) -> dict[str, float]:
-    """Rewards and completion lengths of the step's whole trajectories (TRL's names; reward_std is the mean over
-    groups)."""
-    rewards = [np.array([trajectory.reward for trajectory in tree.trajectories]) for tree in trees]
-    stds = np.array([group.std(ddof=1) if group.size > 1 else 0.0 for group in rewards])
-    lengths = np.array([trajectory.loss_mask.sum() for tree in trees for trajectory in tree.trajectories])
-    return {
-        "reward": float(np.concatenate(rewards).mean()),
-        "reward_std": float(stds.mean()),
-        "frac_reward_zero_std": float(np.mean([group.min() == group.max() for group in rewards])),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-    }
-
-
-def count_forks(batch: TreeBatch) -> int:
-    """Packed tokens with two or more continuations."""
-    above = batch.prev[batch.prev >= 0]
-    return int((torch.bincount(above, minlength=1) > 1).sum())

@@ -1,14 +1,12 @@
 """`treegrpo train`: rollouts -> forest -> packed rows -> log-probs -> advantages -> loss -> AdamW, and again.
 
-Rollouts are read from a file or sampled by an engine (treegrpo/rollout). One process or many (accelerate): every
-process takes whole trees of each step, gradients are averaged, and the loss is normalised by what all processes hold
-together, so the result does not depend on how many there are.
+Rollouts are read from a file or sampled by an engine (treegrpo/rollout). One process or many (accelerate, DDP or
+FSDP2; parallel.py): every process takes whole trees of each step, gradients are averaged, and the loss is normalised by
+what all processes hold together, so the result does not depend on how many there are.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import shutil
 import sys
 import time
@@ -25,10 +23,12 @@ from treegrpo import models, step
 from treegrpo.config import TrainConfig
 from treegrpo.interrupt import uninterrupted
 from treegrpo.metrics import MetricsFile, StepMetrics
+from treegrpo.parallel import Parallel
 from treegrpo.report import RunProgress, progress_bar
 from treegrpo.rollout import build
 from treegrpo.rollout.engine import EngineError
 from treegrpo.rollout.replay import Replay, check_recorded, check_vocabulary
+from treegrpo.summary import step_summary
 from treegrpo.tree import RolloutTree, Trajectory, load, save
 
 if TYPE_CHECKING:
@@ -76,8 +76,6 @@ class Trainer:
         trajectories: list[Trajectory] | None = None,
         on_gradients: Callable[[int, torch.nn.Module], None] | None = None,
     ) -> None:
-        from accelerate import Accelerator
-
         is_logged = trajectories is not None or config.is_replay
         if trajectories is None:
             config.check_paths()
@@ -98,23 +96,26 @@ class Trainer:
                 " --resume-from-checkpoint latest"
             )
 
-        # bf16 is our own autocast in step.py: the frozen reference, which accelerate does not wrap, must compute alike.
-        self.accelerator = Accelerator(mixed_precision="no")
-        self._check_processes()
-        self.device = self.accelerator.device
-        model = models.build_policy(config, self.checkpoint)
-        self.reference = models.Reference(config, self.device) if config.beta else None
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable,
+        self.parallel = Parallel(bf16=config.bf16)
+        self.accelerator = self.parallel.accelerator
+        self.device = self.parallel.device
+        self._check_backend()
+        if self.parallel.sharding is not None and not is_logged:
+            raise ValueError(
+                f"rollouts={config.rollouts!r}: no engine samples from sharded weights, FSDP2 trains on logged rollouts"
+                " (replay:FILE) only; launch with plain data parallelism"
+            )
+        self.policy = models.build_policy(config, self.checkpoint, self.device)
+        self.model = self.parallel.wrap(self.policy)
+        self.reference = models.Reference(config, self.parallel) if config.beta else None
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.policy = self.accelerator.unwrap_model(self.model)
-        self.schedule = self._schedule(optimizer)
+        self.schedule = self._schedule(self.optimizer)
         self.tokenizer: Any = None
         self.online: OnlineRollouts | None = None
         if not is_logged:
@@ -129,7 +130,7 @@ class Trainer:
         self.num_read = 0
         self.evaluations: list[dict[str, Any]] = []
         if self.checkpoint:
-            self._restore(self.checkpoint, optimizer)
+            self._restore(self.checkpoint)
 
     def train(self) -> list[dict[str, Any]]:
         """Runs to the end and returns the logged rows. ValueError on a loss that is not finite; the last checkpoint
@@ -191,6 +192,7 @@ class Trainer:
             step.fill_up(self.data, int(counts.max()), self.device)
         step.count_flops(self.data, self.policy.config, self.config)
         step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
+        self.parallel.reshard(self.policy)
 
     def _read(self, number: int, progress: RunProgress) -> list[list[RolloutTree]]:
         """The groups of step data `number`, `[read][group]`, logged or sampled from the weights of now."""
@@ -233,16 +235,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses, logps = [], []
         for i, row in enumerate(rows):
-            is_last = i + 1 == len(rows)
-            # Gradients travel between processes once a step, in the last backward.
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+            with self.parallel.accumulation(self.model, is_last=i + 1 == len(rows)):
                 loss, logp = step.row_loss(self.model, row, config, normalizer, entropy_normalizer, metrics)
                 metrics.add("loss", loss.detach() / accelerator.num_processes, how="sum")
                 losses.append(loss.detach())
                 logps.append(logp.detach())
-                accelerator.backward(loss)
+                loss.backward()
         step.check_finite(rows, losses, logps, f"step {self.step + 1}")
-        grad_norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm or math.inf)
+        grad_norm = self.parallel.clip_grad_norm(self.policy.parameters(), config.max_grad_norm)
         if not torch.isfinite(grad_norm):
             groups = ", ".join(dict.fromkeys(repr(tree.group) for tree in self.data.trees))
             raise ValueError(
@@ -257,44 +257,15 @@ class Trainer:
             self.schedule.step()
             self.step += 1
         metrics.add("perf/fwd_bwd_s", time.perf_counter() - began, how="max")
-        return self._summary(metrics, float(grad_norm), learning_rate)
-
-    def _summary(self, metrics: StepMetrics, grad_norm: float, learning_rate: float) -> dict[str, float]:
-        """The step's numbers under TRL's names, the same on every process."""
-        is_chain = self.config.attention == "chain"
-        batches = [row.batch for row in self.data.rows if not row.is_blank]
-        forwarded = [batch.num_chain_tokens if is_chain else batch.num_tokens for batch in batches]
-        if batches:
-            metrics.add("batch/longest_row", max(forwarded), how="max")
-            metrics.add("tree/depth_max", max(int(batch.position_ids.max()) + 1 for batch in batches), how="max")
-            metrics.add("tree/forks", sum(step.count_forks(batch) for batch in batches), how="sum")
-        # what this process has to do, in FLOPs where they are known
-        costs = [row.cost and (row.cost.chain if is_chain else row.cost.tree).training for row in self.data.rows]
-        own = sum(cost for cost in costs if cost) or sum(forwarded)
-        metrics.add("batch/rank_cost_max", own, how="max")
-        metrics.add("batch/rank_cost", own, how="sum")
-        values = metrics.reduced(self.accelerator)
-        busiest = values.pop("batch/rank_cost_max") * self.accelerator.num_processes / values.pop("batch/rank_cost")
-        forwarded = values["tree/chain_tokens" if is_chain else "tree/unique_tokens"]
+        values = step_summary(self.data, metrics, accelerator, is_chain=config.attention == "chain")
         self.num_tokens += int(values["tree/chain_tokens"])
-        longest, trained = values.pop("batch/longest_row"), values.pop("tree/trained_tokens")
         return {
             "loss": values.pop("loss"),
-            "grad_norm": grad_norm,
+            "grad_norm": float(grad_norm),
             "learning_rate": learning_rate,
-            **step.reward_summary(self.data.trees),
-            **(self._sampled_metrics() if self.sampled else {}),
             **values,
+            **(self._sampled_metrics() if self.sampled else {}),
             "num_tokens": self.num_tokens,
-            **(
-                {"tree/flop_ratio": values["tree/chain_flops"] / values["tree/flops"]} if "tree/flops" in values else {}
-            ),
-            "batch/packing_ratio": values["tree/chain_tokens"] / values["tree/unique_tokens"],
-            "batch/row_imbalance": longest * values["tree/rows"] / forwarded,
-            "batch/rank_imbalance": busiest,
-            "batch/forwarded_tokens_per_step": forwarded,
-            "batch/masked_token_frac": 1 - trained / values["tree/unique_tokens"],
-            "perf/forwarded_tok_s_fwd_bwd": forwarded / values["perf/fwd_bwd_s"],
         }
 
     def _sampled_metrics(self) -> dict[str, float]:
@@ -310,7 +281,7 @@ class Trainer:
 
     def _write_checkpoint(self, path: Path) -> None:
         iteration = self.step % self.config.num_iterations
-        old = [row.old_logp for row in self.data.rows] if iteration and self.config.old_logprobs == "computed" else []
+        old = step.old_logprobs(self.data) if iteration and self.config.old_logprobs == "computed" else {}
         state = {"step": self.step, "num_tokens": self.num_tokens, **self._order_state()}
         # Trees that were sampled but not yet trained to the end belong to the state, and are read again from it.
         is_open = self.online is not None and (iteration > 0 or self.num_read > self.step // self.config.num_iterations)
@@ -325,7 +296,7 @@ class Trainer:
 
         with uninterrupted():
             checkpoints.save(
-                self.accelerator, self.model, self.optimizer, self.schedule.state_dict(), old, state, path, write_more
+                self.parallel, self.policy, self.optimizer, self.schedule.state_dict(), old, state, path, write_more
             )
 
     def _order_state(self) -> dict[str, Any]:
@@ -333,7 +304,7 @@ class Trainer:
         names = _ORDER_SETTINGS if self.online is None else (*_ORDER_SETTINGS, *_ONLINE_SETTINGS)
         state = {name: getattr(self.config, name) for name in names}
         num_groups = len(self.replay.trees) if self.online is None else len(self.online.rows)
-        return state | {"num_groups": num_groups, "num_processes": self.accelerator.num_processes}
+        return state | {"num_groups": num_groups}
 
     def _leave(self, error: BaseException) -> None:
         """Before an interrupted run ends: a checkpoint of the last whole step, and what the engine still delivered."""
@@ -349,23 +320,20 @@ class Trainer:
         if self.step and self.accelerator.num_processes == 1:
             print(f"step {self.step}: checkpoint written to {self.save()}", file=sys.stderr)
 
-    def _restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
+    def _restore(self, path: Path) -> None:
         """Step, optimiser, schedule, what was sampled and, in the middle of num_iterations, the old log-probs of the
         groups in use."""
-        state, saved, old = checkpoints.load_state(path, self.accelerator)
+        state, saved, old = checkpoints.load_state(path)
         for name, value in self._order_state().items():
             if state.get(name) != value:
                 raise ValueError(
                     f"checkpoint {path} was made with {name}={state.get(name)}, this run has {value}; resume with the"
                     " same"
                 )
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"checkpoint {path}: its optimiser does not fit this model ({error}); resume with the same settings"
-            ) from error
+        checkpoints.load_optimizer(path, self.policy, self.optimizer, saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         # Checkpoints from before rollouts were sampled have neither.
         self.generated_tokens, self.best_reward = state.get("generated_tokens", 0), state.get("best_reward")
@@ -379,8 +347,8 @@ class Trainer:
             self.online.restore(state["online"], path)
         if self.step % self.config.num_iterations:
             self._next_data(RunProgress())
-            for row, old_logp in zip(self.data.rows, old, strict=False):
-                row.old_logp = old_logp.to(self.device)
+            if self.config.old_logprobs == "computed":
+                step.restore_old_logprobs(self.data, old)
 
     def _schedule(self, optimizer: torch.optim.Optimizer):
         from transformers import get_scheduler
@@ -405,20 +373,10 @@ class Trainer:
                     f" row_token_budget={config.row_token_budget}; raise the budget, or split or drop the group"
                 )
 
-    def _check_processes(self) -> None:
-        from accelerate.utils import DistributedType
-
-        config, accelerator = self.config, self.accelerator
-        kind = accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise ValueError(
-                f"{kind.value} shards the optimiser, which these checkpoints do not hold; launch with plain data"
-                " parallelism"
-            )
-        if config.backend != "auto" and (reason := treegrpo_kernels.backends(accelerator.device)[config.backend]):
-            raise ValueError(
-                f"backend {config.backend!r} does not work here: {reason}; `treegrpo doctor` shows which do"
-            )
+    def _check_backend(self) -> None:
+        backend = self.config.backend
+        if backend != "auto" and (reason := treegrpo_kernels.backends(self.device)[backend]):
+            raise ValueError(f"backend {backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
 
     def _open_output(self) -> MetricsFile:
         if self.config.overwrite_output_dir and not self.checkpoint:
