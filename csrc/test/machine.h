@@ -1,5 +1,5 @@
 // A multiprocessor imitated on one thread, with the interface of cuda/sm90/ptx.cuh: 384 threads as contexts that run in a seeded
-// random order, each up to the next thing it waits for.
+// random order, each up to the next thing it waits for; now and then a whole warpgroup stands still while the others go on.
 //
 // What the hardware does in its own time happens here as early or as late as it may, by the seed: TMA copies arrive in any order
 // and no sooner than a later turn; products run when they are queued or only when somebody waits for them, read shared memory and
@@ -232,6 +232,7 @@ class Multiprocessor {
   static inline Multiprocessor* current_ = nullptr;
   int block_, num_blocks_;
   std::mt19937 random_;
+  int stall_[kGroups] = {};  // turns for which a warpgroup stands still
   int eager_;  // 0: all as late as it may be, 1: as early, 2: by chance
   std::vector<uint8_t> plain_, async_;
   std::map<uint32_t, Barrier> barriers_;
@@ -443,17 +444,23 @@ void Multiprocessor::run(const Body& body) {
   }
   for (;;) {
     const int64_t before = progress_;
-    bool all_done = true;
+    bool all_done = true, stalled = false;
     std::shuffle(order.begin(), order.end(), random_);
+    for (int& rest : stall_) {
+      if (rest > 0) --rest;
+      else if (uniform(16) == 0) rest = uniform(40);
+      stalled |= rest > 0;
+    }
     for (int index : order) {
       if (fibers_[index]->done) continue;
       all_done = false, current_ = this, running_ = index;
+      if (stall_[index / sm90::kWarpgroup] > 0) continue;
       swapcontext(&scheduler_, &fibers_[index]->context);
       progress_ += fibers_[index]->done;
     }
     deliver(progress_ == before);
     if (all_done) break;
-    EXPECT(progress_ != before, "threads wait for ever (block %d)", block_);
+    EXPECT(stalled || progress_ != before, "threads wait for ever (block %d)", block_);
   }
   EXPECT(loads_.empty(), "a copy arrives after the end");
   for (auto& fiber : fibers_) EXPECT(fiber->stores.empty(), "shared memory is left before it is stored");

@@ -18,6 +18,21 @@ using sm90::Half;
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// The words Triton's compiler makes of the same tiles, in kernels that have run on a GPU: the address's 16-byte units lowest.
+void check_descriptors() {
+  using sm90::Major;
+  const auto word = [](Major major, int panel, int step) {
+    return sm90::descriptor(sm90::step_offset(major, step, panel), major, panel);
+  };
+  constexpr uint64_t kIgnored = 1 << 16;  // the leading offset, where the summed dimension lies along rows
+  const uint64_t summed[] = {0x0, 0x2, 0x4, 0x6, 0x400, 0x402, 0x404, 0x406};
+  for (int step = 0; step < 8; ++step) {
+    EXPECT(word(Major::kSummed, 128 * 128, step) == (0x4000004000000000 | kIgnored | summed[step]), "step %d", step);
+    EXPECT(word(Major::kOuter, 128 * 128, step) == 0x4000004004000000 + uint64_t(step) * 0x80, "step %d", step);
+    EXPECT(word(Major::kOuter, 64 * 128, step) == 0x4000004002000000 + uint64_t(step) * 0x80, "step %d", step);
+  }
+}
+
 // What TreePlan.tile_lists gives, made from the visibility of single tokens.
 struct Tiles {
   int num_tokens, rows, keys;
@@ -273,6 +288,7 @@ Forest star(int trunk, int leaf, int num_leaves) {
 }
 
 int main() {
+  check_descriptors();
   for (unsigned seed = 0; seed < 12; ++seed)
     for (double branch : {0.0, 0.01, 0.1, 0.5})
       check_schedule(random_forest(100 + 97 * seed, seed, branch), 1 + seed % 7, 1 + seed % 5);
@@ -284,11 +300,13 @@ int main() {
   check<64, kFloat16>(chain(129), 2, 2, 100, 2);
   check<128, kFloat16>(star(100, 61, 4), 4, 2, 2, 3);
   check<64, kFloat16>(star(5, 90, 5), 2, 1, 3, 4);
+  // a consumer skips three key tiles in a row while a product waits
+  check<128, kFloat16>(star(100, 476, 2), 1, 1, 5, 8);
   check<128, kBFloat16>(star(190, 130, 2), 2, 1, 100, 5);
   check<64, kBFloat16>(random_forest(333, 3, 0.05), 3, 3, 2, 6);
-  for (unsigned seed = 0; seed < 3; ++seed) {
-    check<128, kFloat16>(random_forest(260 + 101 * seed, seed, 0.03), 2, 1, 2, 30 + seed);
-    check<64, kFloat16>(random_forest(1 + 130 * seed, seed + 9, 0.2), 2, 1, 100, 60 + seed);
+  for (unsigned seed = 0; seed < 6; ++seed) {
+    check<128, kFloat16>(random_forest(260 + 51 * seed, seed, 0.03), 2, 1, 2, 30 + seed);
+    check<64, kFloat16>(random_forest(1 + 65 * seed, seed + 9, 0.2), 2, 1, 100, 60 + seed);
   }
   std::printf("sm90: schedule and kernels agree with the definition\n");
 }

@@ -129,11 +129,11 @@ struct Forward {
         begin(work, place);
         m.wait(base + Memory::kQFull + 8 * place, round / 2 % 2);
         int turn = 0;
-        // the loop over full tiles wants something pending
-        for (; turn < work.num_partial() || (turn < work.num_tiles && !has_pending); ++turn) {
+        for (; turn < work.num_partial(); ++turn) {
           partial(work.tile * kRows + consumer * kConsumerRows, p.lists.indices[work.entry(turn)]);
           if (turn == 0) hand_back(round);
         }
+        // the tile on the diagonal is the last partial one, so something is pending
         for (; turn < work.num_tiles; ++turn) step<true>(false, 0);
         if (has_pending) finish();
         write(work);
