@@ -337,6 +337,8 @@ def _plain_cuda() -> Contender:
     inner = tree_backend("cuda")
 
     def unsupported(request: Request) -> str | None:
+        if request.device.type == "cuda" and torch.cuda.get_device_capability(request.device) == (9, 0):
+            return "on Hopper other CUDA kernels serve these calls: bench.race_cuda"
         if request.forest.num_pairs > MAX_PAIRS_OF_PLAIN_CUDA:
             return f"the plain kernel is slow: left out above {MAX_PAIRS_OF_PLAIN_CUDA:,} pairs"
         return inner.unsupported(request)
