@@ -122,8 +122,14 @@ struct QueryGrad {
         m.wait(base + Memory::kQFull + 8 * consumer, round % 2);
         int turn = 0;
         // the loop over full tiles wants something pending
-        for (; turn < work.num_partial() || (turn < work.num_tiles && !has_pending); ++turn)
-          partial(work.tile * kRows + consumer * kConsumerRows, p.lists.indices[work.entry(turn)]);
+        const int row = work.tile * kRows + consumer * kConsumerRows;
+        // looked up one tile ahead, for the loads take their time
+        KeyTile next = key_tile(work, 0);
+        for (; turn < work.num_partial() || (turn < work.num_tiles && !has_pending); ++turn) {
+          const KeyTile tile = next;
+          next = key_tile(work, turn + 1 < work.num_tiles ? turn + 1 : turn);
+          partial(row, tile);
+        }
         for (; turn < work.num_tiles; ++turn) step<true>(false, 0);
         if (has_pending) finish();
         write(work);
@@ -144,12 +150,19 @@ struct QueryGrad {
       for (float& x : sum) x = 0;
     }
 
-    TREEGRPO_DEVICE void partial(int row, int key_tile) {
-      const int key = key_tile * kKeys;
-      const Tile seen = classify(row, kConsumerRows, key, kKeys, p.min_end[key_tile], p.max_end[key_tile]);
+    struct KeyTile {
+      int key, min_end, max_end;
+    };
+    TREEGRPO_DEVICE KeyTile key_tile(const QueryWork& work, int turn) {
+      const int tile = p.lists.indices[work.entry(turn)];
+      return {tile * kKeys, p.min_end[tile], p.max_end[tile]};
+    }
+
+    TREEGRPO_DEVICE void partial(int row, const KeyTile& tile) {
+      const Tile seen = classify(row, kConsumerRows, tile.key, kKeys, tile.min_end, tile.max_end);
       if (seen == Tile::kSkip) return skip();
-      if (has_pending) step<true>(seen == Tile::kPartial, key);
-      else step<false>(seen == Tile::kPartial, key);
+      if (has_pending) step<true>(seen == Tile::kPartial, tile.key);
+      else step<false>(seen == Tile::kPartial, tile.key);
     }
 
     // A key tile that only the other consumer needs. Its phase must have begun before it is handed on.
