@@ -7,7 +7,7 @@
 // order: the same inputs give the same bits.
 #pragma once
 
-#include "multiply.h"
+#include "walk.h"
 
 namespace treegrpo::sm90 {
 
@@ -41,24 +41,13 @@ struct QueryGrad {
   using Params = QueryGradParams<typename Machine::Map>;
   using Memory = QueryGradMemory<D>;
   using Sizing = QueryGradTile<D>;
+  using Walker = Walk<Machine, D, Sizing, Memory, Params>;
+  using KeyTile = typename Walker::KeyTile;
   static constexpr int kRows = Sizing::kRows, kKeys = Sizing::kKeys, kStages = Sizing::kStages;
 
   static TREEGRPO_DEVICE void run(Machine& m, const Params& p) {
     const uint32_t base = m.shared();
-    if (m.warpgroup() == 0 && m.thread() == 0) {
-      for (int i = 0; i < kConsumers; ++i) {
-        m.init_barrier(base + Memory::kQFull + 8 * i, 1);
-        m.init_barrier(base + Memory::kQFree + 8 * i, 1);
-      }
-      for (int i = 0; i < kStages; ++i) {
-        m.init_barrier(base + Memory::kKFull + 8 * i, 1);
-        m.init_barrier(base + Memory::kVFull + 8 * i, 1);
-        m.init_barrier(base + Memory::kKFree + 8 * i, kConsumers * kWarpsPerGroup);
-        m.init_barrier(base + Memory::kVFree + 8 * i, kConsumers * kWarpsPerGroup);
-      }
-      m.publish_barriers();
-    }
-    m.sync_block();
+    Walker::init_barriers(m, base, kConsumers);
     if (m.warpgroup() == 0) {
       m.template give_registers<24>();
       if (m.thread() == 0) produce(m, p, base);
@@ -81,20 +70,8 @@ struct QueryGrad {
         load<D>(m, p.q, base + Memory::kQ + consumer * Memory::kQueryBytes, Memory::kQueryPanel, row, work.head * D, full);
         load<D>(m, p.dout, base + Memory::kDout + consumer * Memory::kQueryBytes, Memory::kQueryPanel, row, work.head * D, full);
       }
-      const int column = work.head / p.sizes.group() * D;
-      for (int turn = 0; turn < work.num_tiles; ++turn, ring.template advance<kStages>()) {
-        const int row = p.lists.indices[work.entry(turn)] * kKeys;
-        fill(m, p.k, base, Memory::kK, Memory::kKFull, Memory::kKFree, ring, row, column);
-        fill(m, p.v, base, Memory::kV, Memory::kVFull, Memory::kVFree, ring, row, column);
-      }
+      Walker::stream(m, p, base, work, ring);
     }
-  }
-
-  static TREEGRPO_DEVICE void fill(Machine& m, const typename Machine::Map& map, uint32_t base, int tiles, int full, int free,
-                                   Place ring, int row, int column) {
-    m.wait(base + free + 8 * ring.slot, ring.phase ^ 1);
-    m.expect(base + full + 8 * ring.slot, Memory::kKeyBytes);
-    load<D>(m, map, base + tiles + ring.slot * Memory::kKeyBytes, Memory::kKeyPanel, row, column, base + full + 8 * ring.slot);
   }
 
   // 64 query rows of every work item of this program.
@@ -124,10 +101,10 @@ struct QueryGrad {
         // the loop over full tiles wants something pending
         const int row = work.tile * kRows + consumer * kConsumerRows;
         // looked up one tile ahead, for the loads take their time
-        KeyTile next = key_tile(work, 0);
+        KeyTile next = Walker::key_tile(p, work, 0);
         for (; turn < work.num_partial() || (turn < work.num_tiles && !has_pending); ++turn) {
           const KeyTile tile = next;
-          next = key_tile(work, turn + 1 < work.num_tiles ? turn + 1 : turn);
+          next = Walker::key_tile(p, work, turn + 1 < work.num_tiles ? turn + 1 : turn);
           partial(row, tile);
         }
         for (; turn < work.num_tiles; ++turn) step<true>(false, 0);
@@ -150,30 +127,18 @@ struct QueryGrad {
       for (float& x : sum) x = 0;
     }
 
-    struct KeyTile {
-      int key, min_end, max_end;
-    };
-    TREEGRPO_DEVICE KeyTile key_tile(const QueryWork& work, int turn) {
-      const int tile = p.lists.indices[work.entry(turn)];
-      return {tile * kKeys, p.min_end[tile], p.max_end[tile]};
-    }
-
     TREEGRPO_DEVICE void partial(int row, const KeyTile& tile) {
-      const Tile seen = classify(row, kConsumerRows, tile.key, kKeys, tile.min_end, tile.max_end);
+      const Tile seen = tile.seen_from(row);
       if (seen == Tile::kSkip) return skip();
       if (has_pending) step<true>(seen == Tile::kPartial, tile.key);
       else step<false>(seen == Tile::kPartial, tile.key);
     }
 
-    // A key tile that only the other consumer needs. Its phase must have begun before it is handed on.
+    // A key tile that only the other consumer needs.
     TREEGRPO_DEVICE void skip() {
       // the keys of the pending tile would keep the producer from filling the ring
       if (has_pending) finish();
-      m.wait(base + Memory::kKFull + 8 * ring.slot, ring.phase);
-      release(m, base + Memory::kKFree + 8 * ring.slot);
-      m.wait(base + Memory::kVFull + 8 * ring.slot, ring.phase);
-      release(m, base + Memory::kVFree + 8 * ring.slot);
-      ring.template advance<kStages>();
+      Walker::pass_on(m, base, ring);
     }
 
     // Score gradients of the next key tile; with kOverlap those of the pending one meet its keys meanwhile.
