@@ -70,7 +70,7 @@ def test_what_a_hopper_kernel_lacks_is_said(monkeypatch):
 @pytest.mark.skipif(native.cpu_reason() is not None, reason="_C, which holds the schema, is not built")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has the symbol itself")
 def test_object_loads_and_registers(tmp_path):
-    """A CPU torch lacks one symbol of those needed; with a stand-in the object loads and both ops register."""
+    """A CPU torch lacks one symbol of those needed; with a stand-in the object loads and its ops register."""
     source, stand_in = tmp_path / "stream.cpp", tmp_path / "libstream.so"
     source.write_text(
         'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { return *stream = 0, 0; }\n'
@@ -81,7 +81,7 @@ def test_object_loads_and_registers(tmp_path):
         f"ctypes.CDLL({str(stand_in)!r}, mode=ctypes.RTLD_GLOBAL)\n"
         "from treegrpo_kernels import native\n"
         "assert native._failure('_C') is None and native._failure('_C_cuda') is None, native._failure('_C_cuda')\n"
-        "for op in ('attn_fwd', 'attn_bwd'):\n"
+        "for op in ('attn_fwd', 'attn_bwd', 'sm90_fwd', 'sm90_bwd'):\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'treegrpo_native::{op}', 'CUDA'), op\n"
     )
     env = {"PYTHONPATH": str(ROOT / "kernels"), "PATH": "/usr/bin:/bin"}
