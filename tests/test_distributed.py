@@ -1,92 +1,64 @@
 """Two processes train as one does: groups dealt by cost, one process without any, parameters equal."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
+from distributed_worker import run
+from two_processes import DDP, two_processes
 
 from treegrpo import balance, build_forest, toy
-from treegrpo.config import TrainConfig
-from treegrpo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parent.parent
 
-# the same in one process and in two
-RUN = """
-import json, os, sys
-import torch
-from treegrpo.config import TrainConfig
-from treegrpo.trainer import Trainer
-
-torch.set_num_threads(1)
-settings, out = json.loads(sys.argv[1]), sys.argv[2]
-trainer = Trainer(TrainConfig(**settings))
-history = trainer.train()
-if trainer.accelerator.is_main_process:
-    torch.save([history, {name: p.detach() for name, p in trainer.policy.named_parameters()}], out)
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
-# what is done is done: gloo's threads may abort an interpreter that is being torn down
-os._exit(0)
-"""
+RUNS = {
+    "uneven": dict(groups_per_step=3, row_token_budget=200),
+    "one_empty": dict(groups_per_step=1, loss_type="dapo"),
+    "calls_iterations_reference": dict(
+        groups_per_step=2, samples="call", num_iterations=2, gradient_accumulation_steps=2, beta=0.05
+    ),
+    "chain": dict(groups_per_step=3, attention="chain"),
+    "lora": dict(groups_per_step=3, lora_r=3, beta=0.05, gradient_checkpointing=True),
+    "checkpointing": dict(groups_per_step=1, gradient_checkpointing=True),
+}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("tiny"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
 
 
-def settings(files, folder, **changes):
+@pytest.fixture(scope="module")
+def files(folder):
+    return tiny.write(folder)
+
+
+def settings(files, name):
     rollouts, model = files
-    base = dict(rollouts=f"replay:{rollouts}", model=str(model), output_dir=str(folder), max_steps=3)
+    base = dict(rollouts=f"replay:{rollouts}", model=str(model), output_dir=str(rollouts.parent / name), max_steps=3)
     base |= dict(learning_rate=2e-3, save_strategy="no", disable_tqdm=True)
-    return base | changes
+    return base | RUNS[name.partition("-")[2]]
 
 
-def one_process(**options):
-    trainer = Trainer(TrainConfig(**options))
-    history = trainer.train()
-    return history, {name: p.detach() for name, p in trainer.policy.named_parameters()}
+@pytest.fixture(scope="module")
+def shared(folder, files):
+    """All runs of two processes, in one launch."""
+    return two_processes(folder, {n: dict(settings=settings(files, f"two-{n}"), environment=DDP) for n in RUNS})
 
 
-def two_processes(out, **options):
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = out.with_suffix(".py")
-    script.write_text(RUN)
-    command = [*launch, str(script), json.dumps(options), str(out)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(groups_per_step=3, row_token_budget=200),
-        dict(groups_per_step=1, loss_type="dapo"),
-        dict(groups_per_step=2, samples="call", num_iterations=2, gradient_accumulation_steps=2, beta=0.05),
-        dict(groups_per_step=3, attention="chain"),
-    ],
-    ids=["uneven", "one_empty", "calls_iterations_reference", "chain"],
-)
-def test_two_processes_train_as_one(files, tmp_path, changes):
-    history, parameters = one_process(**settings(files, tmp_path / "one", **changes))
-    shared, found = two_processes(tmp_path / "two.pt", **settings(files, tmp_path / "two", **changes))
-    assert max(float((found[name] - p).abs().max()) for name, p in parameters.items()) < 1e-6
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(files, shared, name):
+    history, parameters, gradients = run(settings(files, f"one-{name}"))
+    assert not isinstance(shared[name], str), shared[name]
+    rows, found, found_gradients = shared[name]
+    assert max(float((found[n] - p).abs().max()) for n, p in parameters.items()) < 1e-6
+    assert max(float((found_gradients[n] - g).abs().max()) for n, g in gradients.items()) < 1e-6
     # not unique tokens: groups on two processes cannot share a beginning
-    for name in ("loss", "grad_norm", "tree/chain_tokens", "num_tokens", "entropy", "ratio/min"):
-        got, want = ([row.get(name) for row in rows] for rows in (shared, history))
-        assert got == pytest.approx(want, rel=1e-4, abs=1e-6, nan_ok=True), name
+    for key in ("loss", "grad_norm", "tree/chain_tokens", "num_tokens", "entropy", "ratio/min"):
+        got, want = ([row.get(key) for row in every] for every in (rows, history))
+        assert got == pytest.approx(want, rel=1e-4, abs=1e-6, nan_ok=True), key
     assert all(row["batch/rank_imbalance"] == 1.0 for row in history)
-    imbalance = [row["batch/rank_imbalance"] for row in shared]
-    assert all(1.0 <= x <= 2.0 for x in imbalance) and (changes["groups_per_step"] > 1 or imbalance == [2.0] * 3)
+    imbalance = [row["batch/rank_imbalance"] for row in rows]
+    assert all(1.0 <= x <= 2.0 for x in imbalance) and (RUNS[name]["groups_per_step"] > 1 or imbalance == [2.0] * 3)
 
 
 def test_groups_are_dealt_longest_first():

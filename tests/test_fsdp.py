@@ -1,21 +1,24 @@
 """FSDP2 on two gloo processes trains as one process does; a checkpoint resumes with any number of them."""
 
 import json
-import os
-import subprocess
+import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from distributed_worker import run
+import yaml
+from distributed_worker import gradients, run
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+from two_processes import DDP, FSDP2, KEEP, RESHARD, ROOT, run_command, two_processes
+
+from treegrpo import checkpoint, models
+from treegrpo.cli import main
+from treegrpo.config import TrainConfig
+from treegrpo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parent.parent
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-FSDP2 |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
-RESHARD, KEEP = {"FSDP_RESHARD_AFTER_FORWARD": "true"}, {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 TIED = {"tie_word_embeddings": True}
 
 # name: (settings, environment, model)
@@ -35,10 +38,10 @@ RUNS = {
     "lora_empty": (dict(groups_per_step=1, lora_r=3, num_iterations=2), KEEP, {}),
     "clipped": (dict(groups_per_step=3, max_grad_norm=1e-2), RESHARD, {}),
 }
+BF16 = dict(groups_per_step=3, bf16=True, beta=0.05, max_steps=1)
 # cut after step 3, the first of the two updates on its groups
 CUT = dict(groups_per_step=3, num_iterations=2, max_steps=5, lr_scheduler_type="cosine", warmup_steps=2, beta=0.05)
 SAVING = dict(save_strategy="steps", save_steps=3)
-DDP = {"ACCELERATE_USE_FSDP": "false"}
 LORA = dict(lora_r=3)
 # what the second half runs on: written by (processes, environment), resumed by (processes, environment), settings
 RESUMED = {
@@ -50,6 +53,19 @@ RESUMED = {
     "lora_2_to_1": ("two_lora", None, LORA),
     "lora_1_to_2": ("one_lora", FSDP2, LORA),
 }
+# (units, freed after forward, tied embeddings, checkpointing)
+UNITS = [
+    (units, reshard, tied, False)
+    for units in ("root", "layers", "tail")
+    for reshard in (True, False)
+    for tied in (True, False)
+]
+UNITS += [
+    ("head", True, False, False),
+    ("head", True, False, True),
+    ("tail", True, True, True),
+    ("layers", False, True, True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +78,9 @@ def settings(folder, name, changes, model=None):
     files.mkdir(exist_ok=True)
     rollouts, config = tiny.write(files, **(model or {}))
     base = dict(rollouts=f"replay:{rollouts}", model=str(config), output_dir=str(folder / name), max_steps=3)
-    # Adam divides gradients by their size: with its own epsilon a rounding of 1e-9 in one of 5e-8 shows as 4e-6 in a weight
+    # Adam divides gradients by their size: with its own epsilon 1e-9 in one of 5e-8 shows as 4e-6 in a weight
     base |= dict(learning_rate=2e-3, adam_epsilon=1e-3, save_strategy="no", disable_tqdm=True)
     return base | changes
-
-
-def two_processes(folder, jobs):
-    """What each job `(name, settings, environment)` gave, by name."""
-    spec = [dict(settings=s, environment=e, out=str(folder / f"{name}.pt")) for name, s, e in jobs]
-    (folder / "jobs.json").write_text(json.dumps(spec))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "tests" / "distributed_worker.py"), str(folder / "jobs.json")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name, _, _ in jobs}
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +93,26 @@ def whole(folder):
 @pytest.fixture(scope="module")
 def shared(folder, whole):
     """All runs of two processes, in one launch."""
-    jobs = [(name, settings(folder, f"two-{name}", s, model), FSDP2 | e) for name, (s, e, model) in RUNS.items()]
     full = FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-    jobs += [("two_sharded", settings(folder, "two_sharded", CUT | SAVING), FSDP2 | KEEP)]
-    jobs += [("two_full", settings(folder, "two_full", CUT | SAVING), full)]
-    jobs += [("two_lora", settings(folder, "two_lora", CUT | LORA | SAVING), FSDP2)]
+    runs = {name: (settings(folder, f"two-{name}", s, model), FSDP2 | e) for name, (s, e, model) in RUNS.items()}
+    runs["two_sharded"] = settings(folder, "two_sharded", CUT | SAVING), FSDP2 | KEEP
+    runs["two_full"] = settings(folder, "two_full", CUT | SAVING), full
+    runs["two_lora"] = settings(folder, "two_lora", CUT | LORA | SAVING), FSDP2
     for name, (written, environment, changes) in RESUMED.items():
         if environment is not None:
-            jobs.append((name, resumed_settings(folder, name, written, changes), environment))
+            runs[name] = resumed_settings(folder, name, written, changes), environment
+    runs["bf16"] = settings(folder, "two-bf16", BF16), FSDP2 | RESHARD
+    sampled = settings(folder, "sampled", dict(rollouts="hf", dataset=str(ROOT / "README.md"), env="calculator"))
+    runs["sampled"] = sampled, FSDP2
+    jobs = {name: dict(settings=s, environment=e) for name, (s, e) in runs.items()}
+    jobs |= {str(case): dict(gradients=gradient_arguments(folder, *case)) for case in UNITS}
     return two_processes(folder, jobs)
+
+
+def gradient_arguments(folder, units, reshard, tied, checkpointing):
+    given = settings(folder, "", {}, TIED if tied else {})
+    rollouts = given["rollouts"].removeprefix("replay:")
+    return dict(rollouts=rollouts, model=given["model"], units=units, reshard=reshard, checkpointing=checkpointing)
 
 
 def resumed_settings(folder, name, written, changes):
@@ -121,6 +136,31 @@ def test_two_processes_train_as_one(folder, shared, name):
             assert got == pytest.approx(want, rel=1e-4, abs=1e-6, nan_ok=True), key
 
 
+def test_bf16_stays_near_one_process_and_keeps_float32_weights(folder, shared):
+    """Gathered in bfloat16, so the residual stream is bfloat16 too; one process rounds its products only."""
+    history, parameters, gradients_of_one = run(settings(folder, "one-bf16", BF16))
+    rows, found, found_gradients = shared["bf16"]
+    assert rows[0]["entropy"] == pytest.approx(history[0]["entropy"], rel=0.02)
+    assert rows[0]["grad_norm"] == pytest.approx(history[0]["grad_norm"], rel=0.1)
+    assert {p.dtype for p in found.values()} == {g.dtype for g in found_gradients.values()} == {torch.float32}
+    moved = max(float((found[n] - p).abs().max()) for n, p in parameters.items())
+    # gathered in bfloat16 indeed
+    assert 0 < moved < 5e-3 and found_gradients.keys() == gradients_of_one.keys()
+
+
+def test_engines_that_sample_are_refused(shared):
+    assert "no engine samples from sharded weights" in shared["sampled"]
+
+
+@pytest.mark.parametrize("case", UNITS, ids=lambda case: "-".join(map(str, case)))
+def test_log_probs_have_their_gradients_however_the_model_is_cut(folder, shared, case):
+    want = gradients(**gradient_arguments(folder, *case) | dict(units=""))
+    found = shared[str(case)]
+    assert found.keys() == want.keys() and len(want) > 20
+    for name, gradient in want.items():
+        assert float((found[name] - gradient).abs().max()) <= 1e-6 * max(1.0, float(gradient.abs().max())), name
+
+
 @pytest.mark.parametrize("name", RESUMED)
 def test_another_number_of_processes_resumes(folder, whole, shared, name):
     written, environment, changes = RESUMED[name]
@@ -135,3 +175,103 @@ def test_another_number_of_processes_resumes(folder, whole, shared, name):
     assert max(float((found[n] - p).abs().max()) for n, p in parameters.items()) < 1e-6
     for key in ("loss", "grad_norm", "kl", "ratio/max", "learning_rate", "num_tokens"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in history[3:]], rel=1e-4, abs=1e-6), key
+
+
+def weights(path):
+    return dict(AutoModelForCausalLM.from_pretrained(path, local_files_only=True).named_parameters())
+
+
+def test_checkpoints_become_folders_that_load_anywhere(folder, shared, tmp_path):
+    last = folder / "two_sharded" / "checkpoint-5"
+    assert {file.name for file in last.iterdir()} >= {"shards", "config.json", "manifest.json", "optimizer.pt"}
+    assert not list(last.rglob("*.metadata")) and not list(last.rglob("*.pkl"))
+    held = [set(safe_open(file, "pt").keys()) for file in (last / "shards").glob("*.safetensors")]
+    # both processes hold a part of every weight
+    assert len(held) == 2 and all(sum(name.startswith("weight.") for name in names) > 20 for names in held)
+    with pytest.raises(ValueError, match="treegrpo export"):
+        models.build_model(last, 0)
+    assert main(["export", str(last), str(tmp_path / "out")]) == 0
+    exported, parameters = weights(tmp_path / "out"), shared["two_sharded"][1]
+    assert all(torch.equal(exported[name], p) for name, p in parameters.items())
+    # FULL_STATE_DICT needs no export
+    loaded = weights(folder / "two_full" / "checkpoint-5")
+    assert all(torch.equal(loaded[name], p) for name, p in shared["two_full"][1].items())
+
+
+def test_adapters_are_merged_on_export(folder, shared, tmp_path):
+    last = folder / "two_lora" / "checkpoint-5"
+    assert (last / "adapter_model.safetensors").is_file() and not (last / "shards").exists()
+    assert main(["export", str(last), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(last), str(tmp_path / "out")]) == 2
+    exported, parameters = weights(tmp_path / "out"), shared["two_lora"][1]
+    name = "model.layers.1.mlp.up_proj"
+    base, a, b = (parameters[f"base_model.model.{name}.{part}.weight"] for part in _PARTS)
+    merged = base + 16 / LORA["lora_r"] * b @ a
+    assert float((b @ a).abs().max()) > 1e-6 and exported[f"{name}.weight"].dtype == torch.bfloat16
+    assert torch.equal(exported[f"{name}.weight"], merged.bfloat16())
+
+
+_PARTS = ("base_layer", "lora_A.default", "lora_B.default")
+
+
+def test_a_cut_shard_is_refused(folder, shared):
+    path = folder / "two_sharded" / "checkpoint-5"
+    shard = max((path / "shards").iterdir())
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=rf"damaged: shards/{shard.name} has .* bytes instead of"):
+        checkpoint.check(path)
+    shard.write_bytes(content)
+    checkpoint.check(path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder, shared, tmp_path):
+    path = tmp_path / "checkpoint-3"
+    shutil.copytree(folder / "two_sharded" / "checkpoint-3", path)
+    config = json.loads((path / "config.json").read_text()) | {"intermediate_size": 64}
+    (path / "config.json").write_text(json.dumps(config))
+    sizes = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(sizes | {"config.json": (path / "config.json").stat().st_size}))
+    with pytest.raises(ValueError, match=r"holds \(48, 32\) for model.layers.0.mlp.*, the model \(64, 32\)"):
+        Trainer(TrainConfig(**settings(folder, "wide", CUT | dict(resume_from_checkpoint=str(path)))))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 1 .*set it to 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient-checkpointing"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP or NO_WRAP"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: bf16 .*--bf16"),
+    ],
+)
+def test_what_accelerate_may_ask_and_we_cannot_do_is_refused(folder, monkeypatch, environment, message):
+    for name, value in (FSDP2 | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        Trainer(TrainConfig(**settings(folder, "refused", {})))
+    assert not (folder / "refused").exists()
+
+
+def test_accelerate_launches_the_example_config(folder, tmp_path):
+    """The command of the documentation, down to the model it leaves."""
+    changes = dict(groups_per_step=3, save_strategy="steps", lr_scheduler_type="constant")
+    config = settings(folder, "launched", changes)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "examples" / "fsdp2.yaml"),
+    ]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
+    run_command([*launch, "-m", "treegrpo", "train", "--config", str(tmp_path / "run.yaml")])
+    last = folder / "launched" / "checkpoint-3"
+    assert len(list((last / "shards").iterdir())) == 2
+    assert main(["export", str(last), str(tmp_path / "out")]) == 0
+    parameters = run(settings(folder, "alone", changes | dict(save_strategy="no")))[1]
+    exported = weights(tmp_path / "out")
+    assert max(float((exported[name] - p).detach().abs().max()) for name, p in parameters.items()) < 1e-6

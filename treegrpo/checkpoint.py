@@ -72,6 +72,7 @@ def save(
     if parallel.is_main:
         if is_sharded:
             policy.config.save_pretrained(temporary)
+            policy.generation_config.save_pretrained(temporary)
         else:
             policy.save_pretrained(temporary, state_dict=weights)
         torch.save({"optimizer": moments, "schedule": schedule}, temporary / "optimizer.pt")

@@ -1,4 +1,4 @@
-"""Command line: `treegrpo doctor | inspect | flops | train | eval | report | convert | demo | study`."""
+"""Command line: `treegrpo doctor | inspect | flops | train | eval | export | report | convert | demo | study`."""
 
 from __future__ import annotations
 
@@ -178,6 +178,29 @@ def _sampled_evaluation(
     return evaluate_sampled(settings)
 
 
+def export(
+    checkpoint: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    /,
+    config: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Write the model of a checkpoint, sharded or with adapters, as one folder that from_pretrained reads.
+
+    Args:
+        checkpoint: A checkpoint folder of a run.
+        out: The folder to write; it must not exist.
+        config: The run's settings; default config.yaml beside the checkpoint.
+        dtype: Of the weights written.
+    """
+    import torch
+
+    from treegrpo.export import export as write
+
+    _quiet_transformers()
+    print(f"wrote {write(checkpoint, out, config=config, dtype=getattr(torch, dtype))}")
+
+
 def report(run_dir: tyro.conf.Positional[Path], /) -> None:
     """PNG curves and a one-page summary of a run, written into its folder.
 
@@ -342,7 +365,7 @@ def _commands(defaults: TrainConfig) -> dict[str, Callable]:
 
     _train.__doc__ = train.__doc__
     named = {"doctor": doctor, "inspect": inspect, "flops": flops, "train": _train, "eval": evaluate}
-    return {**named, "report": report, "convert": convert, "demo": demo, "study": study}
+    return {**named, "export": export, "report": report, "convert": convert, "demo": demo, "study": study}
 
 
 def main(argv: list[str] | None = None) -> int:

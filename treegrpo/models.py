@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,7 @@ def build_model(
     options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
     if Path(path).is_dir() and weights:
         if quantization is not None:
+            _check_bitsandbytes()
             options |= {"quantization_config": quantization, "device_map": {"": device or torch.device("cpu")}}
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -95,6 +98,10 @@ def build_model(
             raise ValueError(f"load_in_4bit needs a folder with weights, model={str(path)!r} is a config file")
         with seeded(seed):
             model = AutoModelForCausalLM.from_config(config, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights in a forward in eval mode, and have no gradients from then on
+            module.support_avx512bf16_for_cpu = False
     return use_tree_attention(model)
 
 
@@ -112,13 +119,20 @@ def build_policy(
     else:
         model = build_model(config.model, config.seed, quantization=_quantization(config), device=device)
         if config.load_in_4bit and dequantize:
-            model = model.dequantize()
+            # before transformers 5 it takes no dtype, and gives the model's own
+            takes_dtype = "dtype" in inspect.signature(model.dequantize).parameters
+            model = model.dequantize(**({"dtype": torch.float32} if takes_dtype else {}))
         model = _with_adapters(model, config, checkpoint)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora_r:
             model.enable_input_require_grads()
     return model.train()
+
+
+def _check_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
 
 
 def _quantization(config: TrainConfig) -> Any:

@@ -148,6 +148,8 @@ class Trainer:
     def steps(self) -> Iterator[dict[str, Any]]:
         """The same run, one optimiser step and its metrics at a time; ends by itself."""
         config, main = self.config, self.accelerator.is_main_process
+        # another process may still be looking whether output_dir holds a run
+        self.accelerator.wait_for_everyone()
         metrics_file = self._open_output() if main else None
         with progress_bar(
             config.attention, self.step, config.max_steps, enabled=main and not config.disable_tqdm
