@@ -118,6 +118,14 @@ def extension(kind: str) -> Extension:
     )
 
 
+def forget_older_than_headers(objects: Path) -> None:
+    """Delete objects older than a header: with a CPU torch its BuildExtension tells ninja of no header of a .cu file."""
+    newest = max(path.stat().st_mtime for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern))
+    for path in objects.rglob("*.o"):
+        if path.stat().st_mtime < newest:
+            path.unlink()
+
+
 def wanted() -> list[Extension]:
     choice = os.environ.get("TREEGRPO_BUILD", "auto")
     if choice not in ("auto", "cpu", "cuda", "none"):
@@ -145,6 +153,7 @@ def builder() -> type:
         def build_extension(self, ext: Extension) -> None:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
             os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, memory // GIGABYTES_PER_JOB))))
+            forget_older_than_headers(Path(self.build_temp) / "csrc" / "cuda")
             try:
                 super().build_extension(ext)
             except Exception as error:
