@@ -119,7 +119,7 @@ def extension(kind: str) -> Extension:
 
 
 def forget_older_than_headers(objects: Path) -> None:
-    """Delete objects older than a header: with a CPU torch its BuildExtension tells ninja of no header of a .cu file."""
+    """Delete objects older than a header: with a CPU torch, BuildExtension tells ninja of no header of a .cu file."""
     newest = max(path.stat().st_mtime for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern))
     for path in objects.rglob("*.o"):
         if path.stat().st_mtime < newest:
