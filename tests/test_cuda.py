@@ -61,6 +61,7 @@ def test_what_a_hopper_kernel_lacks_is_said(monkeypatch):
     assert Kernel("sm_90a", name, 168, 0, counts).faults == []
     assert Kernel("sm_90a", name, 168, 0, counts).readable == "sm90 dkv_kernel<128, bf16, dq>"
     assert Kernel("sm_90a", name, 168, 8, counts).faults == ["SPILLS"]
+    assert Kernel("sm_90a", name, 128, 0, counts).faults == ["not 168 registers"]
     assert Kernel("sm_90a", name, 168, 0, counts | {"HGMMA": 0}).faults == ["no HGMMA"]
     assert "40 waits" in Kernel("sm_90a", name, 168, 0, counts | {"WARPGROUP.DEPBAR": 40}).faults[0]
 

@@ -24,6 +24,8 @@ LINE = re.compile(r"Function (?P<name>\S+?):\s+REG:(?P<reg>\d+) STACK:(?P<stack>
 # cuobjdump reads several architectures: parts open with this
 ARCH = re.compile(r"arch = (\S+)")
 INSTRUCTIONS = ("HGMMA", "UTMALDG", "USETMAXREG", "WARPGROUP.DEPBAR")
+# a thread's registers at the start, of which 384 threads fill a multiprocessor's file before setmaxnreg shares them out
+REGISTERS = 168
 # waits for products that the source of a Hopper kernel has, each place where it is inlined counted
 WAITS = {"forward": 7, "dq": 10, "dkv": 6, "dkv, dq": 12}
 
@@ -59,6 +61,8 @@ class Kernel:
         found = ["SPILLS"] if self.stack else []
         if self.hopper:
             found += [f"no {name}" for name in INSTRUCTIONS if not self.counts[name]]
+            if self.registers != REGISTERS:
+                found.append(f"not {REGISTERS} registers")
             waits = self.counts["WARPGROUP.DEPBAR"]
             if waits > WAITS[self.hopper]:
                 found.append(f"{waits} waits for products, not {WAITS[self.hopper]}")
