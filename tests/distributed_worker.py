@@ -1,7 +1,7 @@
 """Work for the processes of torch's launcher, one job after another: `distributed_worker.py JOBS.json`.
 
 A job is {"settings": of TrainConfig, "environment": what the launcher would set, "out": file}: the main process
-writes `[history, parameters, gradients of the first step]` there, every tensor whole, or as text what was raised. With
+writes `[history, parameters, gradients of the first step, numbers held]` there, or as text what was raised. With
 "gradients" in place of "settings" it holds the arguments of `gradients`, whose result is written.
 """
 
@@ -20,6 +20,7 @@ from treegrpo.trainer import Trainer
 
 
 def run(settings: dict) -> list:
+    """Tensors come whole; the numbers held are those of this process: of the policy, of AdamW, of the reference."""
     kept = {}
 
     def keep(step, model):
@@ -28,7 +29,15 @@ def run(settings: dict) -> list:
 
     trainer = Trainer(TrainConfig(**settings), on_gradients=keep)
     history = trainer.train()
-    return [history, {name: full(p.detach()).clone() for name, p in trainer.policy.named_parameters()}, kept]
+    moments = [state["exp_avg"] for state in trainer.optimizer.state.values()]
+    reference = trainer.reference.model.parameters() if trainer.reference and trainer.reference.model else []
+    held = [sum(map(num_held, tensors)) for tensors in (trainer.policy.parameters(), moments, reference)]
+    parameters = {name: full(p.detach()).clone() for name, p in trainer.policy.named_parameters()}
+    return [history, parameters, kept, held]
+
+
+def num_held(tensor: torch.Tensor) -> int:
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
 
 
 def gradients(rollouts: str, model: str, units: str, reshard: bool, checkpointing: bool) -> dict[str, torch.Tensor]:

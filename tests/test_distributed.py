@@ -47,9 +47,9 @@ def shared(folder, files):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(files, shared, name):
-    history, parameters, gradients = run(settings(files, f"one-{name}"))
+    history, parameters, gradients, _ = run(settings(files, f"one-{name}"))
     assert not isinstance(shared[name], str), shared[name]
-    rows, found, found_gradients = shared[name]
+    rows, found, found_gradients, _ = shared[name]
     assert max(float((found[n] - p).abs().max()) for n, p in parameters.items()) < 1e-6
     assert max(float((found_gradients[n] - g).abs().max()) for n, g in gradients.items()) < 1e-6
     # not unique tokens: groups on two processes cannot share a beginning

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from boxes import online_config
 from distributed_worker import gradients, run
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -91,7 +92,7 @@ def whole(folder):
 
 
 @pytest.fixture(scope="module")
-def shared(folder, whole):
+def shared(folder, whole, box):
     """All runs of two processes, in one launch."""
     full = FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     runs = {name: (settings(folder, f"two-{name}", s, model), FSDP2 | e) for name, (s, e, model) in RUNS.items()}
@@ -102,11 +103,23 @@ def shared(folder, whole):
         if environment is not None:
             runs[name] = resumed_settings(folder, name, written, changes), environment
     runs["bf16"] = settings(folder, "two-bf16", BF16), FSDP2 | RESHARD
-    sampled = settings(folder, "sampled", dict(rollouts="hf", dataset=str(ROOT / "README.md"), env="calculator"))
-    runs["sampled"] = sampled, FSDP2
     jobs = {name: dict(settings=s, environment=e) for name, (s, e) in runs.items()}
+    jobs |= online_jobs(folder, box)
     jobs |= {str(case): dict(gradients=gradient_arguments(folder, *case)) for case in UNITS}
     return two_processes(folder, jobs)
+
+
+def online_jobs(folder, box):
+    """The same sampled run with plain data parallelism, sharded, and its second half from a checkpoint."""
+    changes = dict(groups_per_step=4, max_steps=3, adam_epsilon=1e-3, eval_dataset=str(box / "train.jsonl"))
+    changes |= dict(eval_steps=2, eval_rows=3, save_strategy="steps", save_steps=2)
+    resumed = dict(resume_from_checkpoint=str(folder / "online-fsdp2" / "checkpoint-2"))
+    jobs = {}
+    for name, environment, more in (("ddp", DDP, {}), ("fsdp2", FSDP2 | RESHARD, {}), ("on", FSDP2 | KEEP, resumed)):
+        given = online_config(box, folder / f"online-{name}", **changes, **more).to_dict()
+        cache = {"XDG_CACHE_HOME": str(folder / "cache")}
+        jobs[f"online-{name}"] = dict(settings=given, environment=environment | cache)
+    return jobs
 
 
 def gradient_arguments(folder, units, reshard, tied, checkpointing):
@@ -123,9 +136,9 @@ def resumed_settings(folder, name, written, changes):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(folder, shared, name):
     changes, _, model = RUNS[name]
-    history, parameters, gradients = run(settings(folder, f"one-{name}", changes, model))
+    history, parameters, gradients, _ = run(settings(folder, f"one-{name}", changes, model))
     assert not isinstance(shared[name], str), shared[name]
-    rows, found, found_gradients = shared[name]
+    rows, found, found_gradients, _ = shared[name]
     assert found.keys() == parameters.keys() and found_gradients.keys() == gradients.keys()
     assert max(float(g.abs().max()) for g in gradients.values()) > 1e-4
     assert max(float((found_gradients[n] - g).abs().max()) for n, g in gradients.items()) < 1e-7
@@ -136,10 +149,21 @@ def test_two_processes_train_as_one(folder, shared, name):
             assert got == pytest.approx(want, rel=1e-4, abs=1e-6, nan_ok=True), key
 
 
+@pytest.mark.parametrize("name", ["tied_kept", "lora", "everything"])
+def test_each_process_holds_its_part(folder, shared, name):
+    changes, _, model = RUNS[name]
+    whole = run(settings(folder, f"held-{name}", changes, model))[3]
+    part = shared[name][3]
+    # rows do not divide evenly
+    for here, everything in zip(part, whole, strict=True):
+        assert abs(here - everything / 2) <= 0.1 * everything
+    assert whole[0] > 15_000 and bool(whole[2]) == (name != "lora")
+
+
 def test_bf16_stays_near_one_process_and_keeps_float32_weights(folder, shared):
     """Gathered in bfloat16, so the residual stream is bfloat16 too; one process rounds its products only."""
-    history, parameters, gradients_of_one = run(settings(folder, "one-bf16", BF16))
-    rows, found, found_gradients = shared["bf16"]
+    history, parameters, gradients_of_one, _ = run(settings(folder, "one-bf16", BF16))
+    rows, found, found_gradients, _ = shared["bf16"]
     assert rows[0]["entropy"] == pytest.approx(history[0]["entropy"], rel=0.02)
     assert rows[0]["grad_norm"] == pytest.approx(history[0]["grad_norm"], rel=0.1)
     assert {p.dtype for p in found.values()} == {g.dtype for g in found_gradients.values()} == {torch.float32}
@@ -148,8 +172,18 @@ def test_bf16_stays_near_one_process_and_keeps_float32_weights(folder, shared):
     assert 0 < moved < 5e-3 and found_gradients.keys() == gradients_of_one.keys()
 
 
-def test_engines_that_sample_are_refused(shared):
-    assert "no engine samples from sharded weights" in shared["sampled"]
+def test_trees_are_sampled_from_sharded_weights(folder, shared):
+    """Engines sample from a whole copy, which follows the weights: as with plain data parallelism."""
+    (plain, weights, _, _), (sharded, own, _, _) = shared["online-ddp"], shared["online-fsdp2"]
+    for a, b in zip(plain, sharded, strict=True):
+        for name in ("reward", "rollout/generated_tokens", "rollout/leaves", "rewards/token_reward/mean"):
+            assert b[name] == a[name], name
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3, abs=1e-6)
+        assert b.get("eval_completions/mean_length") == a.get("eval_completions/mean_length")
+        assert b["sampling/sampling_logp_difference/max"] < 1e-4
+    assert max(float((own[name] - p).abs().max()) for name, p in weights.items()) < 1e-5
+    assert max(float((shared["online-on"][1][name] - p).abs().max()) for name, p in own.items()) < 1e-6
+    assert (folder / "online-fsdp2" / "best" / "shards").is_dir()
 
 
 @pytest.mark.parametrize("case", UNITS, ids=lambda case: "-".join(map(str, case)))
@@ -164,13 +198,13 @@ def test_log_probs_have_their_gradients_however_the_model_is_cut(folder, shared,
 @pytest.mark.parametrize("name", RESUMED)
 def test_another_number_of_processes_resumes(folder, whole, shared, name):
     written, environment, changes = RESUMED[name]
-    history, parameters, _ = whole["one_lora" if changes else "one"]
+    history, parameters, _, _ = whole["one_lora" if changes else "one"]
     if environment is None:
         assert not isinstance(shared[written], str), shared[written]
-        rows, found, _ = run(resumed_settings(folder, name, written, changes))
+        rows, found, _, _ = run(resumed_settings(folder, name, written, changes))
     else:
         assert not isinstance(shared[name], str), shared[name]
-        rows, found, _ = shared[name]
+        rows, found, _, _ = shared[name]
     assert [row["step"] for row in rows] == [4, 5]
     assert max(float((found[n] - p).abs().max()) for n, p in parameters.items()) < 1e-6
     for key in ("loss", "grad_norm", "kl", "ratio/max", "learning_rate", "num_tokens"):

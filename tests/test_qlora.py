@@ -106,17 +106,19 @@ def test_two_processes_train_as_one(folder, trained):
         ),
     }
     for name, result in two_processes(folder, jobs).items():
-        history, parameters, gradients = result
+        history, parameters, gradients, _ = result
         assert largest(gradients, trained[2]) < 1e-6, name
         assert largest(parameters, trained[1]) < 1e-6, name
         assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in trained[0]], rel=1e-4), name
     # one process goes on from what two sharded ones wrote
     resume = str(folder / "fsdp2" / "checkpoint-3")
-    rows, found, _ = run(
+    rows, found, _, _ = run(
         settings(folder, "on", max_steps=5, lr_scheduler_type="constant", resume_from_checkpoint=resume)
     )
     resume = str(folder / "tree" / "checkpoint-3")
-    _, alone, _ = run(settings(folder, "off", max_steps=5, lr_scheduler_type="constant", resume_from_checkpoint=resume))
+    _, alone, _, _ = run(
+        settings(folder, "off", max_steps=5, lr_scheduler_type="constant", resume_from_checkpoint=resume)
+    )
     assert [row["step"] for row in rows] == [4, 5] and largest(found, alone) < 1e-6
 
 

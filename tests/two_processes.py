@@ -13,7 +13,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # the sources tested here, whatever is installed
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests"))),
+    "OMP_NUM_THREADS": "1",
+}
 DDP = {"ACCELERATE_USE_FSDP": "false"}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 FSDP2 |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}

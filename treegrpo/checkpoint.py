@@ -163,7 +163,7 @@ def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[int, to
         optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         for file in sorted(path.glob(f"{_OLD}*.pt")):
             old |= torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+    except (OSError, RuntimeError, EOFError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"checkpoint {path} is damaged ({error}); resume from another checkpoint") from error
     return state, optimizer, old
 

@@ -129,15 +129,17 @@ class Parallel:
         its parameters DTensors from here on, so optimisers are made afterwards."""
         if self.sharding is None:
             return self.accelerator.prepare(model)
-        return self._shard(model, keep_root=True)
+        # The root holds the head, which backward needs first: freeing it in between gains nothing.
+        return self._shard(model, self.sharding.reshard_after_forward, reshard_root=False)
 
     def wrap_frozen(self, model: nn.Module) -> nn.Module:
         """The same for a model that is never trained."""
         if self.sharding is None:
             return model.to(self.device)
-        return self._shard(model, keep_root=False)
+        # without a backward nothing else would free what was gathered
+        return self._shard(model, reshard=True, reshard_root=True)
 
-    def _shard(self, model: nn.Module, keep_root: bool) -> nn.Module:
+    def _shard(self, model: nn.Module, reshard: bool, reshard_root: bool) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -146,7 +148,7 @@ class Parallel:
         options: dict[str, Any] = {
             "mesh": init_device_mesh(self.device.type, (self.accelerator.num_processes,)),
             "mp_policy": precision,
-            "reshard_after_forward": self.sharding.reshard_after_forward,
+            "reshard_after_forward": reshard,
             # packed 4-bit weights are whole on every process
             "ignored_params": {p for p in model.parameters() if not p.is_floating_point()},
         }
@@ -155,16 +157,7 @@ class Parallel:
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         if not {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}:
             fully_shard(embedding, **options)
-        # The root holds the head, which backward needs first: freeing it in between gains nothing.
-        return fully_shard(model, **options | {"reshard_after_forward": not keep_root})
-
-    def reshard(self, model: nn.Module) -> None:
-        """Frees gathered weights that a forward without backward left behind, old values after the next update."""
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        return fully_shard(model, **options | {"reshard_after_forward": reshard_root})
 
     @contextlib.contextmanager
     def accumulation(self, model: nn.Module, is_last: bool) -> Iterator[None]:
@@ -211,3 +204,13 @@ def full_like(value: Tensor, like: Tensor) -> Tensor:
 
     # each process cuts its own part out of what it read, nothing is sent
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module) -> None:
+    """Fills `target`, whole on every process, from the trained parameters of `source`, which may be sharded; every
+    process calls it."""
+    into = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        if parameter.requires_grad:
+            into[name].copy_(full(parameter))

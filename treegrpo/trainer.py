@@ -23,7 +23,7 @@ from treegrpo import models, step
 from treegrpo.config import TrainConfig
 from treegrpo.interrupt import uninterrupted
 from treegrpo.metrics import MetricsFile, StepMetrics
-from treegrpo.parallel import Parallel
+from treegrpo.parallel import Parallel, copy_weights
 from treegrpo.report import RunProgress, progress_bar
 from treegrpo.rollout import build
 from treegrpo.rollout.engine import EngineError
@@ -100,11 +100,6 @@ class Trainer:
         self.accelerator = self.parallel.accelerator
         self.device = self.parallel.device
         self._check_backend()
-        if self.parallel.sharding is not None and not is_logged:
-            raise ValueError(
-                f"rollouts={config.rollouts!r}: no engine samples from sharded weights, FSDP2 trains on logged rollouts"
-                " (replay:FILE) only; launch with plain data parallelism"
-            )
         self.policy = models.build_policy(config, self.checkpoint, self.device)
         self.model = self.parallel.wrap(self.policy)
         self.reference = models.Reference(config, self.parallel) if config.beta else None
@@ -114,13 +109,19 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            # torch's own choice leaves sharded parameters to a loop over single ones
+            foreach=True if self.parallel.sharding else None,
         )
         self.schedule = self._schedule(self.optimizer)
+        self.whole_policy = self.policy
+        """What engines sample from: under FSDP2 a copy, which `_sampling_policy` brings up to date."""
         self.tokenizer: Any = None
         self.online: OnlineRollouts | None = None
         if not is_logged:
             self.tokenizer = build.load_tokenizer(config)
-            self.online = build.make_online(config, self.policy, self.tokenizer, self.accelerator)
+            if self.parallel.sharding is not None:
+                self.whole_policy = models.build_policy(config, self.checkpoint, self.device).to(self.device)
+            self.online = build.make_online(config, self.whole_policy, self.tokenizer, self.accelerator)
         self.data: step.StepData | None = None
         self.sampled: StepRollouts | None = None
         self.step = 0
@@ -194,30 +195,34 @@ class Trainer:
             step.fill_up(self.data, int(counts.max()), self.device)
         step.count_flops(self.data, self.policy.config, self.config)
         step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
-        self.parallel.reshard(self.policy)
 
     def _read(self, number: int, progress: RunProgress) -> list[list[RolloutTree]]:
         """The groups of step data `number`, `[read][group]`, logged or sampled from the weights of now."""
         shape = (self.config.gradient_accumulation_steps, self.config.groups_per_step)
         if self.online is None:
             return self.replay.step_trees(number, *shape)
-        self.sampled = self.online.step_rollouts(*shape, self.policy, progress.sampling)
+        self.sampled = self.online.step_rollouts(*shape, self._sampling_policy(), progress.sampling)
         self.generated_tokens += self.sampled.generated_tokens
         self.num_read = number + 1
         if self.step + self.config.num_iterations < self.config.max_steps:
-            self.online.start_next(*shape, self.policy)
+            self.online.start_next(*shape, self._sampling_policy())
         if self.config.save_rollouts and self.accelerator.is_main_process:
             folder = self.output_dir / "rollouts"
             folder.mkdir(exist_ok=True)
             save(folder / f"step-{self.step + 1}.jsonl.gz", self.sampled.trajectories())
         return self.sampled.trees
 
+    def _sampling_policy(self) -> torch.nn.Module:
+        if self.whole_policy is not self.policy:
+            copy_weights(self.policy, self.whole_policy)
+        return self.whole_policy
+
     def _evaluate(self, progress: RunProgress) -> dict[str, float]:
         """Numbers of the held-out rows where it is time for them; the best weights so far are kept."""
         config = self.config
         if self.online is None or not config.eval_steps or (self.step % config.eval_steps and not self._is_done()):
             return {}
-        result = self.online.evaluate(self.policy, progress.sampling)
+        result = self.online.evaluate(self._sampling_policy(), progress.sampling)
         self.evaluations.append({"step": self.step, **result})
         result = {name: value for name, value in result.items() if name != "eval_rewards"}
         if self.best_reward is None or result["eval_reward"] > self.best_reward:
