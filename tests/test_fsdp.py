@@ -37,6 +37,8 @@ RUNS = {
     "at_once": (dict(groups_per_step=3, row_token_budget=60), RESHARD | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {}),
     "lora": (dict(groups_per_step=3, lora_r=3, beta=0.05, gradient_checkpointing=True), RESHARD, TIED),
     "lora_empty": (dict(groups_per_step=1, lora_r=3, num_iterations=2), KEEP, {}),
+    "lora_kept": (dict(groups_per_step=3, lora_r=3, beta=0.05, num_iterations=2, max_steps=4), KEEP, {}),
+    "lora_at_once": (dict(groups_per_step=3, lora_r=3, beta=0.05), KEEP | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {}),
     "clipped": (dict(groups_per_step=3, max_grad_norm=1e-2), RESHARD, {}),
 }
 BF16 = dict(groups_per_step=3, bf16=True, beta=0.05, max_steps=1)
@@ -103,6 +105,7 @@ def shared(folder, whole, box):
         if environment is not None:
             runs[name] = resumed_settings(folder, name, written, changes), environment
     runs["bf16"] = settings(folder, "two-bf16", BF16), FSDP2 | RESHARD
+    runs["bf16_lora"] = settings(folder, "two-bf16-lora", BF16 | LORA), FSDP2 | KEEP
     jobs = {name: dict(settings=s, environment=e) for name, (s, e) in runs.items()}
     jobs |= online_jobs(folder, box)
     jobs |= {str(case): dict(gradients=gradient_arguments(folder, *case)) for case in UNITS}
@@ -114,8 +117,13 @@ def online_jobs(folder, box):
     changes = dict(groups_per_step=4, max_steps=3, adam_epsilon=1e-3, eval_dataset=str(box / "train.jsonl"))
     changes |= dict(eval_steps=2, eval_rows=3, save_strategy="steps", save_steps=2)
     resumed = dict(resume_from_checkpoint=str(folder / "online-fsdp2" / "checkpoint-2"))
+    recomputed = dict(gradient_checkpointing=True)
     jobs = {}
-    for name, environment, more in (("ddp", DDP, {}), ("fsdp2", FSDP2 | RESHARD, {}), ("on", FSDP2 | KEEP, resumed)):
+    for name, environment, more in (
+        ("ddp", DDP, {}),
+        ("fsdp2", FSDP2 | RESHARD, recomputed),
+        ("on", FSDP2 | KEEP, resumed),
+    ):
         given = online_config(box, folder / f"online-{name}", **changes, **more).to_dict()
         cache = {"XDG_CACHE_HOME": str(folder / "cache")}
         jobs[f"online-{name}"] = dict(settings=given, environment=environment | cache)
@@ -160,10 +168,11 @@ def test_each_process_holds_its_part(folder, shared, name):
     assert whole[0] > 15_000 and bool(whole[2]) == (name != "lora")
 
 
-def test_bf16_stays_near_one_process_and_keeps_float32_weights(folder, shared):
+@pytest.mark.parametrize(("name", "changes"), [("bf16", {}), ("bf16_lora", LORA)])
+def test_bf16_stays_near_one_process_and_keeps_float32_weights(folder, shared, name, changes):
     """Gathered in bfloat16, so the residual stream is bfloat16 too; one process rounds its products only."""
-    history, parameters, gradients_of_one, _ = run(settings(folder, "one-bf16", BF16))
-    rows, found, found_gradients, _ = shared["bf16"]
+    history, parameters, gradients_of_one, _ = run(settings(folder, f"one-{name}", BF16 | changes))
+    rows, found, found_gradients, _ = shared[name]
     assert rows[0]["entropy"] == pytest.approx(history[0]["entropy"], rel=0.02)
     assert rows[0]["grad_norm"] == pytest.approx(history[0]["grad_norm"], rel=0.1)
     assert {p.dtype for p in found.values()} == {g.dtype for g in found_gradients.values()} == {torch.float32}

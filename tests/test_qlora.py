@@ -105,11 +105,20 @@ def test_two_processes_train_as_one(folder, trained):
             environment=FSDP2 | RESHARD,
         ),
     }
-    for name, result in two_processes(folder, jobs).items():
-        history, parameters, gradients, _ = result
+    low = dict(settings=settings(folder, "low", bf16=True, max_steps=1), environment=FSDP2 | RESHARD)
+    found = two_processes(folder, jobs | {"low": low})
+    for name in jobs:
+        history, parameters, gradients, _ = found[name]
         assert largest(gradients, trained[2]) < 1e-6, name
         assert largest(parameters, trained[1]) < 1e-6, name
         assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in trained[0]], rel=1e-4), name
+    packed, floats = (
+        sum(p.numel() for p in trained[1].values() if p.is_floating_point() == is_float) for is_float in (False, True)
+    )
+    # 4-bit weights are whole on both processes, of the rest each holds half
+    assert found["fsdp2"][3][0] == pytest.approx(packed + floats / 2, abs=0.01 * floats)
+    assert found["low"][0][0]["entropy"] == pytest.approx(trained[0][0]["entropy"], rel=0.02)
+    assert found["low"][0][0]["grad_norm"] == pytest.approx(trained[0][0]["grad_norm"], rel=0.1)
     # one process goes on from what two sharded ones wrote
     resume = str(folder / "fsdp2" / "checkpoint-3")
     rows, found, _, _ = run(

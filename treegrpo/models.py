@@ -182,7 +182,11 @@ class Reference:
         if self.model is not None:
             yield self.model
         else:
+            trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
             with policy.disable_adapter():
+                # PEFT freezes the adapters meanwhile; FSDP2, set up in its first forward, must see what will be trained
+                for parameter in trained:
+                    parameter.requires_grad_(True)
                 yield policy
 
 
