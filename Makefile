@@ -18,11 +18,11 @@ endif
 BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test test-trl demo bench bench-smoke lint format aot ctest cuda doctor clean
+.PHONY: help setup test test-trl test-verl demo bench bench-smoke lint format aot ctest cuda doctor clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
-	@echo "also: setup test-trl bench bench-smoke lint format aot ctest cuda doctor clean"
+	@echo "also: setup test-trl test-verl bench bench-smoke lint format aot ctest cuda doctor clean"
 
 setup: $(BUILT)
 
@@ -58,6 +58,14 @@ test-trl: $(BUILT)
 	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
 	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
+
+# likewise, and verl wants an older transformers; torch and numpy as in constraints.txt
+test-verl: $(BUILT)
+	@echo "== verl's FSDP engine against TreeFSDPEngine"
+	test -x .venv-verl/bin/python || python3 -m venv .venv-verl
+	.venv-verl/bin/python -m pip install -q $$(grep -E '^(torch|numpy|pytest|hypothesis)==' constraints.txt | cut -d';' -f1 | sort -u -t= -k1,1) \
+	  'verl==0.9.1' TransferQueue uvicorn fastapi
+	.venv-verl/bin/python -m pytest tests/test_verl.py
 
 demo: $(BUILT)
 	@echo "== demo: a forest of agent rollouts, trained as a tree and as chains"

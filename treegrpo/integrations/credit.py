@@ -1,4 +1,4 @@
-"""Rewards of a group's completions -> advantages on their tokens, by any estimator of treegrpo.advantages.
+"""Rewards of a group's completions -> advantages on their tokens, by any estimator; what TRL and verl share.
 
 What a step is: where a tree was grown, its agent steps. Where completions are plain chains, a step begins with the
 completion, where the model speaks again behind a tool's answer, and where completions of the group part: so estimators
@@ -109,7 +109,7 @@ def step_advantages(
 def on_tokens(
     leaves: Sequence[Trajectory], advantages: Sequence[np.ndarray], prompt_lengths: Sequence[int], columns: int
 ) -> Tensor:
-    """Advantages as TRL's loss takes them: float32 [B] where they do not change along a leaf, [B, C] where they do."""
+    """Advantages as the trainers take them: float32 [B] where they do not change along a leaf, [B, C] where they do."""
     if all(own.size == 0 or (own == own[0]).all() for own in advantages):
         return torch.tensor([float(own[0]) if own.size else 0.0 for own in advantages])
     rows = np.zeros((len(leaves), columns), np.float32)
