@@ -59,12 +59,13 @@ test-trl: $(BUILT)
 	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
 
-# likewise, and verl wants an older transformers; torch and numpy as in constraints.txt
+# likewise, and verl wants an older transformers
 test-verl: $(BUILT)
 	@echo "== verl's FSDP engine against TreeFSDPEngine"
 	test -x .venv-verl/bin/python || python3 -m venv .venv-verl
-	.venv-verl/bin/python -m pip install -q $$(grep -E '^(torch|numpy|pytest|hypothesis)==' constraints.txt | cut -d';' -f1 | sort -u -t= -k1,1) \
-	  'verl==0.9.1' TransferQueue uvicorn fastapi
+	grep -v '^transformers' constraints.txt > $(STAMPS)/verl-constraints.txt
+	.venv-verl/bin/python -m pip install -q -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi \
+	  pytest hypothesis
 	.venv-verl/bin/python -m pytest tests/test_verl.py
 
 demo: $(BUILT)
