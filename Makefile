@@ -64,7 +64,7 @@ test-verl: $(BUILT)
 	@echo "== verl's FSDP engine against TreeFSDPEngine"
 	test -x .venv-verl/bin/python || python3 -m venv .venv-verl
 	grep -v '^transformers' constraints.txt > $(STAMPS)/verl-constraints.txt
-	.venv-verl/bin/python -m pip install -q -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi \
+	.venv-verl/bin/python -m pip install -q -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi cachetools \
 	  pytest hypothesis
 	.venv-verl/bin/python -m pytest tests/test_verl.py
 

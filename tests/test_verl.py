@@ -401,6 +401,17 @@ def test_the_trainer_gives_estimators_the_tokens(monkeypatch):
     assert written["advantages"].values().abs().max() > 0.1
 
 
+def test_importing_verl_says_what_was_registered():
+    env = os.environ | dict(VERL_USE_EXTERNAL_MODULES="treegrpo.integrations.verl")
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE.parent / "kernels")])
+    done = subprocess.run([sys.executable, "-c", "import verl"], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "engine vendor 'treegrpo'" in line]
+    assert line.startswith("INFO") and "tree_grpo" in line and "trainer_mode tree_sync" in line
+    # the line is there once: what registers twice would fail
+    assert "left out" not in line
+
+
 def test_ray_workers_register_and_select():
     """Real Ray worker processes import verl, find the plugin and are given our engine and trainer."""
     ray = pytest.importorskip("ray")
