@@ -90,6 +90,30 @@ def test_tiles_are_those_of_the_cpp_side():
     assert f"kPadding = {hopper_cuda._PADDING};" in source
 
 
+def test_doctor_says_that_they_have_not_run(monkeypatch):
+    from treegrpo import doctor
+
+    assert hopper_cuda.NOTE not in doctor._usable("cuda") or ON_HOPPER
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert "not run on a GPU yet" in doctor._usable("cuda")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_only_who_asks_by_name_gets_them(wanted, monkeypatch):
+    """Where ``auto`` comes down to CUDA (for float64), the plain kernels serve; a Hopper GPU is a stand-in here."""
+    from treegrpo_kernels import api
+
+    monkeypatch.setattr(api, "_choose", lambda *args: api.Backend.CUDA)
+    monkeypatch.setattr(hopper_cuda, "refusal", lambda *args: None)
+    plan = tk.TreePlan.build(torch.arange(1, 65, dtype=torch.int32))
+    q = torch.zeros(64, 4, 64, dtype=torch.bfloat16)
+    call = api._prepare(q, q, q, plan, None, None, None, None, wanted)
+    assert bool(call.tiles) == (wanted == "cuda")
+    monkeypatch.setattr(hopper_cuda, "refusal", lambda *args: "window")
+    assert not api._prepare(q, q, q, plan, None, None, None, None, wanted).tiles
+
+
 class TestOnHopper:
     pytestmark = gpu
 
