@@ -92,6 +92,12 @@ def without_variables(words: list[str]) -> list[str]:
 # ---- the command line
 
 
+def command_names() -> tuple[str, ...]:
+    from treegrpo import cli
+
+    return tuple(cli._commands(cli.TrainConfig()))
+
+
 def known_flags(command: str) -> set[str]:
     """Flags of a command of ``treegrpo``, as its help prints them; "" for treegrpo itself."""
     return set(re.findall(r"--[\w-]+", help_of(command))) | {"--help"}
@@ -207,11 +213,13 @@ def check_module(name: str) -> None:
 
 
 def patched_sources(page: Path, folder: Path) -> Path:
-    """A copy of both packages in ``folder`` with the page's files written and its diffs applied."""
-    for source in ("treegrpo", "kernels"):
+    """A copy of both packages and the tests in ``folder`` with the page's files written and its diffs applied."""
+    for source in ("treegrpo", "kernels", "tests"):
         shutil.copytree(ROOT / source, folder / source, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for built in (ROOT / "kernels" / "treegrpo_kernels").glob("*.so"):
         os.symlink(built, folder / "kernels" / "treegrpo_kernels" / built.name)
+    for name in ("bench", "examples", "pyproject.toml"):
+        os.symlink(ROOT / name, folder / name)
     for block in blocks(page):
         if block.writes:
             (folder / block.writes).write_text(block.code, encoding="utf-8")

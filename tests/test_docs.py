@@ -26,8 +26,6 @@ import torch
 from doc_blocks import PAGES, ROOT, Block
 from test_convert import CHATML, TALK, byte_tokenizer
 
-from treegrpo import cli
-
 CHOSEN = os.environ.get("TREEGRPO_DOCS", "")
 LAUNCH = CHOSEN == "launch"
 ONLY = "" if LAUNCH else CHOSEN
@@ -90,7 +88,7 @@ def test_block(block: Block, sandboxes, patched, request, monkeypatch, capsys):
         assert changed
         for name in changed:
             assert (patched(block.page) / name).read_text() != (ROOT / name).read_text(), name
-    elif block.language == "python" and any(b.language == "diff" for b in docs.before(block)):
+    elif block.language == "python" and changes_sources(block):
         run_with(patched(block.page), block, folder)
     elif block.language == "python":
         run_here(block)
@@ -98,7 +96,10 @@ def test_block(block: Block, sandboxes, patched, request, monkeypatch, capsys):
         found = list(docs.commands(block.code))
         assert found, "an empty block"
         for words in found:
-            run_command(words, folder, request, monkeypatch)
+            if words[0] == "pytest" and changes_sources(block):
+                run_tests(patched(block.page), words[1:])
+            else:
+                run_command(words, folder, request, monkeypatch)
 
 
 def run_here(block: Block) -> None:
@@ -107,6 +108,19 @@ def run_here(block: Block) -> None:
     torch.manual_seed(0)
     torch.compiler.reset()
     exec(code, {"__name__": "__main__"})
+
+
+def changes_sources(block: Block) -> bool:
+    """Whether a diff stands before it on the page."""
+    return any(other.language == "diff" for other in docs.before(block))
+
+
+def run_tests(sources: Path, arguments: list[str]) -> None:
+    """pytest on the page's sources and tests, which pyproject.toml puts first on the path."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def run_with(sources: Path, block: Block, folder: Path) -> None:
@@ -148,7 +162,9 @@ def run_treegrpo(argv: list[str]) -> None:
         argv = [*argv, "--disable-tqdm"]
         if "--max-steps" not in argv and "--config" not in argv:
             argv += ["--max-steps", "2"]
-    assert cli.main(argv) == 0, f"treegrpo {shlex.join(argv)}"
+    from treegrpo.cli import main
+
+    assert main(argv) == 0, f"treegrpo {shlex.join(argv)}"
 
 
 def placeholders(argv: list[str]) -> list[str]:
@@ -205,7 +221,7 @@ def test_page_is_well_formed(page: Path):
 @whole
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_spans_name_what_exists(page: Path):
-    everywhere = {flag for command in ("", *COMMANDS) for flag in docs.known_flags(command)}
+    everywhere = {flag for command in ("", *docs.command_names()) for flag in docs.known_flags(command)}
     everywhere |= set(re.findall(r"--[\w-]+", (ROOT / "bench" / "device.sh").read_text()))
     for span in docs.spans(page):
         words = span.split()
@@ -222,9 +238,6 @@ def test_code_spans_name_what_exists(page: Path):
             assert (ROOT / span).exists(), f"no such file: {span}"
         elif re.fullmatch(r"(treegrpo|treegrpo_kernels|tk)(\.\w+)+", span):
             check_name(span)
-
-
-COMMANDS = tuple(cli._commands(cli.TrainConfig()))
 
 
 def check_name(dotted: str) -> None:
