@@ -300,6 +300,57 @@ def test_break_even_table_is_what_its_script_prints():
     assert runpy.run_path(str(ROOT / "docs" / "break_even.py"))["table"]() in README
 
 
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+@whole
+def test_study_table_is_the_committed_one():
+    shown = table_rows(README)
+    rows = table_rows((ROOT / "bench" / "results" / "study.md").read_text(encoding="utf-8"))[2:]
+    assert len(rows) == 15
+    for row in rows:
+        assert [row[i] for i in (0, 1, 2, 4, 5, 11)] in shown, row
+
+
+WORKLOADS = {
+    "GRPO star, prompt 8k, 16 x 1k": "star_8k",
+    "GRPO star, prompt 2k, 8 x 2k": "star_2k",
+    "search agent (2,6,1)": "search_2_6_32k",
+    "search agent (2,2,1)": "search_2_2_32k",
+    "one chain of 16k": "chain_16k",
+    "one chain of 32k": "chain_32k",
+}
+
+
+@whole
+def test_attention_table_is_the_committed_one():
+    """Every cell of README's table of races against the report it names."""
+    folder = re.search(r"`bench/results/(NVIDIA-[\w-]+)/` has the whole table", README)[1]
+    report = (ROOT / "bench" / "results" / folder / "report.md").read_text(encoding="utf-8")
+    header, _, *rows = table_rows(report[: report.index("Peak memory")])
+    found: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row[0].startswith("**"):
+            part = row[0].strip("*")
+        else:
+            found.setdefault((row[0], row[1]), {})[part] = dict(zip(header, row, strict=True))
+
+    races = README[README.index("### Attention on an H200") : README.index("### Training steps on an H200")]
+    shown = [row for row in table_rows(races) if row[0] in WORKLOADS]
+    assert len(shown) == len(found)
+    for name, *cells in shown:
+        forward, backward, both = found[WORKLOADS[name], cells[0]].values()
+        flex = [over_ours(part["FlexAttention"]) for part in (forward, backward)]
+        rivals = [over_ours(both[rival]) for rival in ("gathered paths", "chains, varlen FA2", "chains, cuDNN")]
+        ours = [part["ours"].split()[0] for part in (forward, backward)]
+        assert cells == [both["D"], both["tokens"], both["pairs"], *ours, " / ".join(flex), *rivals], name
+
+
+def over_ours(cell: str) -> str:
+    return re.search(r"\((.*)\)", cell)[1]
+
+
 # ---- API reference
 
 
