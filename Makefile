@@ -18,11 +18,11 @@ endif
 BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test test-trl test-verl demo bench bench-smoke lint format aot ctest cuda doctor clean
+.PHONY: help setup test test-trl test-verl demo bench bench-smoke lint format aot ctest cuda docs doctor clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
-	@echo "also: setup test-trl test-verl bench bench-smoke lint format aot ctest cuda doctor clean"
+	@echo "also: setup test-trl test-verl bench bench-smoke lint format aot ctest cuda docs doctor clean"
 
 setup: $(BUILT)
 
@@ -58,6 +58,7 @@ test-trl: $(BUILT)
 	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
 	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
+	TREEGRPO_DOCS=trl .venv-trl/bin/python -m pytest tests/test_docs.py::test_block
 
 # likewise, and verl wants an older transformers
 test-verl: $(BUILT)
@@ -67,6 +68,7 @@ test-verl: $(BUILT)
 	.venv-verl/bin/python -m pip install -q -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi cachetools \
 	  pytest hypothesis
 	.venv-verl/bin/python -m pytest tests/test_verl.py
+	TREEGRPO_DOCS=verl .venv-verl/bin/python -m pytest tests/test_docs.py::test_block
 
 demo: $(BUILT)
 	@echo "== demo: a forest of agent rollouts, trained as a tree and as chains"
@@ -102,6 +104,10 @@ cuda: $(BUILT)
 	@echo "== CUDA objects by nvcc, no GPU needed"
 	TREEGRPO_BUILD=cuda $(PY) setup.py build_ext --inplace
 	$(PY) csrc/cuda/check_spills.py
+
+docs: $(BUILT)
+	@echo "== API reference from docstrings, into build/docs"
+	$(PY) docs/api.py
 
 doctor: $(BUILT)
 	$(PY) -m treegrpo doctor

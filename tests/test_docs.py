@@ -360,7 +360,7 @@ def test_every_public_name_has_a_docstring_that_renders(tmp_path):
     api = runpy.run_path(str(ROOT / "docs" / "api.py"))
     names = api["build"](tmp_path)
     assert {"treegrpo", "treegrpo.hf", "treegrpo_kernels.plan"} < set(names)
-    assert not set(api["undocumented"](names)) - WAITING
+    assert api["undocumented"](names) == []
     for name in names:
         page = tmp_path.joinpath(*name.split(".")).with_suffix(".html").read_text(encoding="utf-8")
         page = re.sub(r'<div class="pdoc-code.*?</pre></div>', "", page, flags=re.DOTALL)
@@ -368,14 +368,3 @@ def test_every_public_name_has_a_docstring_that_renders(tmp_path):
     # a lazy name, its arguments as a list
     page = (tmp_path / "treegrpo.html").read_text(encoding="utf-8")
     assert 'id="grpo_loss"' in page and "<strong>leaf_offsets:</strong>" in page
-
-
-# docstrings that are still to be written
-WAITING = {
-    "treegrpo.envs.retrievers.BM25Retriever.search_batch",
-    "treegrpo.envs.retrievers.HTTPRetriever.search",
-    "treegrpo.flops.ChainVsTree.to_dict",
-    "treegrpo.flops.ChainVsTree.to_json",
-    "treegrpo.rollout.nodes.SearchOptions.sampling",
-    "treegrpo.rollout.search.SearchOptions.sampling",
-}

@@ -14,8 +14,8 @@ from trl_agents import CALL, END, Counter, FakeVLLM, Script, save_agent  # noqa:
 from trl_tiny import make, parameters, save_tiny  # noqa: E402
 
 import treegrpo  # noqa: E402
-from treegrpo.integrations.trl import TreeGRPOConfig, TreeGRPOTrainer  # noqa: E402
 from treegrpo.integrations.credit import leaves_of, on_tokens, step_advantages  # noqa: E402
+from treegrpo.integrations.trl import TreeGRPOConfig, TreeGRPOTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 SHAPE = dict(num_trees=2, num_expansions=2, num_rounds=2, num_generations=10, per_device_train_batch_size=20)

@@ -118,6 +118,8 @@ class ChainVsTree:
         return "\n".join([*lines, "", self.definition])
 
     def to_dict(self) -> dict[str, Any]:
+        """Every field, the totals `forward` and `training` of both costs, and the three ratios, as plain values."""
+
         def cost(side: Cost) -> dict[str, int]:
             return asdict(side) | {"forward": side.forward, "training": side.training}
 
@@ -125,6 +127,7 @@ class ChainVsTree:
         return asdict(self) | {"chain": cost(self.chain), "tree": cost(self.tree)} | ratios
 
     def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
 

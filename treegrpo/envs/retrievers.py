@@ -137,6 +137,7 @@ class BM25Retriever:
         return [Document(*self._document(int(i)), float(scores[i])) for i in hits]
 
     def search_batch(self, queries: Sequence[str], topk: int | None = None) -> list[list[Document]]:
+        """One list per query, each as `search` gives it."""
         return [self.search(query, topk) for query in queries]
 
     def _words(self, text: str) -> list[str]:
@@ -311,6 +312,7 @@ class HTTPRetriever:
         return self
 
     def search(self, query: str, topk: int | None = None) -> list[Document]:
+        """At most `topk` documents, in the server's order; one request."""
         return self.search_batch([query], topk)[0]
 
     def search_batch(self, queries: Sequence[str], topk: int | None = None) -> list[list[Document]]:

@@ -125,6 +125,7 @@ class SearchOptions:
         return self.num_trees * (self.num_rounds * self.num_expansions + 1)
 
     def sampling(self, **changes: Any) -> SamplingParams:
+        """How one agent step is drawn, with `changes` to it. ValueError where a value makes no sense."""
         params = dict(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p)
         return SamplingParams(**(params | changes))
 

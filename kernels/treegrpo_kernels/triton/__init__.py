@@ -1,7 +1,7 @@
 """backend="triton": prefix-tree attention on NVIDIA GPUs from sm_80, and on the CPU under Triton's interpreter.
 
 Triton itself is imported only where a kernel is about to run, so that this package imports everywhere and can say what
-is missing. (The kernel files are fwd.py and bwd.py: a submodule named forward would hide the function of that name.)
+is missing. (The functions are attn_fwd and attn_bwd: the submodule forward would hide a function of that name.)
 
 Shape legend: T tokens, Hq/Hkv query and key/value heads, D query/key head dim, Dv value head dim.
 """

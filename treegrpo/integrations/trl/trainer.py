@@ -20,7 +20,8 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from treegrpo.hf import use_tree_attention
-from treegrpo.integrations import credit, loss
+from treegrpo.integrations import credit
+from treegrpo.integrations.trl import loss
 from treegrpo.integrations.trl.config import TreeGRPOConfig
 from treegrpo.integrations.trl.grow import Grown, check_grown, grow
 from treegrpo.integrations.trl.rows import check_router_loss, pack_rows, recorded_router_logits, router_loss
