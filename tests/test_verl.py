@@ -211,7 +211,8 @@ def test_two_processes(folder, tmp_path):
             text, _ = process.communicate(timeout=240)
             assert process.returncode == 0, text[-3000:]
         found[kind] = [torch.load(f"{tmp_path / kind}.{rank}") for rank in range(2)]
-    assert found["tree"][0]["passes"] == found["tree"][1]["passes"] > 1
+    # the first process alone would need two
+    assert [x["passes"] for x in found["tree"]] == [3, 3]
     for rank in range(2):
         want, got = found["verl"][rank], found["tree"][rank]
         for key, value in want["grads"].items():
