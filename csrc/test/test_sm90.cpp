@@ -2,6 +2,7 @@
 // pair; and their schedule: every visible tile exactly once.
 #include "cuda/sm90/backward_dkv.h"
 #include "cuda/sm90/backward_dq.h"
+#include "cuda/sm90/elementwise.h"
 #include "cuda/sm90/forward.h"
 
 #include <algorithm>
@@ -11,6 +12,7 @@
 
 #include "definition.h"
 #include "machine.h"
+#include "warp.h"
 
 using namespace treegrpo;
 using namespace treegrpo::test;
@@ -115,9 +117,28 @@ std::vector<double> widened(Half type, const std::vector<uint16_t>& x) {
   return values;
 }
 
-// Largest deviation, measured against the largest value.
+// Pairs of them for elementwise.h, and a lane of an imitated warp.
+template <Half type>
+struct Words {
+  static sm90::Pair load(const void* values, int64_t at) {
+    const auto* words = static_cast<const uint16_t*>(values) + at;
+    return {widen(type, words[0]), widen(type, words[1])};
+  }
+  static void store(void* values, int64_t at, sm90::Pair x) {
+    auto* words = static_cast<uint16_t*>(values) + at;
+    words[0] = narrow(type, x.x), words[1] = narrow(type, x.y);
+  }
+};
+
+struct Lane {
+  int lane;
+  Warp* warp;
+  float sum(float x) const { return warp->sum(lane, x); }
+};
+
+// Largest deviation, measured against the largest value, or 1: a single token has no gradient of q.
 void near(const char* what, const std::vector<double>& found, const std::vector<double>& wanted, double tolerance) {
-  double scale = 0;
+  double scale = 1;
   for (double x : wanted) scale = std::max(scale, std::abs(x));
   for (size_t i = 0; i < wanted.size(); ++i)
     EXPECT(std::abs(found[i] - wanted[i]) <= tolerance * scale, "%s[%zu] = %.6g, not %.6g (largest %.3g)", what, i, found[i],
@@ -164,13 +185,17 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, u
   near("out", widened(type, out), x.out, tolerance(type));
   near("lse", std::vector<double>(lse.begin(), lse.end()), x.lse, 1e-4);
 
-  std::vector<float> lse2(num_heads * padded, INFINITY), delta(num_heads * padded, 0);
-  for (int i = 0; i < num_tokens; ++i)
-    for (int h = 0; h < num_heads; ++h) {
-      const int from = i * num_heads + h, to = h * padded + i;
-      lse2[to] = static_cast<float>(x.lse[from]) * kLog2e;
-      for (int d = 0; d < D; ++d) delta[to] += static_cast<float>(x.out[from * D + d] * x.dout[from * D + d]);
+  std::vector<float> lse2(num_heads * padded, NAN), delta(num_heads * padded, NAN);
+  sm90::BackwardCall call{};
+  call.sizes = sizes, call.scale = scale, call.lse = lse.data(), call.lse2 = lse2.data(), call.delta = delta.data();
+  call.out = {out.data(), num_heads * D}, call.dout = {dout.data(), num_heads * D};
+  for (int h = 0; h < num_heads; ++h)
+    for (int row = 0; row < padded; row += sm90::kRowsPerWarp) {
+      Warp warp;
+      warp.run([&](int lane) { sm90::row_sums<D, Words<type>>(Lane{lane, &warp}, call, row, h); });
     }
+  for (int h = 0; h < num_heads; ++h)
+    for (int i = num_tokens; i < padded; ++i) EXPECT(std::isinf(lse2[h * padded + i]), "row %d past T", i);
   const Tiles rows(forest, 128, 64);
   std::vector<uint16_t> dq(q.size(), nan);
   using QueryGrad = sm90::QueryGrad<Multiprocessor::Thread, D, type>;
@@ -196,28 +221,22 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, u
             items.half_max_end.data(), lse2.data(), delta.data(), partial_dk.data(), partial_dv.data(), dq_sums.data(), sizes,
             scale, scale * kLog2e},
         sm90::KeyGradMemory<D, kAddQueryGrad>::kBytes, items.count() * num_kv_heads, seed + 13);
-    std::vector<double> found_dk = widened(type, dk), found_dv = widened(type, dv);
     for (const auto& [tile, slot, count] : items.parted)
-      for (int row = 0; row < 128 && tile * 128 + row < num_tokens; ++row)
-        for (int at = 0; at < num_kv_heads * D; ++at) {
-          double sum_k = 0, sum_v = 0;
-          for (int piece = 0; piece < count; ++piece) {
-            const int from = (((slot + piece) * num_kv_heads + at / D) * 128 + row) * D + at % D;
-            sum_k += partial_dk[from], sum_v += partial_dv[from];
-          }
-          const int to = (tile * 128 + row) * num_kv_heads * D + at;
-          EXPECT(std::isnan(found_dk[to]) && std::isnan(found_dv[to]), "a parted tile is written whole");
-          found_dk[to] = sum_k * scale, found_dv[to] = sum_v;
-        }
-    near("dk", found_dk, x.dk, tolerance(type));
-    near("dv", found_dv, x.dv, tolerance(type));
+      EXPECT(std::isnan(widen(type, dk[tile * 128 * num_kv_heads * D])), "a parted tile is written whole");
+    call.partial_dk = partial_dk.data(), call.partial_dv = partial_dv.data(), call.dk = dk.data(), call.dv = dv.data();
+    call.parted = items.parted.data()->data();
+    for (int part = 0; part < static_cast<int>(items.parted.size()); ++part)
+      for (int head = 0; head < num_kv_heads; ++head)
+        for (int thread = 0; thread < sm90::kElementThreads; ++thread) sm90::part_sums<D, Words<type>>(call, part, head, thread);
+    near("dk", widened(type, dk), x.dk, tolerance(type));
+    near("dv", widened(type, dv), x.dv, tolerance(type));
     if (!kAddQueryGrad) return;
-    std::vector<double> found(x.dq.size());
-    for (int64_t at = 0; at < static_cast<int64_t>(found.size()); ++at) {
-      const int d = at % D, head = at / D % num_heads, row = static_cast<int>(at / D / num_heads);
-      found[at] = scale * dq_sums[sm90::sum_of(row, head, d, D, padded)];
-    }
-    near("dq by sums", found, x.dq, tolerance(type));
+    std::fill(dq.begin(), dq.end(), nan);
+    call.dq_sums = dq_sums.data(), call.dq = dq.data();
+    for (int head = 0; head < num_heads; ++head)
+      for (int block = 0; block < (num_tokens + 63) / 64 * (D / 64); ++block)
+        for (int thread = 0; thread < sm90::kWarpgroup; ++thread) sm90::query_grad<D, Words<type>>(call, block, head, thread);
+    near("dq by sums", widened(type, dq), x.dq, tolerance(type));
   };
   key_grad(std::false_type{});
   key_grad(std::true_type{});

@@ -109,7 +109,7 @@ void backward(const BackwardCall& call, void* stream) {
   const Sizes& s = call.sizes;
   const auto queue = static_cast<cudaStream_t>(stream);
   const auto heads = static_cast<unsigned>(s.num_heads);
-  row_sums_kernel<D, type><<<dim3(tiles(s.num_padded, kWarps * kRowsPerWarp), heads), kElementThreads, 0, queue>>>(call);
+  row_sums_kernel<D, type><<<dim3(tiles(s.num_padded, kElementThreads / 32 * kRowsPerWarp), heads), kElementThreads, 0, queue>>>(call);
   check(cudaGetLastError(), "row sums");
   if (call.deterministic) {
     launch_dq<D, type>(call, stream);

@@ -46,17 +46,4 @@ constexpr TREEGRPO_HD int step_offset(Major major, int step, int panel) {
 TREEGRPO_HD int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + (i / 2 % 2) * 8; }
 TREEGRPO_HD int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
-// The accumulator of a result [64, 64] that holds an element: (thread, i), the inverse of row_of and column_of.
-TREEGRPO_HD int thread_of(int row, int column) { return row / 16 * 32 + row % 8 * 4 + column % 8 / 2; }
-TREEGRPO_HD int accumulator_of(int row, int column) { return column / 8 * 4 + row / 8 % 2 * 2 + column % 2; }
-
-// Where sums of dQ keep the element (row, head, d): blocks of 64 rows and 64 columns, [heads, Tp / 64, D / 64], inside which
-// accumulators lie by fours as their threads wrote them.
-TREEGRPO_HD int64_t sum_of(int row, int head, int d, int head_dim, int num_padded) {
-  const int panels = head_dim / kPanelColumns, column = d % kPanelColumns, thread = thread_of(row % 64, column);
-  const int64_t block = (int64_t{head} * (num_padded / 64) + row / 64) * panels + d / kPanelColumns;
-  const int i = accumulator_of(row % 64, column);
-  return block * (64 * kPanelColumns) + (i / 4 * kWarpgroup + thread) * 4 + i % 4;
-}
-
 }  // namespace treegrpo::sm90
