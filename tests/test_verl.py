@@ -83,7 +83,7 @@ def test_engine(name, folder):
             data = tiny.batch(samples, **asked)
             forwarded.clear()
             result = made.forward_backward_batch(data, functools.partial(ppo_loss, tiny.actor_config()))
-            grads = tiny.parameters(made, grad=True) if not model.get("lora_rank") else {}
+            grads = tiny.parameters(made, grad=True)
             norm = made.optimizer_step()
         scored = {k: [row[:-1] for row in v.unbind()] for k, v in output.items()}
         loss = float(sum(result["loss"]))
@@ -102,16 +102,15 @@ def test_engine(name, folder):
     for key, value in want["grads"].items():
         torch.testing.assert_close(got["grads"][key], value, rtol=0, atol=1e-5, msg=key)
     for key, value in want["parameters"].items():
-        # Adam's first step is the gradient's sign: where that is nearly zero it is anybody's
-        near_zero = want["grads"][key].abs() < 1e-5 if want["grads"] else torch.zeros_like(value, dtype=torch.bool)
-        difference = (got["parameters"][key] - value).abs().masked_fill(near_zero, 0)
-        assert float(difference.max()) < 1e-5 if want["grads"] else float(difference.max()) < 3e-3, key
-    chosen = {"max_token_len_per_gpu": None}.keys() & settings.keys() or settings.get("use_dynamic_bsz") is False
-    unique = micro_batches.unique_tokens([np.array(p + r) for _, p, r in samples])
-    if not chosen:
-        passes = 2 if model.get("enable_gradient_checkpointing") else 1
-        # the embedding lies outside the checkpointed layers
-        assert got["tokens"] == unique and passes
+        difference = (got["parameters"][key] - value).abs()
+        if key in want["grads"]:
+            # Adam's first step is the gradient's sign: where that is nearly zero it is anybody's
+            difference = difference.masked_fill(want["grads"][key].abs() < 1e-5, 0)
+        assert float(difference.max()) < 1e-5, key
+    assert bool(model.get("lora_rank")) == (want["grads"].keys() != want["parameters"].keys())
+    if not settings.keys() & {"max_token_len_per_gpu", "use_dynamic_bsz"}:
+        unique = micro_batches.unique_tokens([np.array(p + r) for _, p, r in samples])
+        assert got["tokens"] == unique
     assert got["tokens"] < 0.75 * want["tokens"]
 
 

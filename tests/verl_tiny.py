@@ -150,5 +150,8 @@ def parameters(made: Any, grad: bool = False) -> dict[str, torch.Tensor]:
     found = {}
     for name, p in made.module.named_parameters():
         x = p.grad if grad else p
+        if x is None:
+            # frozen under LoRA
+            continue
         found[name] = (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
     return found
