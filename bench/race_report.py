@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 Row = dict[str, Any]
-OURS = ("tree_triton", "tree_cpu")
+# the first that ran is ours; see gpu_baselines.OURS
+OURS = ("tree_sm90", "tree_triton", "tree_cpu")
 PASSES = ("forward", "backward", "forward_backward")
 CHAINS = ("chain_varlen", "chain_cudnn", "chain_flash_attn")
 LABELS = {
-    "tree_triton": "ours",
-    "tree_cpu": "ours (CPU)",
+    "tree_sm90": "ours, CUDA",
+    "tree_triton": "ours, Triton",
+    "tree_cpu": "ours, CPU",
     "tree_cuda": "ours, plain CUDA",
     "flex": "FlexAttention",
     "flex_and_mask": "Flex + mask build",
@@ -130,9 +132,10 @@ def absences(rows: list[Row]) -> list[str]:
 
 def short(rows: list[Row]) -> list[str]:
     """A narrow table for a terminal: TFLOP/s of ours, and each rival's time over ours, forward and backward."""
-    shown = [name for name in contenders_of(rows) if name not in OURS]
+    present = contenders_of(rows)
+    shown = [name for name in present if name != next((ours for ours in OURS if ours in present), None)]
     names = {"flex": "flex", "flex_and_mask": "flex+m", "gather_varlen": "gather", "prefix_grouping": "prefix"}
-    names |= {"chain_varlen": "varlen", "chain_cudnn": "cudnn", "sdpa_dense_mask": "dense", "tree_cuda": "cuda"}
+    names |= {"chain_varlen": "varlen", "chain_cudnn": "cudnn", "sdpa_dense_mask": "dense", "tree_cuda": "cuda", "tree_triton": "triton"}
     lines = []
     for passes in PASSES:
         cells = by_cell(rows, passes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from treegrpo_kernels import TreePlan, plan, tree_attention
+from treegrpo_kernels import TreePlan, backends, plan, tree_attention
 
 pytest.importorskip("triton")
 
@@ -206,6 +206,7 @@ OPTIONS = {
     "capped": dict(softcap=20.0, sinks=True),
     "fp32": dict(dtype=torch.float32, head_dim=64),
     "odd_head": dict(head_dim=96),
+    "cuda": dict(backend="cuda"),
 }
 
 
@@ -219,10 +220,14 @@ class Small:
         sinks: bool = False,
         dtype: torch.dtype = torch.bfloat16,
         head_dim: int = 128,
+        backend: str = "triton",
     ) -> None:
+        reason = backends()[backend]
+        if reason is not None:
+            pytest.skip(f"{backend}: {reason}")
         end = torch.from_numpy(cases.balanced_subtree_end(512, 3, 2, 128)).cuda()
         self.plan = TreePlan.build(end)
-        self.options = dict(window=window, softcap=softcap, sinks=None, backend="triton")
+        self.options = dict(window=window, softcap=softcap, sinks=None, backend=backend)
         self.inputs = [
             torch.randn(len(end), heads, head_dim, device="cuda", dtype=dtype, requires_grad=True)
             for heads in (32, 8, 8)
@@ -246,9 +251,10 @@ class Small:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_forward_takes_less_than_60_us_of_the_host(grad):
-    small = Small()
+def test_forward_takes_less_than_60_us_of_the_host(grad, backend):
+    small = Small(backend=backend)
     with torch.set_grad_enabled(grad):
         for _ in range(20):
             small.forward()

@@ -105,6 +105,27 @@ def test_two_streams_at_once(backend, d, dtype, options):
 
 
 @gpu
+@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "cuda_128", "cuda_portable"]))
+def test_inside_torch_compile(backend, d, dtype, options):
+    """In one graph, once the plan has been used with these shapes: the same bits."""
+    subtree_end = FORESTS["random"]
+    *tensors, dout = inputs(len(subtree_end), 8, 2, d, d, dtype)[:4]
+    leaves, plan = [x.requires_grad_() for x in tensors], plan_of(subtree_end)
+
+    def results(attend):
+        out = attend(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    def attend(q, k, v):
+        return tk.tree_attention(q, k, v, plan, backend=backend, **options)
+
+    want = results(attend)
+    torch._dynamo.reset()
+    got = results(torch.compile(attend, fullgraph=True, backend="aot_eager"))
+    assert all(map(same_bits, got, want))
+
+
+@gpu
 @pytest.mark.parametrize(
     ("backend", "d", "dtype", "options"), of(["hopper_128", "plain_window", "cuda_128", "cuda_portable"])
 )

@@ -90,28 +90,52 @@ def test_tiles_are_those_of_the_cpp_side():
     assert f"kPadding = {hopper_cuda._PADDING};" in source
 
 
-def test_doctor_says_that_they_have_not_run(monkeypatch):
+def test_doctor_says_what_auto_takes_them_for(monkeypatch):
     from treegrpo import doctor
 
-    assert hopper_cuda.NOTE not in doctor._usable("cuda") or ON_HOPPER
+    assert ("Hopper" in doctor._usable("cuda")) == ON_HOPPER
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert "not run on a GPU yet" in doctor._usable("cuda")
+    assert "heads of 64 and 128 (Hopper kernels)" in doctor._usable("cuda")
 
 
-@pytest.mark.parametrize("wanted", ["auto", "cuda"])
-def test_only_who_asks_by_name_gets_them(wanted, monkeypatch):
-    """Where ``auto`` comes down to CUDA (for float64), the plain kernels serve; a Hopper GPU is a stand-in here."""
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it lies on a GPU, which is all that the choice reads of it."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("built", "triton", "dtype", "options", "wanted", "chosen", "hopper"),
+    [
+        (True, True, torch.bfloat16, {}, "auto", "cuda", True),
+        (True, True, torch.bfloat16, {}, "cuda", "cuda", True),
+        (True, True, torch.bfloat16, {}, "triton", "triton", False),
+        (True, True, torch.bfloat16, dict(window=3), "auto", "triton", False),
+        (True, True, torch.bfloat16, dict(window=3), "cuda", "cuda", False),
+        (True, True, torch.float64, {}, "auto", "cuda", False),
+        (True, False, torch.float16, {}, "auto", "cuda", True),
+        (False, True, torch.bfloat16, {}, "auto", "triton", False),
+    ],
+)
+def test_who_gets_them_on_a_hopper_gpu(built, triton, dtype, options, wanted, chosen, hopper, monkeypatch):
+    """``auto`` and who asks for CUDA by name, where they serve the call and are built."""
     from treegrpo_kernels import api
 
-    monkeypatch.setattr(api, "_choose", lambda *args: api.Backend.CUDA)
-    monkeypatch.setattr(hopper_cuda, "refusal", lambda *args: None)
-    plan = tk.TreePlan.build(torch.arange(1, 65, dtype=torch.int32))
-    q = torch.zeros(64, 4, 64, dtype=torch.bfloat16)
-    call = api._prepare(q, q, q, plan, None, None, None, None, wanted)
-    assert bool(call.tiles) == (wanted == "cuda")
-    monkeypatch.setattr(hopper_cuda, "refusal", lambda *args: "window")
-    assert not api._prepare(q, q, q, plan, None, None, None, None, wanted).tiles
+    usable = {"cuda": built, "triton": triton}
+    monkeypatch.setattr(api, "_reason", lambda backend, device: None if usable.get(backend.value) else "not here")
+    monkeypatch.setattr(api, "_kernels_for", lambda *args: "")
+    monkeypatch.setattr(hopper_cuda, "_arch_of", lambda device: 90)
+    q = torch.zeros(64, 4, 64, dtype=dtype).as_subclass(OnDevice)
+    asked = dict(window=0, softcap=0.0, sinks=None, scale=0.125) | options
+    assert api._choose(api._parse(wanted), q, q, q, *asked.values()).value == chosen
+    assert (api._hopper_refusal(q, q, q, *asked.values()) is None) == (built and dtype.itemsize == 2 and not options)
+    if chosen == "cuda":
+        monkeypatch.setattr(api, "_choose", lambda *args: api.Backend.CUDA)
+        plan = tk.TreePlan.build(torch.arange(1, 65, dtype=torch.int32))
+        plain = torch.zeros(64, 4, 64, dtype=dtype)
+        call = api._prepare(plain, plain, plain, plan, None, options.get("window"), None, None, wanted)
+        assert bool(call.tiles) == hopper
 
 
 class TestOnHopper:
@@ -157,4 +181,4 @@ class TestOnHopper:
         args = inputs(40, 4, 2, 64, 64, torch.bfloat16)[:4]
         through_op("cuda", cases.nested_subtree_end((40, [])), *args)
         through_op("cuda", cases.nested_subtree_end((40, [])), *args, window=3)
-        assert hopper_cuda.NOTE in caplog.text and "plain kernels: window" in caplog.text
+        assert "cuda (Hopper kernels)" in caplog.text and "the Hopper ones do not serve window" in caplog.text

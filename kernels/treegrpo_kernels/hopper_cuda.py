@@ -1,7 +1,8 @@
 """backend="cuda" on Hopper: the kernels of csrc/cuda/sm90, their tile lists and their calls.
 
-They compile for sm_90a, run on an imitated multiprocessor in the unit tests (csrc/test/machine.h), and have not been
-run on a GPU yet: ``backend="auto"`` does not take them.
+``backend="auto"`` takes them where they serve a call: on an H200 they were as fast as the Triton ones for Hopper or
+faster (NOTES.md), and nothing is compiled at the first call. Their protocol runs on the CPU too, on an imitated
+multiprocessor (csrc/test/machine.h).
 
 Shape legend: T tokens, Hq/Hkv query and key/value heads, D head dim (64 or 128).
 """
@@ -20,8 +21,6 @@ from .hopper import refusal as hopper_refusal
 
 if TYPE_CHECKING:
     from .plan import TreePlan
-
-NOTE = "the Hopper kernels of csrc/cuda/sm90, not run on a GPU yet"
 
 _FWD = slice(0, 7)
 _BWD = slice(7, 18)
@@ -43,8 +42,13 @@ def refusal(
     q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
 ) -> str | None:
     """None where the kernels serve these arguments of ``tree_attention`` on q's GPU, else why not, in a few words."""
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return hopper_refusal(q, k, v, window, softcap, sinks, scale, 10 * major + minor)
+    return hopper_refusal(q, k, v, window, softcap, sinks, scale, _arch_of(q.device))
+
+
+@torch.compiler.assume_constant_result
+def _arch_of(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:

@@ -42,7 +42,7 @@ class HopperConfig:
     fwd: HopperTile
     dq: HopperTile
     dkv: HopperTile
-    split: bool = False
+    split: bool = True
     """Part key tiles whose query ranges are longer than a multiprocessor's share of dK/dV; see work.py."""
 
 
