@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # One command on a bare CUDA machine: build csrc, run the GPU tests, run the benches, print a short table last.
 #
-#   bash bench/device.sh [--out DIR] [--quick] [--seconds N] [--stages "build tests sanitize bench step head"]
+#   bash bench/device.sh [--out DIR] [--quick] [--seconds N] [--stages "build tests sanitize step bench head"]
 #
 # Needs Python with torch (CUDA), triton, transformers, pytest, pytest-benchmark, hypothesis; nvcc for the CUDA objects; no
-# network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, bench
-# (attention and plans), step, head, tune, profile, cuda (the CUDA kernels for Hopper: race with Triton in both backward
+# network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, step,
+# bench (attention and plans), head, tune, profile, cuda (the CUDA kernels for Hopper: race with Triton in both backward
 # modes, counters by ncu); the last three are not among the default ones, and --quick leaves out sanitize and all tests but
 # those of repeated runs and of the head. A failing stage is reported and the next one still runs. It ends before N seconds
 # (default 540, with --quick 240): a stage gets its share of what is left, and what does not fit is skipped and said so.
@@ -25,17 +25,17 @@ while [ $# -gt 0 ]; do
     --stages) stages=$2; shift 2 ;;
     --seconds) seconds=$2; shift 2 ;;
     --quick) quick="--quick"; shift ;;
-    -h|--help) sed -n '2,13{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,14{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "unknown option $1: see --help" >&2; exit 2 ;;
   esac
 done
-stages=${stages:-$([ -n "$quick" ] && echo "build tests bench step head" || echo "build tests sanitize bench step head")}
+stages=${stages:-$([ -n "$quick" ] && echo "build tests step bench head" || echo "build tests sanitize step bench head")}
 seconds=${seconds:-$([ -n "$quick" ] && echo 240 || echo 540)}
 # the merge and the last table need this much
 reserve=12
 
 # weight of each stage: its share of the time that is left, against the chosen stages not yet run
-declare -A weight=([build]=3 [tests]=9 [sanitize]=5 [bench]=10 [step]=8 [head]=2 [tune]=8 [profile]=2 [cuda]=9)
+declare -A weight=([build]=3 [tests]=10 [sanitize]=4 [step]=12 [bench]=9 [head]=2 [tune]=8 [profile]=2 [cuda]=5)
 for name in $stages; do
   [ -n "${weight[$name]:-}" ] || { echo "unknown stage $name: use ${!weight[*]}" >&2; exit 2; }
 done
@@ -85,7 +85,7 @@ PY
 summary=()
 share() { # share NAME: seconds this stage may take
   local total=0 passed="" other
-  for other in build tests sanitize bench step head tune profile cuda; do
+  for other in build tests sanitize step bench head tune profile cuda; do
     [ "$other" = "$1" ] && passed=yes
     case " $stages " in *" $other "*) [ -n "$passed" ] && total=$((total + ${weight[$other]})) ;; esac
   done
@@ -154,8 +154,8 @@ run tests 20 bash -c "$python -m pytest $tested -m gpu -k 'not ($timed)' -q $wor
   -p no:cacheprovider; failed=\$?
   $python -m pytest tests/test_gpu_plan.py -m gpu -k '$timed' -q -p no:cacheprovider && exit \$failed"
 run sanitize 30 $python tests/sanitize.py --seconds {limit}
-measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure step 30 bench/test_real_step.py
+measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure head 20 bench/test_head.py
 run_modules tune 'tune*.py'
 run_modules profile 'profile*.py'
