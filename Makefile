@@ -67,7 +67,7 @@ test-verl: $(BUILT)
 	grep -v '^transformers' constraints.txt > $(STAMPS)/verl-constraints.txt
 	.venv-verl/bin/python -m pip install -q -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi cachetools \
 	  pytest hypothesis
-	.venv-verl/bin/python -m pytest tests/test_verl.py
+	.venv-verl/bin/python -m pytest tests/test_verl.py tests/test_verl_trainer.py tests/test_verl_run.py
 	TREEGRPO_DOCS=verl .venv-verl/bin/python -m pytest tests/test_docs.py::test_block
 
 demo: $(BUILT)

@@ -9,37 +9,20 @@ from typing import Any
 
 import tokenizers
 import torch
+import verl_cpu  # noqa: F401
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-from verl.plugin.platform.platform_cuda import PlatformCUDA
-from verl.plugin.platform.platform_manager import set_platform
 
-
-class CPU(PlatformCUDA):
-    """verl knows no CPU; what its FSDP engine asks a platform for, it finds here."""
-
-    device_name = "cpu"
-    device_module = torch.cpu
-
-    def current_device(self) -> str:
-        return "cpu"
-
-    def communication_backend_name(self) -> str:
-        return "gloo"
-
-
-# before the modules that ask at import
-set_platform(CPU())
-
-from verl.trainer.config import CheckpointConfig  # noqa: E402
-from verl.utils import tensordict_utils as tu  # noqa: E402
-from verl.workers.config import (  # noqa: E402
+# isort: split
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import (
     FSDPActorConfig,
     FSDPEngineConfig,
     FSDPOptimizerConfig,
     HFModelConfig,
 )
-from verl.workers.engine.base import EngineRegistry  # noqa: E402
+from verl.workers.engine.base import EngineRegistry
 
 VOCAB, GROUP = 61, 4
 
@@ -125,7 +108,8 @@ def batch(samples: list[tuple[str, list[int], list[int]]], **settings: Any) -> T
         advantages=jagged([torch.randn(1, generator=draw).expand(n).clone() for n in lengths]),
     )
     data = TensorDict(fields, batch_size=len(samples))
-    tu.assign_non_tensor(data, uid=[uid for uid, *_ in samples])
+    # rows of text come with an empty dict each
+    tu.assign_non_tensor(data, uid=[uid for uid, *_ in samples], multi_modal_inputs=[{} for _ in samples])
     base = dict(
         use_dynamic_bsz=True,
         max_token_len_per_gpu=4096,

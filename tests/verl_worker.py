@@ -1,4 +1,4 @@
-"""One of two processes of test_verl.py: `python tests/verl_worker.py RANK PORT FOLDER OUT tree|verl`."""
+"""One of two processes of test_verl.py: `python tests/verl_worker.py RANK PORT FOLDER OUT tree|verl fsdp2|fsdp`."""
 
 import functools
 import sys
@@ -11,10 +11,10 @@ import treegrpo.integrations.verl  # noqa: F401
 
 
 def main() -> None:
-    rank, port, folder, out, kind = sys.argv[1:]
+    rank, port, folder, out, kind, strategy = sys.argv[1:]
     torch.set_num_threads(1)
     tiny.join(int(rank), 2, int(port))
-    engine = tiny.engine(folder, tree=kind == "tree")
+    engine = tiny.engine(folder, tree=kind == "tree", strategy=strategy)
     samples = tiny.rows(4)
     # whole groups on a process; under the budget the first needs two micro-batches and the second three
     mine = samples[: 2 * tiny.GROUP] if rank == "0" else samples[2 * tiny.GROUP :]

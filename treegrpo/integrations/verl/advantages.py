@@ -3,6 +3,9 @@
 verl hands an estimator rewards and masks, not tokens: trainer.py gives those around the call, by :func:`known_rows`.
 Sessions of a prompt are its trees, and steps are those of :mod:`treegrpo.integrations.credit`.
 
+A session whose agent was sampled several times (a row per model call) is compared once, as verl's GRPO does it: its
+last row, with the reward of that, is the leaf, and rows that are beginnings of it are earlier turns of it.
+
 Shape legend: B rows, R response columns.
 """
 
@@ -15,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
@@ -31,12 +35,17 @@ ESTIMATOR_NAMES = tuple(_NAMES.values())
 
 @dataclass(frozen=True)
 class Rows:
-    """What verl keeps from its estimators."""
+    """What verl keeps from its estimators, row by row."""
 
     prompts: Sequence[Sequence[int]]
     responses: Sequence[Sequence[int]]
+    masks: Sequence[Sequence[int]]
+    """1 for response tokens that the policy sampled, before rollout correction takes any out: steps begin where it
+    speaks again."""
     sessions: Sequence[str]
-    """Which rollout of its prompt a row comes from; rows of one session are samples of one trajectory."""
+    """Which rollout of its prompt a row comes from."""
+    numbers: Sequence[int]
+    """Which sample of its session a row is."""
 
 
 _rows: ContextVar[Rows | None] = ContextVar("rows", default=None)
@@ -53,40 +62,50 @@ def known_rows(rows: Rows) -> Iterator[None]:
 
 
 def tree_advantages(
-    rows: Rows, rewards: Sequence[float], response_mask: np.ndarray, groups: Sequence[Any], estimator: str
+    rows: Rows, rewards: Sequence[float], groups: Sequence[Any], estimator: str, columns: int
 ) -> Tensor:
-    """Advantages float32 [B, R], 0 outside the mask.
+    """Advantages float32 [B, columns]; where the policy sampled nothing they mean nothing.
+
+    A row that is no beginning of its session's last one (its agent had dropped or rewritten something) takes the mean
+    over the steps of the last.
 
     Args:
         rewards: of each row, the sum of its token-level rewards.
-        response_mask: [B, R], nonzero where the policy sampled the token.
-        groups: verl's uid of each row; rows of equal uid are compared.
+        groups: verl's uid of each row; sessions of equal uid are compared.
     """
-    sessions: dict[tuple[str, str], int] = {}
-    counts: dict[str, int] = {}
-    leaves = []
-    for row, (prompt, response, reward, group) in enumerate(
-        zip(rows.prompts, rows.responses, rewards, groups, strict=True)
-    ):
-        key = str(group), str(rows.sessions[row])
-        if key not in sessions:
-            sessions[key] = counts.setdefault(key[0], 0)
-            counts[key[0]] += 1
-        mask = (response_mask[row, : len(response)] != 0).astype(int)
-        leaves.append(
-            Trajectory(
-                [*prompt, *response], [0] * len(prompt) + mask.tolist(), reward=reward, group=key[0], tree=sessions[key]
-            )
-        )
-    # build_forest goes by groups: rows in that order, and back
-    order = sorted(range(len(leaves)), key=lambda i: list(counts).index(leaves[i].group))
-    lengths = [len(rows.prompts[i]) for i in order]
-    sorted_leaves = [leaves[i] for i in order]
-    steps = chain_steps(sorted_leaves, lengths)
-    sorted_leaves = [replace(leaf, steps=own) for leaf, own in zip(sorted_leaves, steps, strict=True)]
-    found = on_tokens(sorted_leaves, step_advantages(sorted_leaves, estimator, {}), lengths, response_mask.shape[1])
-    advantages = found.new_zeros(response_mask.shape)
-    advantages[order] = found if found.dim() == 2 else found[:, None].expand(-1, response_mask.shape[1])
+    sessions: dict[str, dict[str, list[int]]] = {}
+    for row, group in enumerate(groups):
+        sessions.setdefault(str(group), {}).setdefault(rows.sessions[row], []).append(row)
+    leaves, lengths, on_path, off_path = [], [], [], []
+    for group, own in sessions.items():
+        for tree, members in enumerate(own.values()):
+            last = max(members, key=lambda row: rows.numbers[row])
+            ids = [*rows.prompts[last], *rows.responses[last]]
+            mask = np.zeros(len(ids), np.int8)
+            turns, others = [], []
+            for row in members:
+                start = len(rows.prompts[row])
+                end = start + len(rows.responses[row])
+                if [*rows.prompts[row], *rows.responses[row]] == ids[:end]:
+                    mask[start:end] |= np.asarray(rows.masks[row], np.int8)
+                    turns.append((row, start, end))
+                else:
+                    others.append(row)
+            leaves.append(Trajectory(ids, mask, reward=rewards[last], group=group, tree=tree))
+            lengths.append(min(start for _, start, _ in turns))
+            on_path.append(turns)
+            off_path.append(others)
+    steps = chain_steps(leaves, lengths)
+    leaves = [replace(leaf, steps=own) for leaf, own in zip(leaves, steps, strict=True)]
+    advantages = torch.zeros(len(groups), columns)
+    found = step_advantages(leaves, estimator, {})
+    for leaf, own, turns, others in zip(leaves, found, on_path, off_path, strict=True):
+        if not own.size:
+            continue
+        path = on_tokens([leaf], [own], [0], leaf.num_tokens).expand(1, leaf.num_tokens)[0]
+        for row, start, end in turns:
+            advantages[row, : end - start] = path[start:end]
+        advantages[others] = float(own.mean())
     return advantages
 
 
@@ -102,7 +121,7 @@ def _register(name: str, estimator: str) -> None:
                 " trainer.v1.trainer_mode=tree_sync"
             )
         rewards = token_level_rewards.sum(-1).tolist()
-        found = tree_advantages(rows, rewards, response_mask.cpu().numpy(), index, estimator)
+        found = tree_advantages(rows, rewards, index, estimator, response_mask.shape[1])
         found = found.to(response_mask.device) * (response_mask != 0)
         return found, found
 

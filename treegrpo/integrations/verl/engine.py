@@ -18,6 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.model import extract_multi_modal_inputs
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import detach_tree, postprocess_batch_func
@@ -74,7 +75,8 @@ class TreeFSDPEngine(FSDPEngineWithLMHead):
         for number, rows in enumerate(chosen):
             is_last = number == len(chosen) - 1
             sync = nullcontext() if forward_only else self._gradient_sync_context(is_last_micro_batch=is_last)
-            with torch.set_grad_enabled(not forward_only), sync:
+            span = torch.profiler.record_function(f"micro_batch{number}")
+            with torch.set_grad_enabled(not forward_only), sync, span:
                 loss, output = self.forward_step(tu.index_select_tensor_dict(data, rows), loss_function, forward_only)
                 if not forward_only:
                     (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -82,8 +84,8 @@ class TreeFSDPEngine(FSDPEngineWithLMHead):
                 del output["model_output"]
             outputs.append(output)
         # rows come back in their own order, which verl does where micro-batches were of no fixed size
-        tu.assign_non_tensor(data, use_dynamic_bsz=True)
-        return postprocess_batch_func(output_lst=outputs, indices=chosen, data=data)
+        settings = tu.get_tensordict({}, non_tensor_dict=dict(use_dynamic_bsz=True))
+        return postprocess_batch_func(output_lst=outputs, indices=chosen, data=settings)
 
     def _choose_micro_batches(self, data: TensorDict) -> list[list[int]]:
         """Row indices of each micro-batch, equally many on every process."""
@@ -101,24 +103,29 @@ class TreeFSDPEngine(FSDPEngineWithLMHead):
         self, micro_batch: TensorDict, loss_function: Callable | None, forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
         """(loss, {model_output, loss, metrics}) of one micro-batch."""
+        _refuse(micro_batch)
+        # rows come in host memory: packed there, while the device is still at the micro-batch before
+        batch = packed(micro_batch["input_ids"], get_device_id())
         micro_batch = micro_batch.to(get_device_id())
         dtype, device = self._autocast_dtype, get_device_name()
         with nullcontext() if dtype == torch.float32 else torch.autocast(device_type=device, dtype=dtype):
-            model_output = self.score(micro_batch)
+            model_output = self.score(micro_batch, batch)
             if loss_function is None:
                 loss, metrics = torch.tensor(1.0, device=device), {}
             else:
                 loss, metrics = loss_function(
                     model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group()
                 )
+            # the supervised loss has no metrics, and its trainer takes no lists
+            if metrics and not forward_only:
+                metrics["packing_ratio"] = batch.token_ratio
         return loss, {"model_output": detach_tree(model_output), "loss": loss.detach().item(), "metrics": metrics}
 
-    def score(self, micro_batch: TensorDict) -> dict[str, Tensor]:
-        """log_probs (and entropy where asked for), jagged [B, j] as verl lays them out: at a token what is known of the
-        next one, over prompts too; 0 at the last token of a row, where verl has what nobody reads."""
-        _refuse(micro_batch)
+    def score(self, micro_batch: TensorDict, batch: TreeBatch) -> dict[str, Tensor]:
+        """log_probs (and entropy where asked for) of the rows packed in ``batch``, jagged [B, j] as verl lays them out:
+        at a token what is known of the next one, over prompts too; 0 at the last token of a row, where verl has what
+        nobody reads."""
         ids = micro_batch["input_ids"]
-        batch = packed(ids)
         with_entropy = tu.get_non_tensor_data(micro_batch, key="calculate_entropy", default=False)
         scored = token_logprobs(
             self.module, batch, temperature=_one_temperature(micro_batch["temperature"]), entropy=with_entropy
@@ -131,14 +138,14 @@ class TreeFSDPEngine(FSDPEngineWithLMHead):
         return found
 
 
-def packed(ids: Tensor) -> TreeBatch:
-    """Rows, jagged [B, j], as one packed tree on their device, every token but the first of a row scored. Leaves keep
-    the rows' order, and their stream is the rows' tokens in order."""
+def packed(ids: Tensor, device: Any = "cpu") -> TreeBatch:
+    """Rows, jagged [B, j], as one packed tree on ``device``, every token but the first of a row scored. Leaves keep the
+    rows' order, and their stream is the rows' tokens in order."""
     leaves = []
     for row in rows_of(ids):
         mask = [0] + [1] * (len(row) - 1)
         leaves.append(Trajectory(row, mask, reward=0.0))
-    (batch,) = pack([build_tree(leaves)], device=ids.device)
+    (batch,) = pack([build_tree(leaves)], device=device)
     return batch
 
 
@@ -176,5 +183,6 @@ def _refuse(micro_batch: TensorDict) -> None:
             raise ValueError(f"{key} needs every token's logits, which a packed tree never has at once: turn it off")
     if not micro_batch["input_ids"].is_nested:
         raise ValueError("input_ids must be jagged rows: set use_remove_padding=True")
-    if micro_batch["position_ids"].dim() == 3 or any(micro_batch.get("multi_modal_inputs", None) or ()):
+    # every row of verl's has a dict, an empty one where it is text
+    if micro_batch["position_ids"].dim() == 3 or extract_multi_modal_inputs(micro_batch.get("multi_modal_inputs", [])):
         raise ValueError("trees of text only: images and videos cannot be packed")
