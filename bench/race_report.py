@@ -135,7 +135,8 @@ def short(rows: list[Row]) -> list[str]:
     present = contenders_of(rows)
     shown = [name for name in present if name != next((ours for ours in OURS if ours in present), None)]
     names = {"flex": "flex", "flex_and_mask": "flex+m", "gather_varlen": "gather", "prefix_grouping": "prefix"}
-    names |= {"chain_varlen": "varlen", "chain_cudnn": "cudnn", "sdpa_dense_mask": "dense", "tree_cuda": "cuda", "tree_triton": "triton"}
+    names |= {"chain_varlen": "varlen", "chain_cudnn": "cudnn", "sdpa_dense_mask": "dense"}
+    names |= {"tree_cuda": "cuda", "tree_triton": "triton"}
     lines = []
     for passes in PASSES:
         cells = by_cell(rows, passes)

@@ -1,6 +1,6 @@
 """Every attention kernel on one small forest, for compute-sanitizer; wrong numbers fail too.
 
-    python tests/sanitize.py [--seconds N]            all parts under memcheck, all but sm90 under racecheck, all at once
+    python tests/sanitize.py [--seconds N]            all parts under memcheck, all but sm90 under racecheck, at once
     python tests/sanitize.py hopper|plain|cuda|sm90   that part alone, without compute-sanitizer
 
 Racecheck does not follow an mbarrier from a plain store to its reader. In the Hopper kernels it therefore reports the
