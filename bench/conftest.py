@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.metadata
 import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +26,10 @@ SECONDS_PER_BENCH = 1.0
 SLOW_SECONDS, SLOW_ROUNDS = 2.0, 2
 DEVICE_SECONDS_PER_BENCH, QUICK_DEVICE_ROUNDS = 0.4, 3
 
+# what a bench may take beyond --bench-seconds, less than bench/device.sh gives the process
+GRACE_SECONDS = 6
+CUT_OFF = 9
+
 _started = time.monotonic()
 
 
@@ -37,7 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--bench-seconds",
         type=float,
         default=None,
-        help="start no further bench after this many seconds, so that the result file is still written",
+        help="start no further bench after this many seconds; one that goes on is soon cut off, with a traceback,"
+        " and the results so far are written",
     )
 
 
@@ -49,6 +56,20 @@ def pytest_configure(config: pytest.Config) -> None:
     if is_quick(config) and not torch.cuda.is_available():
         # nothing is timed, and small tensors lose more to threads waiting for each other than they gain
         torch.set_num_threads(1)
+    seconds = config.getoption("--bench-seconds")
+    if seconds is not None:
+        # a kernel that never ends hears no signal; nothing is captured yet, and this descriptor stays so
+        watchdog = threading.Timer(seconds + GRACE_SECONDS, _give_up, (config, os.dup(2)))
+        watchdog.daemon = True
+        watchdog.start()
+        config.add_cleanup(watchdog.cancel)
+
+
+def _give_up(config: pytest.Config, stderr: int) -> None:
+    os.write(stderr, b"\n--bench-seconds are over: what runs is cut off here\n")
+    faulthandler.dump_traceback(stderr)
+    config._benchmarksession.handle_saving()
+    os._exit(CUT_OFF)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

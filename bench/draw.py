@@ -9,8 +9,7 @@ from bench.race_report import CHAINS, by_cell, contenders_of, label, ours_of
 
 Row = dict[str, Any]
 COLOURS = {
-    "tree_sm90": "#2a6fb0",
-    "tree_triton": "#7fb0dd",
+    "tree_triton": "#2a6fb0",
     "tree_cpu": "#2a6fb0",
     "flex": "#d9822b",
     "flex_and_mask": "#f2c48d",

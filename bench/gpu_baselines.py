@@ -333,25 +333,12 @@ def _dense_mask(forest: Forest, device: torch.device) -> Attend:
     return attend
 
 
-def _on_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _hopper_cuda() -> Contender:
-    inner = tree_backend("cuda")
-
-    def unsupported(request: Request) -> str | None:
-        return inner.unsupported(request) or (None if _on_hopper(request.device) else "its kernels need sm_90")
-
-    return Contender("tree_sm90", inner.layout, unsupported, inner.prepare)
-
-
 def _plain_cuda() -> Contender:
     inner = tree_backend("cuda")
 
     def unsupported(request: Request) -> str | None:
-        if _on_hopper(request.device):
-            return "on Hopper other CUDA kernels serve these calls"
+        if request.device.type == "cuda" and torch.cuda.get_device_capability(request.device) == (9, 0):
+            return "on Hopper other CUDA kernels serve these calls: bench.race_cuda"
         if request.forest.num_pairs > MAX_PAIRS_OF_PLAIN_CUDA:
             return f"the plain kernel is slow: left out above {MAX_PAIRS_OF_PLAIN_CUDA:,} pairs"
         return inner.unsupported(request)
@@ -388,12 +375,10 @@ def _on_torch_varlen(name: str, method: Callable[[Forest, torch.device, Varlen],
 
 
 _torch_kernel = _needs("torch.nn.attention.varlen", "varlen_attn")
-# the first that runs is what backend="auto" takes for these calls
-OURS = ("tree_sm90", "tree_triton", "tree_cpu")
+OURS = "tree_triton"
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
-        _hopper_cuda(),
         tree_backend("triton"),
         tree_backend("cpu"),
         Contender("flex", "blocks", _needs_gpu, _flex),

@@ -10,14 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 Row = dict[str, Any]
-# the first that ran is ours; see gpu_baselines.OURS
-OURS = ("tree_sm90", "tree_triton", "tree_cpu")
+OURS = ("tree_triton", "tree_cpu")
 PASSES = ("forward", "backward", "forward_backward")
 CHAINS = ("chain_varlen", "chain_cudnn", "chain_flash_attn")
 LABELS = {
-    "tree_sm90": "ours, CUDA",
-    "tree_triton": "ours, Triton",
-    "tree_cpu": "ours, CPU",
+    "tree_triton": "ours",
+    "tree_cpu": "ours (CPU)",
     "tree_cuda": "ours, plain CUDA",
     "flex": "FlexAttention",
     "flex_and_mask": "Flex + mask build",
@@ -132,11 +130,9 @@ def absences(rows: list[Row]) -> list[str]:
 
 def short(rows: list[Row]) -> list[str]:
     """A narrow table for a terminal: TFLOP/s of ours, and each rival's time over ours, forward and backward."""
-    present = contenders_of(rows)
-    shown = [name for name in present if name != next((ours for ours in OURS if ours in present), None)]
+    shown = [name for name in contenders_of(rows) if name not in OURS]
     names = {"flex": "flex", "flex_and_mask": "flex+m", "gather_varlen": "gather", "prefix_grouping": "prefix"}
-    names |= {"chain_varlen": "varlen", "chain_cudnn": "cudnn", "sdpa_dense_mask": "dense"}
-    names |= {"tree_cuda": "cuda", "tree_triton": "triton"}
+    names |= {"chain_varlen": "varlen", "chain_cudnn": "cudnn", "sdpa_dense_mask": "dense", "tree_cuda": "cuda"}
     lines = []
     for passes in PASSES:
         cells = by_cell(rows, passes)

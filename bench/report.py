@@ -256,11 +256,10 @@ def race_section(rows: list[Row]) -> str:
 
 
 def host_table(rows: list[Row]) -> str:
-    header = ["workload", "", "pass", "tokens", "host time per call", "device, median", "CUDA graph replay"]
+    header = ["workload", "pass", "tokens", "host time per call", "device, median", "CUDA graph replay"]
     body = [
         [
             row["workload"],
-            race_report.label(row["contender"]),
             row["passes"].replace("_", " + "),
             f"{row['tokens']:,}",
             seconds(row["host_us"] / 1e6),

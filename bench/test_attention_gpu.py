@@ -10,8 +10,8 @@ from functools import cache
 import pytest
 import torch
 
+import treegrpo_kernels as tk
 from bench import gpu_workloads, workloads
-from bench.baselines import Request
 from bench.gpu_baselines import CONTENDERS, OURS
 from bench.race import HEADS, KV_HEADS, PASSES, Problem, race
 from bench.timing import Stopwatch, host_seconds, spread
@@ -51,10 +51,8 @@ def outcomes(workload, head_dim, device, quick):
     return found
 
 
-def ours_on(forest, device, quick):
-    """The contender that all others are compared with: the first of ours that can run here."""
-    request = Request(forest, device, True, quick)
-    return next((name for name in OURS if CONTENDERS[name].unsupported(request) is None), OURS[0])
+def ours_on(device):
+    return OURS if device.type == "cuda" else "tree_cpu"
 
 
 def selected(workload, head_dim, device, quick):
@@ -80,14 +78,13 @@ def test_race(workload, head_dim, contender, meter, device, quick, compiled_ahea
     all_outcomes = outcomes(workload, head_dim, device, quick)
     outcome = all_outcomes[contender]
     if outcome.reason is not None:
-        if contender in OURS and outcome.reason.startswith("failed"):
+        if contender == ours_on(device) and outcome.reason.startswith("failed"):
             pytest.fail(outcome.reason)
         pytest.skip(outcome.reason)
     problem = problem_of(forest, head_dim, device)
     is_tree = CONTENDERS[contender].layout in ("tree", "blocks")
     pairs = forest.num_pairs if is_tree else forest.num_chain_pairs
-    name_of_ours = ours_on(forest, device, quick)
-    ours = all_outcomes[name_of_ours]
+    ours = all_outcomes[ours_on(device)]
     meter.benchmark.group = f"attention race {workload} D{head_dim}"
     meter.benchmark.extra_info.update(
         suite="race",
@@ -114,23 +111,23 @@ def test_race(workload, head_dim, contender, meter, device, quick, compiled_ahea
     timed = {name: spread(outcome.times[name]) for name in PASSES}
     for name, row in timed.items():
         row["tflops_per_s"] = problem.flops(name, pairs) / row["median_s"] / 1e12
-        if ours.reason is None and contender != name_of_ours:
+        if ours.reason is None and contender != ours_on(device):
             row["time_over_ours"] = row["median_s"] / spread(ours.times[name])["median_s"]
     meter.benchmark.extra_info["passes"] = timed
-    if contender == name_of_ours:
+    if contender == ours_on(device):
         absent = {name: other.reason for name, other in all_outcomes.items() if other.reason is not None}
         meter.benchmark.extra_info["absent"] = absent
 
 
-@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("passes", ["forward", "forward_backward"])
-def test_host_time(passes, name, meter, device, quick, compiled_ahead):
+def test_host_time(passes, meter, device, quick, compiled_ahead):
     """A 2k-token tree, one layer, its plan reused: what a call costs the host, and as a CUDA graph the device."""
+    name = ours_on(device)
     forest = workloads.lay_out(
         SMALL, tuple(gpu_workloads.build_forest(workloads.grpo_star(512 if device.type == "cuda" else 32, 6)))
     )
     problem = problem_of(forest, WIDE, device)
-    reason = CONTENDERS[name].unsupported(Request(forest, device, True, quick))
+    reason = tk.backends(device)[name.removeprefix("tree_")]
     if reason is not None:
         pytest.skip(reason)
     q, k, v, dout = problem.inputs("tree")

@@ -1,5 +1,11 @@
 """The clocks: medians and spreads, replayed rounds, and the Meter's GPU path with the wall as its clock."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -71,3 +77,26 @@ def test_rounds_on_a_device_take_turns_with_the_baseline(benchmark, monkeypatch)
         assert {"median_s", "iqr_s", "time_ratio", "gflops_per_s"} <= set(info)
     # a bench of the clock itself is no row of a report
     benchmark.extra_info["oracle"] = "none"
+
+
+HANGS = """
+import time
+
+def test_quick(benchmark):
+    benchmark.pedantic(lambda: None, rounds=2)
+
+def test_never_ends(benchmark):
+    time.sleep(600)
+"""
+
+
+def test_what_never_ends_is_cut_off_and_loses_nothing_else(tmp_path):
+    (tmp_path / "test_hangs.py").write_text(HANGS)
+    (tmp_path / "impatient.py").write_text("from bench import conftest\n\nconftest.GRACE_SECONDS = 0\n")
+    root = Path(conftest.__file__).resolve().parent.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "kernels", tmp_path)))}
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "impatient", "test_hangs.py"]
+    command += ["--bench-seconds=4", "--benchmark-json=found.json"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == conftest.CUT_OFF and "test_never_ends" in done.stderr, done.stdout + done.stderr
+    assert [row["name"] for row in json.loads((tmp_path / "found.json").read_text())["benchmarks"]] == ["test_quick"]

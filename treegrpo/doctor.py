@@ -187,9 +187,11 @@ def _usable(name: str) -> str:
         case "cuda":
             import torch
 
-            hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-            ours = "bf16 and fp16 heads of 64 and 128 (Hopper kernels) and " if hopper else ""
-            return f"usable; auto takes it for {ours}what triton does not take (float64)"
+            from treegrpo_kernels.hopper_cuda import NOTE
+
+            hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+            asked = f"; asked for by name, bf16 and fp16 heads of 64 and 128 take {NOTE}" if hopper else ""
+            return f"usable; auto takes it for what triton does not (float64){asked}"
         case _:
             return "usable"
 

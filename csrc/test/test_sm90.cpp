@@ -52,7 +52,8 @@ struct Tiles {
     for (int r = 0; r < num_rows; ++r) {
       std::vector<int32_t> whole, partial;
       for (int n = 0; n < num_keys; ++n) {
-        const Tile seen = meet(forest, r * rows, rows, n * keys, keys);
+        // as in the plan, where rows past T spoil no full tile; keys past T do
+        const Tile seen = meet(forest, r * rows, std::min(rows, num_tokens - r * rows), n * keys, keys);
         if (seen == Tile::kFull) whole.push_back(n);
         if (seen == Tile::kPartial) partial.push_back(n);
       }
@@ -258,7 +259,8 @@ void check_schedule(const Forest& forest, int num_programs, int longest) {
       bool full_came = false;
       for (int turn = 0; turn < work.num_tiles; ++turn) {
         const int n = tiles.indices[work.entry(turn)];
-        const bool is_full = Tiles::meet(forest, work.tile * 128, 128, n * 128, 128) == Tile::kFull;
+        const int rows = std::min(128, num_tokens - work.tile * 128);
+        const bool is_full = Tiles::meet(forest, work.tile * 128, rows, n * 128, 128) == Tile::kFull;
         EXPECT(is_full || !full_came, "a partial tile behind a full one");
         full_came |= is_full;
         EXPECT(seen.emplace(work.head, work.tile, n).second, "query tile %d meets key tile %d twice", work.tile, n);

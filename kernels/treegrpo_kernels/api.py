@@ -137,22 +137,30 @@ def _prepare(
 
         config = triton.config_for(q, k, v, window, softcap, sinks, scale)
         tiles = triton.tile_tensors(plan, q, v, window, config)
-    elif chosen is Backend.CUDA and q.shape[0] and _hopper_refusal(q, k, v, window, softcap, sinks, scale) is None:
-        from . import hopper_cuda
-
-        tiles = hopper_cuda.tile_tensors(plan, k.shape[1])
+    elif chosen is Backend.CUDA and q.shape[0] and _parse(backend) is Backend.CUDA:
+        tiles = _hopper_cuda_tiles(q, k, v, plan, window, softcap, sinks, scale)
     # only the operator's FLOP formula reads the pairs; under a window they are counted on the device
     num_pairs = 0 if chosen in (Backend.REFERENCE, Backend.GATHER) else plan.count_pairs(window)
     return _Call(chosen, scale, window, softcap, tiles, num_pairs)
 
 
-def _hopper_refusal(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
-) -> str | None:
-    """Why the CUDA kernels for Hopper do not serve this call, and the plain ones do; None if they serve it."""
+def _hopper_cuda_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    scale: float,
+) -> list[Tensor]:
+    """Tile lists of the CUDA kernels for Hopper where they serve; empty for the plain CUDA kernels, which need none."""
     from . import hopper_cuda
 
-    return _reason(Backend.CUDA, q.device) or hopper_cuda.refusal(q, k, v, window, softcap, sinks, scale)
+    refusal = hopper_cuda.refusal(q, k, v, window, softcap, sinks, scale)
+    if not torch.compiler.is_compiling():
+        _announce(Backend.CUDA, q, hopper_cuda.NOTE if refusal is None else f"plain kernels: {refusal}")
+    return hopper_cuda.tile_tensors(plan, k.shape[1]) if refusal is None else []
 
 
 def backends(device: torch.device | str | None = None) -> dict[str, str | None]:
@@ -236,18 +244,9 @@ def _choose(
         refusal = _refusal(wanted, q, k, v, window, softcap, sinks)
         if refusal is not None:
             raise ValueError(f"backend {wanted.value!r}: {refusal}")
-        if wanted is Backend.CUDA and not torch.compiler.is_compiling():
-            _announce(wanted, q, _kernels_for(wanted, q, k, v, window, softcap, sinks, scale))
         return wanted
-    if q.device.type != "cuda":
-        candidates = (Backend.CPU,)
-    elif _hopper_refusal(q, k, v, window, softcap, sinks, scale) is None:
-        candidates = (Backend.CUDA,)
-    else:
-        # the plain CUDA kernels are portable, not fast
-        candidates = (Backend.TRITON, Backend.CUDA)
     refusals = []
-    for candidate in candidates:
+    for candidate in (Backend.TRITON, Backend.CUDA) if q.device.type == "cuda" else (Backend.CPU,):
         refusal = _refusal(candidate, q, k, v, window, softcap, sinks)
         if refusal is None:
             break
@@ -256,22 +255,12 @@ def _choose(
         candidate = Backend.REFERENCE
     if not torch.compiler.is_compiling():
         why = "; ".join(refusals) or f"the fastest for {q.device.type} tensors"
-        if candidate in (Backend.TRITON, Backend.CUDA):
-            why += f"; {_kernels_for(candidate, q, k, v, window, softcap, sinks, scale)}"
+        if candidate is Backend.TRITON:
+            from . import triton
+
+            why += f"; {triton.kernels_for(q, k, v, window, softcap, sinks, scale)}"
         _announce(candidate, q, why)
     return candidate
-
-
-def _kernels_for(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
-) -> str:
-    """Which of its two families of kernels a GPU backend takes, for the log."""
-    if backend is Backend.TRITON:
-        from . import triton
-
-        return triton.kernels_for(q, k, v, window, softcap, sinks, scale)
-    refusal = _hopper_refusal(q, k, v, window, softcap, sinks, scale)
-    return "Hopper kernels" if refusal is None else f"plain kernels, for the Hopper ones do not serve {refusal}"
 
 
 def _announce(chosen: Backend, q: Tensor, why: str) -> None:

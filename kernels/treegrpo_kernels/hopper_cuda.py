@@ -1,8 +1,8 @@
 """backend="cuda" on Hopper: the kernels of csrc/cuda/sm90, their tile lists and their calls.
 
-``backend="auto"`` takes them where they serve a call: on an H200 they were as fast as the Triton ones for Hopper or
-faster (NOTES.md), and nothing is compiled at the first call. Their protocol runs on the CPU too, on an imitated
-multiprocessor (csrc/test/machine.h).
+``backend="auto"`` does not take them yet. On an H200 they were right, and as fast as the Triton ones for Hopper or
+faster (NOTES.md), but waited for ever on rows whose last query tile has at most 64 tokens. That is mended, shown on an
+imitated multiprocessor in the unit tests (csrc/test/machine.h), and has not been rerun on a GPU.
 
 Shape legend: T tokens, Hq/Hkv query and key/value heads, D head dim (64 or 128).
 """
@@ -21,6 +21,8 @@ from .hopper import refusal as hopper_refusal
 
 if TYPE_CHECKING:
     from .plan import TreePlan
+
+NOTE = "the Hopper kernels of csrc/cuda/sm90, mended since they last ran on a GPU"
 
 _FWD = slice(0, 7)
 _BWD = slice(7, 18)

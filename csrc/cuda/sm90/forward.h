@@ -109,13 +109,13 @@ struct Forward {
         const int row = work.tile * kRows + consumer * kConsumerRows;
         // looked up one tile ahead, for the loads take their time
         KeyTile next = Walker::key_tile(p, work, 0);
-        for (; turn < work.num_partial(); ++turn) {
+        // the loop over full tiles wants something pending: rows past T see nothing, of a tile that is full for the others either
+        for (; turn < work.num_partial() || (turn < work.num_tiles && !has_pending); ++turn) {
           const KeyTile tile = next;
-          next = Walker::key_tile(p, work, turn + 1 < work.num_partial() ? turn + 1 : turn);
+          next = Walker::key_tile(p, work, turn + 1 < work.num_tiles ? turn + 1 : turn);
           partial(row, tile);
           if (turn == 0) hand_back(round);
         }
-        // the tile on the diagonal is the last partial one, so something is pending
         for (; turn < work.num_tiles; ++turn) step<true>(false, 0);
         if (has_pending) finish();
         write(work);
