@@ -99,6 +99,7 @@ ctest: $(BUILT)
 	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/cmake --parallel
 	ctest --test-dir build/cmake --output-on-failure
+	$(PY) -m pytest tests/test_imitated.py -q
 
 cuda: $(BUILT)
 	@echo "== CUDA objects by nvcc, no GPU needed"

@@ -237,7 +237,7 @@ class Multiprocessor {
   std::vector<uint8_t> plain_, async_;
   std::map<uint32_t, Barrier> barriers_;
   std::map<int, Meeting> named_;
-  Meeting quads_[kThreads / 4];
+  Meeting quads_[kThreads / 4], warps_[kThreads / 32];
   Warpgroup groups_[kGroups];
   std::vector<std::function<void()>> loads_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -277,6 +277,7 @@ class Multiprocessor::Thread {
   }
 
   void sync_block() { sm_.meet(sm_.named_[0], kThreads, true); }
+  void sync_warp() { sm_.meet(sm_.warps_[index_ / 32], 32, true); }
   void sync_named(int name, int threads) { sm_.meet(sm_.named_[name], threads, true); }
   void arrive_named(int name, int threads) { sm_.meet(sm_.named_[name], threads, false); }
   template <int>

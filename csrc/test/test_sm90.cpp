@@ -1,13 +1,18 @@
 // The Hopper kernels' own source (cuda/sm90), run on an imitated multiprocessor (machine.h) against attention written out pair by
 // pair; and their schedule: every visible tile exactly once.
+//
+//   test_sm90          the tests, with lists made here
+//   test_sm90 FILE     one problem with the lists that treegrpo_kernels.hopper_cuda makes, as tests/test_imitated.py writes them
 #include "cuda/sm90/backward_dkv.h"
 #include "cuda/sm90/backward_dq.h"
 #include "cuda/sm90/elementwise.h"
 #include "cuda/sm90/forward.h"
 
 #include <algorithm>
+#include <fstream>
 #include <numeric>
 #include <set>
+#include <string>
 #include <tuple>
 
 #include "definition.h"
@@ -37,9 +42,10 @@ void check_descriptors() {
 
 // What TreePlan.tile_lists gives, made from the visibility of single tokens.
 struct Tiles {
-  int num_tokens, rows, keys;
+  int num_tokens = 0, rows = 0, keys = 0;
   std::vector<int32_t> offsets, indices, full, order, min_end, max_end;
 
+  Tiles() = default;
   Tiles(const Forest& forest, int rows, int keys) : num_tokens(forest.size()), rows(rows), keys(keys) {
     const int num_rows = (num_tokens + rows - 1) / rows, num_keys = (num_tokens + keys - 1) / keys;
     for (int n = 0; n < num_keys; ++n) {
@@ -86,6 +92,7 @@ struct Items {
   std::vector<std::array<int, 3>> parted;  // key tile, first slot, how many
   int num_slots = 0;
 
+  Items() = default;
   Items(const Forest& forest, const Tiles& tiles, int longest) {
     const Tiles halves(forest, 64, 64);
     half_min_end = halves.min_end, half_max_end = halves.max_end;
@@ -103,6 +110,20 @@ struct Items {
     for (const auto& item : made) items.insert(items.end(), item.begin(), item.end());
   }
   int count() const { return static_cast<int>(items.size() / 4); }
+};
+
+// What a plan tells the kernels.
+struct Plan {
+  Tiles fwd, dq, dkv;
+  Items items;
+  std::vector<int32_t> span;  // [Tp]
+
+  Plan() = default;
+  Plan(const Forest& forest, int longest)
+      : fwd(forest, 128, 128), dq(forest, 128, 64), dkv(forest, 64, 128), items(forest, dkv, longest) {
+    span.resize((forest.size() + 127) / 128 * 128, 0);
+    for (int64_t j = 0; j < forest.size(); ++j) span[j] = forest.subtree_end[j] - static_cast<int32_t>(j);
+  }
 };
 
 // Values rounded to the type: as the kernels read them, and as what the definition is fed with.
@@ -158,7 +179,7 @@ void launch(const Params& params, int num_bytes, int num_blocks, unsigned seed) 
 constexpr double tolerance(Half type) { return type == Half::kBFloat16 ? 1.5e-2 : 2e-3; }
 
 template <int D, Half type>
-void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, unsigned seed) {
+void check(const Forest& forest, int num_heads, int num_kv_heads, const Plan& plan, unsigned seed) {
   const int num_tokens = static_cast<int>(forest.size()), padded = (num_tokens + 127) / 128 * 128;
   const float scale = 1 / std::sqrt(static_cast<float>(D));
   const Problem problem{{num_tokens, num_heads, num_kv_heads, D, D}, {scale, 0}, 0, false};
@@ -169,12 +190,11 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, u
   const auto map = [&](std::vector<uint16_t>& values, int heads, int box_rows) {
     return TensorMap{values.data(), num_tokens, heads * D, box_rows};
   };
-  std::vector<int32_t> span(padded, 0);
-  for (int j = 0; j < num_tokens; ++j) span[j] = forest.subtree_end[j] - j;
+  const std::vector<int32_t>& span = plan.span;
   const sm90::Sizes sizes{num_tokens, padded, num_heads, num_kv_heads};
   const uint16_t nan = narrow(type, NAN);
 
-  const Tiles fwd(forest, 128, 128);
+  const Tiles& fwd = plan.fwd;
   std::vector<uint16_t> out(q.size(), nan);
   std::vector<float> lse(num_tokens * num_heads, NAN);
   const int num_items = static_cast<int>(fwd.order.size()) * num_heads, num_blocks = std::min(num_items, 3);
@@ -197,7 +217,7 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, u
     }
   for (int h = 0; h < num_heads; ++h)
     for (int i = num_tokens; i < padded; ++i) EXPECT(std::isinf(lse2[h * padded + i]), "row %d past T", i);
-  const Tiles rows(forest, 128, 64);
+  const Tiles& rows = plan.dq;
   std::vector<uint16_t> dq(q.size(), nan);
   using QueryGrad = sm90::QueryGrad<Multiprocessor::Thread, D, type>;
   launch<QueryGrad>(sm90::QueryGradParams<TensorMap>{map(q, num_heads, 64), map(dout, num_heads, 64), map(dq, num_heads, 64),
@@ -207,8 +227,8 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, u
                     sm90::QueryGradMemory<D>::kBytes, num_blocks, seed + 7);
   near("dq", widened(type, dq), x.dq, tolerance(type));
 
-  const Tiles keys(forest, 64, 128);
-  const Items items(forest, keys, longest);
+  const Tiles& keys = plan.dkv;
+  const Items& items = plan.items;
   const auto key_grad = [&]<bool kAddQueryGrad>(std::bool_constant<kAddQueryGrad>) {
     std::vector<uint16_t> dk(k.size(), nan), dv(v.size(), nan);
     std::vector<float> partial_dk(items.num_slots * num_kv_heads * 128 * D, NAN), partial_dv(partial_dk.size(), NAN);
@@ -241,6 +261,11 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, u
   };
   key_grad(std::false_type{});
   key_grad(std::true_type{});
+}
+
+template <int D, Half type>
+void check(const Forest& forest, int num_heads, int num_kv_heads, int longest, unsigned seed) {
+  check<D, type>(forest, num_heads, num_kv_heads, Plan(forest, longest), seed);
 }
 
 void check_schedule(const Forest& forest, int num_programs, int longest) {
@@ -308,7 +333,57 @@ Forest star(int trunk, int leaf, int num_leaves) {
   return forest;
 }
 
-int main() {
+// Numbers in text: Hq, Hkv, D, 1 for bfloat16; then arrays, each its length first: subtree_end, and the tensors of
+// treegrpo_kernels.hopper_cuda.tile_tensors in their order.
+void check_file(const char* path) {
+  std::ifstream file(path);
+  int num_heads, num_kv_heads, head_dim, is_bfloat16;
+  EXPECT(file >> num_heads >> num_kv_heads >> head_dim >> is_bfloat16, "no problem in %s", path);
+  const auto next = [&] {
+    size_t size = 0;
+    EXPECT(file >> size, "%s ends too early", path);
+    std::vector<int32_t> values(size);
+    for (int32_t& x : values) EXPECT(file >> x, "%s ends too early", path);
+    return values;
+  };
+  Forest forest;
+  forest.subtree_end = next();
+  std::vector<int32_t> above;  // whose subtrees are open
+  for (int32_t t = 0; t < static_cast<int32_t>(forest.subtree_end.size()); ++t) {
+    while (!above.empty() && forest.subtree_end[above.back()] <= t) above.pop_back();
+    forest.parent.push_back(above.empty() ? -1 : above.back());
+    forest.position.push_back(static_cast<int32_t>(above.size()));
+    above.push_back(t);
+  }
+  Plan plan;
+  for (Tiles* tiles : {&plan.fwd, &plan.dq}) {
+    tiles->offsets = next(), tiles->indices = next(), tiles->full = next(), tiles->order = next();
+    tiles->min_end = next(), tiles->max_end = next();
+    if (tiles == &plan.fwd) plan.span = next();
+  }
+  // dK/dV and dQ share one list of the backward's key tiles: of 128 keys, and of their halves
+  std::swap(plan.dq.min_end, plan.dkv.min_end), std::swap(plan.dq.max_end, plan.dkv.max_end);
+  plan.items.half_min_end = next(), plan.items.half_max_end = next();
+  plan.dq.min_end = plan.items.half_min_end, plan.dq.max_end = plan.items.half_max_end;
+  plan.items.items = next();
+  const std::vector<int32_t> parted = next();
+  for (size_t i = 0; i < parted.size(); i += 3) {
+    plan.items.parted.push_back({parted[i], parted[i + 1], parted[i + 2]});
+    plan.items.num_slots += parted[i + 2];
+  }
+  EXPECT(plan.span == next(), "two spans");
+  const auto run = [&](auto check) { check(forest, num_heads, num_kv_heads, plan, 1u); };
+  using Check = void (*)(const Forest&, int, int, const Plan&, unsigned);
+  if (head_dim == 64) run(is_bfloat16 ? Check(check<64, Half::kBFloat16>) : Check(check<64, Half::kFloat16>));
+  else run(is_bfloat16 ? Check(check<128, Half::kBFloat16>) : Check(check<128, Half::kFloat16>));
+  std::printf("sm90: kernels agree with the definition on %zu tokens\n", static_cast<size_t>(forest.size()));
+}
+
+int main(int argc, char** argv) {
+  if (argc > 1) {
+    for (int i = 1; i < argc; ++i) check_file(argv[i]);
+    return 0;
+  }
   check_descriptors();
   for (unsigned seed = 0; seed < 12; ++seed)
     for (double branch : {0.0, 0.01, 0.1, 0.5})

@@ -171,6 +171,8 @@ struct KeyGrad {
 
     // A query tile that only the other consumer's keys are seen by.
     TREEGRPO_DEVICE void skip() {
+      // no product keeps the lanes together: one may still have to read which tile it is
+      m.sync_warp();
       release(m, base + Memory::kFree + 8 * ring.slot);
       ring.template advance<kStages>();
     }

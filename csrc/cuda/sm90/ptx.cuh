@@ -51,6 +51,7 @@ struct Gpu {
 
   // barriers of threads
   __device__ __forceinline__ void sync_block() { __syncthreads(); }
+  __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   __device__ __forceinline__ void sync_named(int name, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
   }

@@ -47,11 +47,13 @@ struct Walk {
     load<D>(m, map, base + tiles + ring.slot * Memory::kKeyBytes, Memory::kKeyPanel, row, column, barrier);
   }
 
-  // A key tile that this consumer has no use for is handed on. Its phase must have begun before.
+  // A key tile that this consumer has no use for is handed on, when every lane has seen that its phase has begun: no product keeps
+  // the lanes together here, and one that comes late would take the next phase but one for its own.
   static TREEGRPO_DEVICE void pass_on(Machine& m, uint32_t base, Place& ring) {
     m.wait(base + Memory::kKFull + 8 * ring.slot, ring.phase);
-    release(m, base + Memory::kKFree + 8 * ring.slot);
     m.wait(base + Memory::kVFull + 8 * ring.slot, ring.phase);
+    m.sync_warp();
+    release(m, base + Memory::kKFree + 8 * ring.slot);
     release(m, base + Memory::kVFree + 8 * ring.slot);
     ring.template advance<kStages>();
   }
