@@ -101,10 +101,9 @@ run() { # run NAME LEAST COMMAND...: the command sees its limit as {limit}, and 
   echo "== $name (at most $limit s)" | tee -a "$log"
   local start=$SECONDS rc
   # an interrupted pytest still writes its results
-  timeout -s INT -k 8 $((limit > 30 ? limit - 8 : limit)) "${@//\{limit\}/$((limit > 40 ? limit - 16 : limit))}" > "$parts/$name.log" 2>&1
+  timeout -s INT -k 8 $((limit > 30 ? limit - 8 : limit)) "${@//\{limit\}/$((limit > 40 ? limit - 16 : limit))}" >> "$log" 2>&1
   rc=$?
-  cat "$parts/$name.log" >> "$log"
-  tail -n 6 "$parts/$name.log" | cut -c1-200
+  tail -n 6 "$log" | cut -c1-200
   case $rc in
     0) summary+=("$name|ok|$((SECONDS - start))") ;;
     9) summary+=("$name|FAILED: cut off in what never ended, see log.txt|$((SECONDS - start))") ;;

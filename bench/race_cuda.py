@@ -91,13 +91,17 @@ def main() -> None:
         raise SystemExit("bench.race_cuda: needs a GPU of compute capability 9.0")
     device, rows = torch.device("cuda"), []
     for name, heads in QUICK_CELLS if args.quick else CELLS:
+        # before, for what never ends leaves no other trace
+        print(f"{name}, {heads[0]}:{heads[1]} heads of {heads[2]}", flush=True)
         try:
             rows.append(measure(name, heads, device, QUICK_ROUNDS if args.quick else ROUNDS))
         except workloads.Unavailable as absent:
-            print(f"{name}: {absent}")
+            print(absent)
+            continue
+        print(table(rows[-1:]), flush=True)
+        if args.out is not None:
+            args.out.write_text(json.dumps(rows, indent=1))
     print(table(rows))
-    if args.out is not None:
-        args.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,21 @@ def measure(name: str, heads: tuple[int, int, int], device: torch.device, rounds
     )
 
 
+def table(rows: list[dict[str, object]]) -> str:
+    header = ["workload", "heads", "tokens", "parted tiles", "whole", "parted", "TFLOP/s", "ratio", "difference"]
+    body = [
+        [
+            *(str(row[key]) for key in ("workload", "heads", "tokens", "parted")),
+            *(f"{row[key]:.3f} ms" for key in ("whole_ms", "parted_ms")),
+            f"{row['tflops']['whole']:.0f} -> {row['tflops']['parted']:.0f}",
+            f"{row['ratio']:.2f}x",
+            f"{row['difference']:.1e}",
+        ]
+        for row in rows
+    ]
+    return markdown(header, body)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tune_split", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
@@ -95,20 +110,11 @@ def main() -> None:
             rows.append(measure(name, heads, device, QUICK_ROUNDS if args.quick else ROUNDS))
         except workloads.Unavailable as absent:
             print(f"{name}: {absent}")
-    header = ["workload", "heads", "tokens", "parted tiles", "whole", "parted", "TFLOP/s", "ratio", "difference"]
-    body = [
-        [
-            *(str(row[key]) for key in ("workload", "heads", "tokens", "parted")),
-            *(f"{row[key]:.3f} ms" for key in ("whole_ms", "parted_ms")),
-            f"{row['tflops']['whole']:.0f} -> {row['tflops']['parted']:.0f}",
-            f"{row['ratio']:.2f}x",
-            f"{row['difference']:.1e}",
-        ]
-        for row in rows
-    ]
-    print(markdown(header, body))
-    if args.out is not None:
-        args.out.write_text(json.dumps(rows, indent=1))
+        else:
+            print(table(rows[-1:]), flush=True)
+            if args.out is not None:
+                args.out.write_text(json.dumps(rows, indent=1))
+    print(table(rows))
 
 
 if __name__ == "__main__":
