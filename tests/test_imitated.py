@@ -43,14 +43,14 @@ def run(*paths: Path) -> None:
     assert done.stdout.count("kernels agree with the definition") == len(paths)
 
 
-@pytest.mark.parametrize(("d", "is_bfloat16"), [(128, True), (64, False)])
-@pytest.mark.parametrize("name", FORESTS)
-def test_forests(name, d, is_bfloat16, tmp_path):
-    write(tmp_path / "problem", FORESTS[name], 3, 1, d, is_bfloat16)
+@pytest.mark.parametrize("number", range(len(FORESTS)))
+def test_forests(number, tmp_path):
+    d, is_bfloat16 = ((64, False), (128, True))[number % 2]
+    write(tmp_path / "problem", list(FORESTS.values())[number], 3, 1, d, is_bfloat16)
     run(tmp_path / "problem")
 
 
-@pytest.mark.parametrize("rest", [1, 31, 63, 64, 65, 100, 127, 128])
+@pytest.mark.parametrize("rest", [1, 63, 64, 65, 128])
 def test_lengths_of_the_last_tile(rest, tmp_path):
     """Up to 64 tokens: one of two consumers has none, and full key tiles to pass on all the same."""
     subtree_end = cases.nested_subtree_end((30, []), (226, [(128 + rest, [])]))
