@@ -44,7 +44,9 @@ $(STAMPS)/active: pyproject.toml
 
 $(BUILT): $(DEPS) $(SOURCES)
 	@echo "== building csrc and installing treegrpo in place, with what tests and demo need"
-	$(PY) -m pip install -q --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
+	@# pip would build in a folder of its own, and `make cuda` all over again
+	TREEGRPO_BUILD=none $(PY) -m pip install -q --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
+	$(PY) setup.py -q build_ext --inplace
 	@$(PY) -c "from treegrpo_kernels import native; print('== cpu kernel:', native.cpu_info())"
 	@touch $@
 

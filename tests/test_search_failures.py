@@ -152,6 +152,15 @@ def test_cancelling_leaves_no_task(budget):
     asyncio.run(main())
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C works, also where the shell started this in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_search():
     def interrupt(text, rng):
         signal.raise_signal(signal.SIGINT)
@@ -163,6 +172,7 @@ def test_an_interrupt_ends_the_search():
     assert sorted(engine.released) == ["g0", "g1", "g2"] and engine.running == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_a_tool_hangs_does_not_wait_for_it():
     release = threading.Event()
 
