@@ -54,6 +54,11 @@ CASES = {
     "gathered layers kept": ({}, {}, dict(reshard_after_forward=False)),
     "fsdp1": (dict(max_token_len_per_gpu=60), {}, dict(strategy="fsdp")),
     "fsdp1, parameters as they were": ({}, {}, dict(strategy="fsdp", use_orig_params=True)),
+    "fsdp1, lora": (
+        {},
+        dict(lora_rank=4, target_modules=["q_proj", "v_proj"]),
+        dict(strategy="fsdp", use_orig_params=True),
+    ),
     "fsdp1, checkpointing": ({}, dict(enable_gradient_checkpointing=True), dict(strategy="fsdp")),
 }
 
@@ -97,18 +102,9 @@ def test_engine(name, folder):
         for x, y in zip(got["scored"][key], want["scored"][key], strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
     torch.testing.assert_close(got["padded"], want["padded"], rtol=0, atol=1e-5)
-    assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
+    tiny.assert_same_step(got, want)
     assert float(got["norm"]) == pytest.approx(float(want["norm"]), rel=1e-4) and float(want["norm"]) > 1e-3
-    assert got["grads"].keys() == want["grads"].keys()
     assert got["metrics"].keys() == want["metrics"].keys() | {"packing_ratio"}
-    for key, value in want["grads"].items():
-        torch.testing.assert_close(got["grads"][key], value, rtol=0, atol=1e-5, msg=key)
-    for key, value in want["parameters"].items():
-        difference = (got["parameters"][key] - value).abs()
-        if key in want["grads"]:
-            # Adam's first step is the gradient's sign: where that is nearly zero it is anybody's
-            difference = difference.masked_fill(want["grads"][key].abs() < 1e-5, 0)
-        assert float(difference.max()) < 1e-5, key
     assert bool(model.get("lora_rank")) == (want["grads"].keys() != want["parameters"].keys())
     if not settings.keys() & {"max_token_len_per_gpu", "use_dynamic_bsz"}:
         unique = micro_batches.unique_tokens([np.array(p + r) for _, p, r in samples])
@@ -141,15 +137,19 @@ def test_supervised_loss(folder):
 def test_bfloat16_errs_as_much_as_verl(folder):
     """verl's default: weights in float32, computed in bfloat16."""
 
+    autocast = []
+
     def log_probs(tree, dtype):
         options = dict(mixed_precision=dict(param_dtype=dtype, reduce_dtype="fp32", buffer_dtype="fp32"))
         made = tiny.engine(folder, tree=tree, **options)
+        made.module.register_forward_pre_hook(lambda *args: autocast.append(torch.is_autocast_enabled("cpu")))
         with made.eval_mode():
             rows = made.infer_batch(tiny.batch(tiny.rows()))["model_output"]["log_probs"].unbind()
         return torch.cat([row[:-1] for row in rows])
 
     exact = log_probs(False, "fp32")
     theirs, mine = (log_probs(tree, "bf16") - exact for tree in (False, True))
+    assert autocast == [False, True, True]
     assert 1e-4 < float(mine.square().mean().sqrt()) <= 2 * float(theirs.square().mean().sqrt())
     assert float(mine.abs().max()) <= 2 * float(theirs.abs().max())
 
@@ -220,10 +220,7 @@ def test_two_processes(strategy, tmp_path):
     # the first process alone would need two
     assert [x["passes"] for x in found["tree"]] == [3, 3]
     for rank in range(2):
-        want, got = found["verl"][rank], found["tree"][rank]
-        assert max(float(value.abs().max()) for value in want["grads"].values()) > 1e-3
-        for key, value in want["grads"].items():
-            torch.testing.assert_close(got["grads"][key], value, rtol=0, atol=1e-5, msg=key)
+        tiny.assert_same_step(found["tree"][rank], found["verl"][rank])
 
 
 def test_importing_verl_says_what_was_registered():

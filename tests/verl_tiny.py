@@ -139,3 +139,18 @@ def parameters(made: Any, grad: bool = False) -> dict[str, torch.Tensor]:
             continue
         found[name] = (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().clone()
     return found
+
+
+def assert_same_step(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """``loss`` (float), ``grads`` and ``parameters`` after the optimiser's first step agree to 1e-5."""
+    assert abs(got["loss"] - want["loss"]) < 1e-5
+    assert got["grads"].keys() == want["grads"].keys()
+    assert max(float(value.abs().max()) for value in want["grads"].values()) > 1e-3
+    for key, value in want["grads"].items():
+        torch.testing.assert_close(got["grads"][key], value, rtol=0, atol=1e-5, msg=key)
+    for key, value in want["parameters"].items():
+        difference = (got["parameters"][key] - value).abs()
+        if key in want["grads"]:
+            # Adam's first step is the gradient's sign: where that is nearly zero it is anybody's
+            difference = difference.masked_fill(want["grads"][key].abs() < 1e-5, 0)
+        assert float(difference.max()) < 1e-5, key

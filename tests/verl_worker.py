@@ -26,7 +26,7 @@ def main() -> None:
         output = engine.forward_backward_batch(data, loss)
         grads = tiny.parameters(engine, grad=True)
         engine.optimizer_step()
-    found = dict(grads=grads, parameters=tiny.parameters(engine), passes=len(output["loss"]))
+    found = dict(grads=grads, parameters=tiny.parameters(engine), loss=sum(output["loss"]), passes=len(output["loss"]))
     torch.save(found, f"{out}.{rank}")
     torch.distributed.destroy_process_group()
 
