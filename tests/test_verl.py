@@ -112,6 +112,23 @@ def test_engine(name, folder):
     assert got["tokens"] < 0.75 * want["tokens"]
 
 
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+def test_reference(strategy, folder):
+    """A frozen reference, whose weights verl offloads: no optimiser, several micro-batches, no entropies."""
+    found, with_grad = [], []
+    for tree in (False, True):
+        made = tiny.engine(folder, tree=tree, strategy=strategy, forward_only=True)
+        assert made.optimizer is None
+        made.module.register_forward_pre_hook(lambda *args: with_grad.append(torch.is_grad_enabled()))
+        data = tiny.batch(tiny.rows(), calculate_entropy=False, max_token_len_per_gpu=60 if tree else 4096)
+        with made.eval_mode():
+            output = made.infer_batch(data)["model_output"]
+        assert output.keys() == {"log_probs"}
+        found.append(no_padding_2_padding(output["log_probs"], data))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert float(found[0].abs().max()) > 1 and len(with_grad) > 2 and not any(with_grad)
+
+
 def test_supervised_loss(folder):
     """sft_loss reads whole rows, prompts too."""
     found = []

@@ -52,10 +52,11 @@ from verl.workers.engine.fsdp import transformer_impl  # noqa: E402
 
 
 class FSDP1(transformer_impl.FSDP):
-    """Sends no weights from the first process to the others, which FSDP1 does on GPUs alone: all must load them."""
+    """Sends no weights from the first process to the others, which FSDP1 does on GPUs alone: all must load them. A
+    reference's stay where they are, for FSDP1 too would pin them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs | dict(sync_module_states=False))
+        super().__init__(*args, **kwargs | dict(sync_module_states=False, cpu_offload=None))
 
 
 transformer_impl.FSDP = FSDP1
