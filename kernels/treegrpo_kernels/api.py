@@ -61,7 +61,8 @@ def tree_attention(
         sinks: [Hq] raw logits, one extra term of each head's softmax denominator.
         backend: ``auto | reference | cpu | triton | cuda | gather``.
         deterministic: bitwise repeatable results (the default). False lets backend="cuda" on Hopper add up dq in the
-            order in which programs come to it, with five products a tile in backward, not seven; elsewhere the same.
+            order in which programs come to it, with five products a tile in backward, not seven: slower on an H200, and
+            meant for GPUs with less arithmetic to their bandwidth. Elsewhere the same.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:

@@ -7,7 +7,8 @@
 // Sums run in a fixed order: the same inputs give the same bits.
 //
 // With kAddQueryGrad every query tile's part of dQ is computed here too, five products a tile instead of seven in two passes, and
-// added to float32 sums in global memory in the order in which programs come to it: faster, and not repeatable to the bit.
+// added to float32 sums in global memory in the order in which programs come to it: not repeatable to the bit, and on an H200
+// slower than two passes (NOTES.md).
 #pragma once
 
 #include "multiply.h"
