@@ -66,10 +66,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _give_up(config: pytest.Config, stderr: int) -> None:
-    os.write(stderr, b"\n--bench-seconds are over: what runs is cut off here\n")
-    faulthandler.dump_traceback(stderr)
-    config._benchmarksession.handle_saving()
-    os._exit(CUT_OFF)
+    try:
+        os.write(stderr, b"\n--bench-seconds are over: what runs is cut off here\n")
+        faulthandler.dump_traceback(stderr)
+        config._benchmarksession.handle_saving()
+    finally:
+        os._exit(CUT_OFF)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,10 +6,10 @@
 # Needs Python with torch (CUDA), triton, transformers, pytest, pytest-benchmark, hypothesis; nvcc for the CUDA objects; no
 # network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, step,
 # bench (attention and plans), head, tune, profile, cuda (all of the CUDA kernels, those for Hopper among them: tests, race
-# with Triton in both backward modes, ncu); the last three are not among the default ones, and --quick leaves out sanitize
-# and all tests but those of repeated runs and of the head. A failing stage is reported and the next one still runs. It ends
-# before N seconds (default 540, with --quick 240): a stage gets its share of what is left, and what does not fit is skipped
-# and said so.
+# with Triton in both backward modes, memcheck, ncu); the last three are not among the default ones, and --quick leaves out
+# sanitize and all tests but those of repeated runs and of the head. A failing stage is reported and the next one still
+# runs. It ends before N seconds (default 540, with --quick 240): a stage gets its share of what is left, and what does not
+# fit is skipped and said so.
 # DIR (default bench/results/<gpu>-<commit>) receives machine.json, log.txt, bench.json and report.md, and never holds
 # results of two commits or two states of the sources.
 set -uo pipefail
@@ -169,6 +169,9 @@ run cuda 60 bash -c "
   $python -m pytest tests/test_hopper_cuda.py tests/test_gpu_attention.py tests/test_gpu_runs.py tests/test_gpu_plan.py tests/test_cuda.py \
     -m gpu -k '$unproven' -q $workers --maxfail=10 -p no:cacheprovider; failed=\$?
   $python -m bench.race_cuda $quick --out $out/race_cuda.json || failed=1
+  if command -v compute-sanitizer; then
+    timeout -k 5 90 compute-sanitizer --error-exitcode 9 $python tests/sanitize.py sm90 || failed=1
+  fi
   if command -v ncu; then ncu $counters --csv --page details $python -m bench.race_cuda --quick > $out/ncu.csv; fi
   exit \$failed"
 

@@ -14,8 +14,11 @@ import torch
 import treegrpo_kernels as tk
 from treegrpo_kernels import hopper_cuda, work
 
-PROGRAM = Path(__file__).resolve().parent.parent / "build" / "cmake" / "test_sm90"
-pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason="csrc/test is not built: make ctest")
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "build" / "cmake" / "test_sm90"
+SOURCES = [path for folder in ("csrc/test", "csrc/cuda/sm90") for path in (ROOT / folder).iterdir()]
+IS_BUILT = PROGRAM.exists() and PROGRAM.stat().st_mtime >= max(path.stat().st_mtime for path in SOURCES)
+pytestmark = pytest.mark.skipif(not IS_BUILT, reason="csrc/test is not built, or older than its sources: make ctest")
 FORESTS = {
     "chain": cases.nested_subtree_end((400, [])),
     "star": cases.nested_subtree_end((200, [(130, []), (40, []), (90, [(20, []), (61, [])])])),

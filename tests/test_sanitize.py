@@ -1,5 +1,7 @@
 """What racecheck may report of the Hopper kernels and what it may not: sanitize.py."""
 
+import os
+import time
 from pathlib import Path
 
 import sanitize
@@ -40,3 +42,29 @@ def test_any_other_pair_fails():
     for pair in ((stored, loaded), (stored, stored), (other, loaded), ("elsewhere.py:3", loaded)):
         explained, others = sanitize.hazards(report(("Write", pair[0]), ("Read", pair[1])))
         assert explained == 0 and len(others) == 1
+
+
+def test_what_never_ends_is_ended_with_its_children(tmp_path, monkeypatch, capsys):
+    """A kernel that hangs would go on using the GPU, and the next measurement would suffer."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --help ] && exit\nsleep 600 &\necho $! >> {tmp_path}/children\nwait\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert sanitize.sanitize(2) != 0
+    assert capsys.readouterr().out.count("not done after") == len(sanitize.PARTS) * len(sanitize.TOOLS)
+    children = (tmp_path / "children").read_text().split()
+    assert len(children) == len(sanitize.PARTS) * len(sanitize.TOOLS)
+    for _ in range(100):
+        alive = [pid for pid in children if is_alive(pid)]
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert not alive
+
+
+def is_alive(pid):
+    try:
+        # a zombie, whom nobody has waited for yet, has ended
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
