@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from boxes import online_config, quick_box
 from distributed_worker import run
 from two_processes import DDP, two_processes
 
@@ -32,6 +33,14 @@ def files(folder):
     return tiny.write(folder)
 
 
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """Settings of a run that samples the next step's trees in one thread and trains in the other."""
+    folder = tmp_path_factory.mktemp("sampled")
+    changes = dict(overlap_rollouts=True, max_steps=5, groups_per_step=4, vllm_importance_sampling_correction=False)
+    return online_config(quick_box(folder), folder / "run", **changes).to_dict()
+
+
 def settings(files, name):
     rollouts, model = files
     base = dict(rollouts=f"replay:{rollouts}", model=str(model), output_dir=str(rollouts.parent / name), max_steps=3)
@@ -40,9 +49,10 @@ def settings(files, name):
 
 
 @pytest.fixture(scope="module")
-def shared(folder, files):
+def shared(folder, files, sampled):
     """All runs of two processes, in one launch."""
-    return two_processes(folder, {n: dict(settings=settings(files, f"two-{n}"), environment=DDP) for n in RUNS})
+    runs = {name: settings(files, f"two-{name}") for name in RUNS} | {"sampled": sampled}
+    return two_processes(folder, {name: dict(settings=of_one, environment=DDP) for name, of_one in runs.items()})
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -59,6 +69,15 @@ def test_two_processes_train_as_one(files, shared, name):
     assert all(row["batch/rank_imbalance"] == 1.0 for row in history)
     imbalance = [row["batch/rank_imbalance"] for row in rows]
     assert all(1.0 <= x <= 2.0 for x in imbalance) and (RUNS[name]["groups_per_step"] > 1 or imbalance == [2.0] * 3)
+
+
+def test_two_processes_sample_while_they_train(sampled, shared):
+    """What the threads gather and what the trainers add up must not be taken for each other."""
+    history, parameters, *_ = run({**sampled, "overwrite_output_dir": True})
+    assert not isinstance(shared["sampled"], str), shared["sampled"]
+    rows, found, *_ = shared["sampled"]
+    assert [row["reward"] for row in rows] == pytest.approx([row["reward"] for row in history])
+    assert max(float((found[n] - p).abs().max()) for n, p in parameters.items()) < 1e-5
 
 
 def test_groups_are_dealt_longest_first():

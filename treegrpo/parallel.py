@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from treegrpo.logprobs import unwrap
+
+
+def gather_apart() -> Callable[[list], list]:
+    """A function from this process's list to the lists of all, one after another; all processes call both.
+
+    It has a group of its own, so that a thread may gather while another trains: messages of one group in two orders
+    would be taken for each other.
+    """
+    group = torch.distributed.new_group(backend="gloo")
+
+    def gather(items: list) -> list:
+        lists: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(lists, items, group=group)
+        return [item for of_one in lists for item in of_one]
+
+    return gather
 
 
 @dataclass(frozen=True)

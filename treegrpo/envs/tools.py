@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import importlib
 import inspect
@@ -16,6 +15,7 @@ from treegrpo.envs.base import Environment, StepResult
 from treegrpo.envs.calculator import CalculatorEnv, calculate
 from treegrpo.envs.retrievers import Retriever, make_retriever
 from treegrpo.envs.search import SearchEnv
+from treegrpo.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class ToolEnv(Environment):
             if inspect.iscoroutinefunction(function):
                 result = await function(**arguments)
             else:
-                result = await asyncio.to_thread(function, **arguments)
+                result = await in_thread(function, **arguments)
         except Exception as error:  # whatever a tool raises is its answer
             logger.debug("tool %s raised", name, exc_info=error)
             return f"error: {str(error) or type(error).__name__}", True

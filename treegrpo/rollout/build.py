@@ -129,9 +129,8 @@ def make_sampler(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -
 
 def make_online(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any, accelerator: Any) -> OnlineRollouts:
     """The trainer's source of sampled trees."""
-    from accelerate.utils import gather_object
-
     from treegrpo.envs.data import read_rows
+    from treegrpo.parallel import gather_apart
     from treegrpo.rollout.online import OnlineRollouts
 
     return OnlineRollouts(
@@ -143,7 +142,7 @@ def make_online(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any, ac
         refills=config.max_refills if config.zero_std_groups == "refill" else 0,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
-        gather=gather_object if accelerator.num_processes > 1 else None,
+        gather=gather_apart() if accelerator.num_processes > 1 else None,
         overlap=config.overlap_rollouts,
         eval_rows=read_rows(config.eval_dataset)[: config.eval_rows] if config.eval_dataset else (),
         eval_temperature=config.eval_temperature,

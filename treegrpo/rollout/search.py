@@ -10,7 +10,6 @@ sampled depends on the seed and the place in the tree, never on what happened to
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import inspect
 import logging
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 from treegrpo.envs.base import Environment, StepResult
 from treegrpo.rollout.engine import Completion, EngineError, RolloutEngine
 from treegrpo.rollout.nodes import Node, RolloutStats, SearchOptions, select_nodes
+from treegrpo.threads import in_thread
 from treegrpo.tree import Trajectory
 
 __all__ = ["Node", "RolloutStats", "SampledGroup", "SearchOptions", "search", "search_async", "search_group"]
@@ -212,7 +212,7 @@ class _Grower:
 
     async def begin(self, make_env: Callable[[], Environment], row: dict[str, Any]) -> str | list[dict[str, Any]]:
         async with self.tool_limit:
-            self.environment, prompt = await _in_thread(_reset, make_env, row)
+            self.environment, prompt = await in_thread(_reset, make_env, row)
         self.prompt_ids = _encode_prompt(self.engine.tokenizer, self.environment, prompt)
         if not 0 < len(self.prompt_ids) < self.max_length:
             raise ValueError(
@@ -379,7 +379,7 @@ def _reset(make_env: Callable[[], Environment], row: dict[str, Any]) -> tuple[En
 def _stepped(environment: Environment, action: str, is_last: bool) -> Awaitable[StepResult]:
     if inspect.iscoroutinefunction(environment.step):
         return environment.step(action, is_last=is_last)
-    return _in_thread(environment.step, action, is_last=is_last)
+    return in_thread(environment.step, action, is_last=is_last)
 
 
 def _encode_prompt(tokenizer: Any, environment: Environment, prompt: str | list[dict[str, Any]]) -> list[int]:
@@ -431,30 +431,3 @@ async def _together(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _in_thread(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """Runs `function` in a thread of its own, which nobody waits for once the caller gave up: in a pool a call that
-    hangs would take a worker from the others and keep the program from ending."""
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future = loop.create_future()
-
-    def deliver(result: Any, error: BaseException | None) -> None:
-        if not outcome.done():
-            outcome.set_result((result, error))
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = function(*args, **kwargs)
-        except BaseException as raised:
-            error = raised
-        # The loop is closed where the search was cancelled meanwhile.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(deliver, result, error)
-
-    threading.Thread(target=run, name="treegrpo-step", daemon=True).start()
-    result, error = await outcome
-    if error is not None:
-        raise error
-    return result
