@@ -11,7 +11,9 @@ from cases import NAMED, ancestor_mask, random_subtree_end, trie_subtree_end
 from models import EXACT, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
 
 import treegrpo_kernels as tk
-from treegrpo import hf
+from treegrpo import Trajectory, build_forest, hf, pack, token_logprobs
+from treegrpo.dropout import disable_dropout
+from treegrpo.logprobs import chain_logprobs
 from treegrpo_kernels import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,7 +122,7 @@ def test_check_passes_in_low_precision(dtype):
 
 
 def test_check_restores_modes_and_leaves_random_state():
-    model = tree_twin(tiny_model("gpt2", resid_pdrop=0.5))
+    model = tree_twin(tiny_model("gpt2"))
     model.train()
     model.lm_head.eval()
     before, state = [m.training for m in model.modules()], torch.get_rng_state()
@@ -214,6 +216,45 @@ def test_cache_and_dropout_are_refused():
     model.train()
     with pytest.raises(ValueError, match="attention_dropout = 0"):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("gpt2", {"resid_pdrop": 0.5}, "transformer.h.0.attn.resid_dropout=0.5, "),
+        ("starcoder2", {"residual_dropout": 0.1}, "model.layers.0.self_attn.residual_dropout=0.1, "),
+        ("opt", {"layerdrop": 0.2}, "model.decoder.layerdrop=0.2"),
+        ("mixtral", {"router_jitter_noise": 0.01}, "model.layers.0.mlp.jitter_noise=0.01"),
+    ],
+)
+def test_what_training_draws_is_refused_and_can_be_switched_off(family, changes, named):
+    model = tiny_model(family, dtype=torch.float32, **changes)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        hf.use_tree_attention(model)
+    hf.use_tree_attention(disable_dropout(model)).train()
+    inputs, _ = packed_inputs(trie_subtree_end(NAMED["worked_example"]))
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    assert all(getattr(model.config, name) == 0 for name in changes)
+
+
+def test_rotations_that_depend_on_the_longest_path_of_the_row():
+    with pytest.raises(ValueError, match="rope_type dynamic"):
+        hf.use_tree_attention(tiny_model("qwen2", rope_scaling={"rope_type": "dynamic", "factor": 4.0}))
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 16, **factors}
+    sizes = dict(max_position_embeddings=64, original_max_position_embeddings=16)
+    model = hf.use_tree_attention(tiny_model("phi3", rope_scaling=scaling, **sizes))
+    short, long = (
+        [Trajectory([3] * n, [0] + [1] * (n - 1), reward=0.0, group=str(n)) for n in sizes]
+        for sizes in ([9, 16], [17, 31])
+    )
+    for leaves in (short, long):
+        (batch,) = pack(build_forest(leaves))
+        assert torch.allclose(batch.expand(token_logprobs(model, batch)), chain_logprobs(model, batch))
+    (batch,) = pack(build_forest(short + long))
+    for logprobs in (token_logprobs, chain_logprobs):
+        with pytest.raises(ValueError, match=r"leaf 2 of the row has 17 tokens.*original_max_position_embeddings=16"):
+            logprobs(model, batch)
 
 
 def test_lazy_mask_slices_like_the_mask_it_stands_for():

@@ -181,6 +181,33 @@ def estimator_options(estimator: str) -> tuple[str, ...]:
     return tuple(sorted({"min_std", *PRESETS[estimator].options}))
 
 
+def parse_options(estimator: str, texts: Sequence[str]) -> dict[str, str | float]:
+    """Keywords of `compute_advantages` from texts such as "norm=none" or "eps=1e-8".
+
+    Raises:
+        ValueError: no name=value, an option the estimator does not take, a value it does not take.
+    """
+    options: dict[str, str | float] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"advantage_options: {text!r} is not name=value")
+        try:
+            options[name] = float(value) if name in ("eps", "min_std") else value
+        except ValueError:
+            raise ValueError(f"advantage_options: {name}={value!r} is no number") from None
+    valid = {*estimator_options(estimator), "eps", "singleton"}
+    if unknown := sorted(set(options) - valid):
+        raise ValueError(
+            f"advantage_options: {estimator} has no option {unknown[0]!r}; it takes {', '.join(sorted(valid))}"
+        )
+    try:
+        compute_advantages([], estimator, **options)
+    except ValueError as error:
+        raise ValueError(f"advantage_options: {error}") from None
+    return options
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Scale:
     """How rewards become leaf signals; `batch_std` is the std over every leaf of the call, used by norm "std_batch"."""

@@ -30,6 +30,7 @@ from treegrpo.shards import SHARDS, load_shards, save_shards
 _PREFIX = "checkpoint-"
 _MANIFEST = "manifest.json"
 _OLD = "old_logprobs-"
+_SUPERSEDED = "superseded-"
 
 
 def path_of(output_dir: str | Path, step: int) -> Path:
@@ -47,7 +48,7 @@ def save(
     policy: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: dict[str, Any],
-    old_logprobs: dict[int, torch.Tensor],
+    old_logprobs: dict[tuple[int, int], torch.Tensor],
     state: dict[str, Any],
     path: Path,
     write_more: Callable[[Path], None],
@@ -117,6 +118,33 @@ def _mapped(state: dict[str, Any], change: Callable[[torch.Tensor, Any], torch.T
     return {**state, "state": moments}
 
 
+def set_aside(output_dir: str | Path, step: int) -> list[Path]:
+    """Renames the checkpoints after `step`, from which a run goes on, to `superseded-<step>`; returns where they are.
+
+    They belong to another continuation: as checkpoints they would be the newest, and push out those to come.
+    """
+    moved = []
+    for path in listed(output_dir):
+        number = int(path.name.removeprefix(_PREFIX))
+        if number > step:
+            aside = path.with_name(f"{_SUPERSEDED}{number}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+            moved.append(aside)
+    return moved
+
+
+def remove_run(output_dir: str | Path) -> None:
+    """Removes what a run wrote into its folder, and nothing else."""
+    output_dir = Path(output_dir)
+    for pattern in ("metrics.jsonl", "unfinished-step-*.jsonl.gz"):
+        for path in output_dir.glob(pattern):
+            path.unlink()
+    folders = [*listed(output_dir), *output_dir.glob(f"{_SUPERSEDED}*"), output_dir / "best", output_dir / "rollouts"]
+    for path in folders:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_old(output_dir: str | Path, keep: int | None) -> None:
     for path in listed(output_dir)[:-keep] if keep else []:
         shutil.rmtree(path)
@@ -154,10 +182,10 @@ def check(path: Path) -> None:
         raise ValueError(f"checkpoint {path} is damaged: {name} {state}; {cure}")
 
 
-def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[int, torch.Tensor]]:
+def load_state(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[int, int], torch.Tensor]]:
     """`(trainer state, {"optimizer", "schedule"}, old log-probs of all processes)`; ValueError where a file does not
     read."""
-    old: dict[int, torch.Tensor] = {}
+    old: dict[tuple[int, int], torch.Tensor] = {}
     try:
         state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from treegrpo.config import TrainConfig, read_config
+from treegrpo.files import write_whole
 from treegrpo.rollout.engine import EngineError
 
 _File = tyro.conf.Positional[Path]
@@ -97,7 +98,7 @@ def flops(
     result = report(read_model_config(model), trees, share_across_groups=share_across_groups)
     print(result.table())
     if json is not None:
-        json.write_text(result.to_json() + "\n", encoding="utf-8")
+        write_whole(json, result.to_json() + "\n")
         print(f"wrote {json}")
 
 
@@ -418,7 +419,7 @@ def _read_forest(path: Path):
 
 
 def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=2) + "\n")
     print(f"wrote {path}")
 
 

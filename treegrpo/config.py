@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from treegrpo.advantages import ESTIMATORS, estimator_options
+from treegrpo.advantages import ESTIMATORS, parse_options
 from treegrpo.rollout import settings as rollouts
 from treegrpo.rollout.settings import RolloutConfig
 
@@ -44,7 +45,8 @@ class TrainConfig(RolloutConfig):
     """Kernel backend for attention=tree: auto, reference, cpu, triton, cuda or gather (`treegrpo doctor` says which
     work here)."""
     row_token_budget: int | None = None
-    """Unique tokens in one packed row; None puts all groups of a step in one row. Bounds memory, changes no result."""
+    """Unique tokens in one packed row; None puts all groups of a step in one row. Bounds memory, changes no result. A
+    tree over it is cut between leaves, which then repeat what they share."""
     share_across_groups: bool = True
     """Let groups in one packed row share what they begin with (a common system prompt)."""
 
@@ -106,7 +108,8 @@ class TrainConfig(RolloutConfig):
     max_grad_norm: float = 1.0
     """Gradient clipping norm; 0 turns it off."""
     lr_scheduler_type: str = "linear"
-    """A schedule name of transformers.get_scheduler: linear, cosine, constant, constant_with_warmup, ..."""
+    """A schedule of transformers: linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup or
+    inverse_sqrt."""
     warmup_steps: int = 0
     """Linear warm-up steps."""
     bf16: bool = False
@@ -134,10 +137,16 @@ class TrainConfig(RolloutConfig):
     """No progress bar."""
 
     def __post_init__(self) -> None:
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(self)}
         for name, low in {**_AT_LEAST, **rollouts.AT_LEAST}.items():
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= low):
-                raise ValueError(f"{name}={value!r}: must be a finite number, at least {low}")
+            value, is_whole = getattr(self, name), kinds[name].startswith("int")
+            kind = numbers.Integral if is_whole else numbers.Real
+            fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= low
+            if not fits and not (value is None and "None" in kinds[name]):
+                raise ValueError(f"{name}={value!r}: must be a {'whole' if is_whole else 'finite'} number >= {low}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be below 1")
         if self.temperature == 0:
             raise ValueError(
                 "temperature=0 has no log-probabilities: give the temperature the rollouts were sampled with"
@@ -148,26 +157,33 @@ class TrainConfig(RolloutConfig):
         if self.load_in_4bit and not self.lora_r:
             raise ValueError("load_in_4bit freezes the base: give lora_r, whose adapters are trained")
         self.estimator_options()
+        if self.row_token_budget and self.max_context_length and self.row_token_budget < self.max_context_length:
+            raise ValueError(
+                f"row_token_budget={self.row_token_budget} is below max_context_length={self.max_context_length}: a"
+                " trajectory would not fit into a packed row; raise the one or lower the other"
+            )
+        if self.top_p < 1 and self.rollouts and not self.is_replay:
+            self._check_truncated()
+
+    def _check_truncated(self) -> None:
+        """An engine's log-probs are of the tokens top_p leaves, the trainer's of all tokens."""
+        if self.vllm_importance_sampling_correction is None and self.corrects_sampling:
+            raise ValueError(
+                f"top_p={self.top_p} with the sampling correction, which is on for these rollouts: an engine's"
+                " log-probs are of the tokens top_p leaves, so weights of trajectories fall towards 0 with their"
+                " length; give top_p=1, or vllm_importance_sampling_correction=false (or true, to have it all the same)"
+            )
+        if self.old_logprobs == "recorded":
+            raise ValueError(
+                f"top_p={self.top_p} with old_logprobs=recorded: the recorded ones are of the tokens top_p leaves, so"
+                " ratios would begin below 1; give top_p=1, or old_logprobs=computed"
+            )
 
     def estimator_options(self) -> dict[str, str | float]:
         """Keywords of `compute_advantages` beside the estimator."""
         # Only the z-score estimators know TRL's scale_rewards; its default is what the others do anyway.
-        options: dict[str, str | float] = {} if self.scale_rewards == "group" else {"scale_rewards": self.scale_rewards}
-        for text in self.advantage_options:
-            name, equals, value = text.partition("=")
-            if not equals:
-                raise ValueError(f"advantage_options: {text!r} is not name=value")
-            if name in ("eps", "min_std"):
-                options[name] = float(value)
-            else:
-                options[name] = value
-        valid = {*estimator_options(self.advantage_estimator), "eps", "singleton"}
-        if unknown := sorted(set(options) - valid):
-            raise ValueError(
-                f"advantage_options: {self.advantage_estimator} has no option {unknown[0]!r}; it takes"
-                f" {', '.join(sorted(valid))}"
-            )
-        return options
+        scale = () if self.scale_rewards == "group" else (f"scale_rewards={self.scale_rewards}",)
+        return parse_options(self.advantage_estimator, (*scale, *self.advantage_options))
 
     def check_paths(self) -> None:
         """ValueError unless rollouts and model are given and exist; called before anything is loaded."""
@@ -236,6 +252,15 @@ _CHOICES = {
     "old_logprobs": ("computed", "recorded"),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
     "scale_rewards": ("group", "batch", "none"),
+    "lr_scheduler_type": (
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+    ),
     "advantage_estimator": ESTIMATORS,
     "save_strategy": ("steps", "no"),
 }
@@ -275,7 +300,7 @@ def _typed(path: Path, name: str, value: Any) -> Any:
         if kind.startswith("tuple"):
             cast = float if "float" in kind else str
             return tuple(cast(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
-        if kind == "bool":
+        if kind.startswith("bool"):
             if not isinstance(value, bool):
                 raise TypeError("write true or false")
             return value
@@ -287,5 +312,5 @@ def _typed(path: Path, name: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise TypeError(f"write text, not {type(value).__name__}")
         return value
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"config {path}: {name}={value!r}: {error} (expected {kind})") from error

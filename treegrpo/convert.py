@@ -11,11 +11,12 @@ have sampled (content, tool calls and the special token that ends the turn) gets
 
 from __future__ import annotations
 
-import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from treegrpo.files import read_lines
 from treegrpo.tree import Trajectory
 
 _MESSAGE_FIELDS = ("messages", "traj", "conversation")
@@ -27,8 +28,7 @@ def convert_records(records: list[dict[str, Any]], tokenizer, *, parse_arguments
 
     Args:
         records: dicts with `messages` (tau-bench: `traj`) in the OpenAI format, `group` (tau-bench: `task_id`) and
-            optionally
-            `reward`, `trial`, `tree`, `tools`.
+            optionally `reward`, `trial`, `tree`, `tools`.
         tokenizer: a transformers tokenizer with a chat template.
         parse_arguments: give the template a tool call's `arguments` as an object, not as the OpenAI format's JSON
             string.
@@ -44,21 +44,18 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no such file: {path}")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-        text = file.read()
-    if text.lstrip().startswith("["):
+    lines = list(read_lines(path))
+    if lines and lines[0][1].lstrip().startswith(b"["):
         try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
+            records = json.loads(b"".join(line for _, line in lines))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a valid JSON list ({error}); is the file complete?") from error
     else:
         records = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
+        for number, line in lines:
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error}); mend or remove the line") from error
     for index, record in enumerate(records):
         if not isinstance(record, dict):
@@ -75,8 +72,7 @@ def tokenize_conversation(
 
     Raises:
         ValueError: the template refuses the conversation, or is not prefix-stable (it rewrites earlier turns when later
-            ones are
-            added), so that what the model was given at a turn is not a prefix of the whole.
+            ones are added), so that what the model was given at a turn is not a prefix of the whole.
     """
     ends = _turn_ends(messages, tokenizer, tools)
     token_ids: list[int] = []
@@ -160,13 +156,23 @@ def _convert_record(index: int, record: dict[str, Any], tokenizer, parse_argumen
     return Trajectory(
         token_ids,
         loss_mask,
-        reward=None if reward is None else float(reward),
+        reward=None if reward is None else _number(f"{where}: reward", reward, float),
         group=group,
         # Trials are sampled independently: each is its own tree of the group.
-        tree=int(record.get("tree", record.get("trial", 0))),
+        tree=_number(f"{where}: tree or trial", record.get("tree", record.get("trial", 0)), int),
         steps=[i for i in range(1, len(loss_mask)) if loss_mask[i] and not loss_mask[i - 1]] or None,
         info={"trial": record["trial"]} if "trial" in record else None,
     )
+
+
+def _number(where: str, value: Any, kind: type) -> Any:
+    try:
+        number = float(value)
+        if math.isfinite(number) and kind(number) == number:
+            return kind(number)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{where} is {value!r}: give a {'whole' if kind is int else 'finite'} number, or leave it out")
 
 
 def _field(record: dict[str, Any], names: tuple[str, ...], index: int) -> Any:

@@ -24,7 +24,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import treegrpo_kernels as tk
+from treegrpo.dropout import drawing
 from treegrpo.logprobs import is_blank, row_logprobs, unwrap
+from treegrpo.rope import rope_kind, rope_settings
 
 ATTENTION = "treegrpo"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -251,8 +253,8 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
 
     Checks the configuration, counts the attention calls of one forward over ten tokens, and (``numeric``) compares that
     forward with each of its four leaves run alone without a tree, and the log-prob head with the model's own logits.
-    No gradients, dropout off, training flags restored, no random numbers drawn. The paths are five tokens long: a
-    longer window is not exercised here.
+    Dropout and other draws of training are refused; no gradients, training flags restored. The paths are five tokens
+    long: a longer window is not exercised here.
     """
     base = unwrap(model)
     name = type(base).__name__
@@ -268,6 +270,17 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
         raise ValueError(
             f"{name} has layers of type {', '.join(foreign)}, which read the packed row as one sequence and would"
             " mix siblings (and chains packed in one row, too): take a model whose layers are all attention"
+        )
+    if any("dynamic" in rope_kind(settings) for settings in rope_settings(config)):
+        raise ValueError(
+            f"{name} has rope_type dynamic: its rotation depends on the longest row seen so far, so a leaf alone and in"
+            " a row differ; give the config another rope_type (yarn, linear) or take another model"
+        )
+    if draws := drawing(base):
+        raise ValueError(
+            f"{name} draws random numbers in training ({', '.join(draws[:3])}{', ...' if draws[3:] else ''}): a shared"
+            " token has one dropout mask but a chain draws one per leaf; set them to 0 in the config, or call"
+            " treegrpo.dropout.disable_dropout(model)"
         )
     with _quiet(model):
         logits, plan, ids = _dry_forward(model, base, config)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import treegrpo_kernels as tk
 from treegrpo.head import ChunkedHead, HeadOptions, LogitTransform, Pairs, logit_transform, use_fused
+from treegrpo.rope import check_lengths
 
 if TYPE_CHECKING:
     from treegrpo.packing import TreeBatch
@@ -62,6 +63,7 @@ def token_logprobs(
             without predecessor, head="fused" where that cannot serve.
     """
     targets = _cached(batch, "tree", (batch.trained, batch.prev), lambda: _tree_targets(batch))
+    _check_lengths(model, batch)
     options = dict(temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head)
     return _stream_logprobs(model, batch.input_ids, batch.plan, targets, **options)
 
@@ -83,8 +85,15 @@ def chain_logprobs(
     """
     of = (batch.leaf_mask, batch.leaf_offsets)
     plan, targets = _cached(batch, "chain", of, lambda: (chain_plan(batch), _chain_targets(batch)))
+    _check_lengths(model, batch)
     options = dict(temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head)
     return _stream_logprobs(model, batch.input_ids[batch.leaf_tokens], plan, targets, **options)
+
+
+def _check_lengths(model: nn.Module, batch: TreeBatch) -> None:
+    config = getattr(unwrap(model), "config", None)
+    if hasattr(config, "get_text_config"):
+        check_lengths(config.get_text_config(), (leaf.num_tokens for tree in batch.trees for leaf in tree.trajectories))
 
 
 def chain_plan(batch: TreeBatch) -> tk.TreePlan:

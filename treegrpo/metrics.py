@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from treegrpo.files import write_whole
 
 
 class StepMetrics:
@@ -82,9 +83,7 @@ class MetricsFile:
         kept = (
             [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() and resume_step else []
         )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(_line(row) for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

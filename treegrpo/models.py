@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from treegrpo.config import TrainConfig
+from treegrpo.dropout import disable_dropout
 from treegrpo.parallel import Parallel
 from treegrpo.shards import SHARDS
 
@@ -49,7 +50,8 @@ def build_model(
 ) -> torch.nn.Module:
     """A float32 causal LM with tree attention, checked by `treegrpo.hf`; random weights depend on `seed` alone.
 
-    Dropout is switched off: a token shared by many leaves would have one mask where chains have many.
+    Dropout, layer drop and router jitter are switched off: a token shared by many leaves would have one mask where
+    chains have many.
 
     Args:
         path: a model folder, or a config file.
@@ -66,17 +68,6 @@ def build_model(
     from treegrpo.hf import ATTENTION, use_tree_attention
 
     config = read_model_config(path)
-    for name in (
-        "attention_dropout",
-        "attn_pdrop",
-        "attn_dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "hidden_dropout",
-        "dropout",
-    ):
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
     options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
     if Path(path).is_dir() and weights:
         if quantization is not None:
@@ -102,7 +93,7 @@ def build_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights in a forward in eval mode, and have no gradients from then on
             module.support_avx512bf16_for_cpu = False
-    return use_tree_attention(model)
+    return use_tree_attention(disable_dropout(model))
 
 
 def build_policy(

@@ -270,6 +270,32 @@ def pack(
     return [_build_batch(trees, indices, share_across_groups, device) for indices in members]
 
 
+def cut_tree(tree: RolloutTree, token_budget: int) -> list[list[int]]:
+    """The leaves of a tree in parts of at most `token_budget` unique tokens, which no leaf may exceed.
+
+    Leaves 1 2 3 4, 1 2 5, 1 6 7 and a budget of 5 tokens give [[0, 1], [2]]: what parts share is in each of them.
+    """
+    if tree.num_tokens <= token_budget:
+        return [list(range(tree.num_leaves))]
+    offsets = tree.trie.leaf_offsets
+    paths = [tree.trie.leaf_tokens[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    parts: list[list[int]] = []
+    used, last = 0, np.zeros(0, np.int64)
+    # in depth-first order a leaf shares most with the one before it
+    for leaf in sorted(range(len(paths)), key=lambda i: int(paths[i][-1])):
+        path = paths[leaf]
+        length = min(path.size, last.size)
+        shared = int(np.cumprod(path[:length] == last[:length]).sum())
+        if parts and used + path.size - shared <= token_budget:
+            parts[-1].append(leaf)
+            used += path.size - shared
+        else:
+            parts.append([leaf])
+            used = path.size
+        last = path
+    return [sorted(part) for part in parts]
+
+
 def _build_batch(trees: list[RolloutTree], indices: list[int], share: bool, device: torch.device | str) -> TreeBatch:
     chosen = tuple(trees[i] for i in indices)
     leaves = [t for tree in chosen for t in tree.trajectories]

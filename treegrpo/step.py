@@ -19,7 +19,7 @@ from treegrpo.loss import grpo_loss, loss_normalizer
 from treegrpo.metrics import StepMetrics
 from treegrpo.mismatch import importance_sampling_ratio
 from treegrpo.models import Reference
-from treegrpo.packing import TreeBatch, pack
+from treegrpo.packing import TreeBatch, cut_tree, pack
 from treegrpo.samples import call_trees
 from treegrpo.tree import RolloutTree, Trajectory, build_tree
 
@@ -34,8 +34,8 @@ class Row:
     ref_logp: Tensor | None = None
     cost: flops.ChainVsTree | None = None
     """FLOPs as chains and as a tree; None for a family whose formulas are not known."""
-    groups: tuple[int, ...] = ()
-    """Which of the step's groups its trees are, in the order of `batch.trees`."""
+    leaves: tuple[tuple[int, int], ...] = ()
+    """`(group of the step, leaf of its tree)` of every leaf, in the order of the stream."""
     is_blank: bool = False
     """Nothing is trained: the row only keeps the processes in step."""
 
@@ -99,38 +99,77 @@ def _packed_rows(
         own, of_own = [tree for calls, _ in split for tree in calls], [x for _, values in split for x in values]
     if not own:
         return []
+    leaves = [[(group, leaf) for leaf in range(tree.num_leaves)] for group, tree in zip(groups, own, strict=True)]
+    if config.row_token_budget is not None:
+        cuts = [_cut(tree, config) for tree in own]
+        leaves = [[of_tree[i] for i in part] for of_tree, parts in zip(leaves, cuts, strict=True) for part in parts]
+        of_own = [[of_tree[i] for i in part] for of_tree, parts in zip(of_own, cuts, strict=True) for part in parts]
+        own = [
+            tree if len(parts) == 1 else build_tree([tree.trajectories[i] for i in part])
+            for tree, parts in zip(own, cuts, strict=True)
+            for part in parts
+        ]
     batches = pack(
         own, token_budget=config.row_token_budget, share_across_groups=config.share_across_groups, device=device
     )
-    rows = [Row(b, b.leaf_stream(of_own), groups=tuple(groups[i] for i in b.tree_indices)) for b in batches]
+    rows = [
+        Row(b, b.leaf_stream(of_own), leaves=tuple(leaf for i in b.tree_indices for leaf in leaves[i])) for b in batches
+    ]
     for row in rows:
         # what the updates ask for is read now, so that they do not wait for the device
         _ = row.counts
     return rows
 
 
-def old_logprobs(data: StepData) -> dict[int, Tensor]:
-    """The old log-probs this process holds, as `{group of the step: stream of its leaves}`."""
+def check_budget(tree: RolloutTree, config: TrainConfig) -> None:
+    """ValueError where no cut between leaves brings `tree` under `row_token_budget`."""
+    budget = config.row_token_budget
+    if budget is None or tree.num_tokens <= budget:
+        return
+    for leaf, trajectory in enumerate(tree.trajectories):
+        if trajectory.num_tokens > budget:
+            raise ValueError(
+                f"group {tree.group!r}: leaf {leaf} has {trajectory.num_tokens} tokens, over row_token_budget={budget};"
+                " raise the budget, give a smaller max_context_length, or drop the leaf"
+            )
+    if config.shared_tokens != "per_leaf":
+        raise ValueError(
+            f"group {tree.group!r}: its tree has {tree.num_tokens} unique tokens, over row_token_budget={budget}, and"
+            f" shared_tokens={config.shared_tokens!r} needs it in one row; raise the budget, or use per_leaf"
+        )
+
+
+def _cut(tree: RolloutTree, config: TrainConfig) -> list[list[int]]:
+    check_budget(tree, config)
+    return cut_tree(tree, config.row_token_budget)
+
+
+def old_logprobs(data: StepData) -> dict[tuple[int, int], Tensor]:
+    """The old log-probs this process holds, as `{(group of the step, leaf): its stream}`."""
     found = {}
     for row in data.rows:
         if row.old_logp is not None and not row.is_blank:
-            lengths = [tree.num_chain_tokens for tree in row.batch.trees]
-            found |= dict(zip(row.groups, row.old_logp.cpu().split(lengths), strict=True))
+            lengths = row.batch.leaf_offsets.diff().tolist()
+            found |= dict(zip(row.leaves, row.old_logp.cpu().split(lengths), strict=True))
     return found
 
 
-def restore_old_logprobs(data: StepData, saved: dict[int, Tensor]) -> None:
+def restore_old_logprobs(data: StepData, saved: dict[tuple[int, int], Tensor]) -> None:
     """Puts back what `old_logprobs` gave, of all processes together, on rows that may be dealt otherwise now.
 
     Raises:
-        ValueError: a group of these rows is not in `saved`.
+        ValueError: a leaf of these rows is not in `saved`.
     """
     for row in data.rows:
         if row.is_blank:
             continue
-        if missing := [row.batch.trees[i].group for i, group in enumerate(row.groups) if group not in saved]:
-            raise ValueError(f"the checkpoint has no old log-probs of group {missing[0]!r}; resume from another one")
-        row.old_logp = torch.cat([saved[group] for group in row.groups]).to(row.batch.device)
+        if missing := [leaf for leaf in row.leaves if leaf not in saved]:
+            group, leaf = missing[0]
+            raise ValueError(
+                f"the checkpoint has no old log-probs of leaf {leaf} of group {data.trees[group].group!r}; resume from"
+                " another one"
+            )
+        row.old_logp = torch.cat([saved[leaf] for leaf in row.leaves]).to(row.batch.device)
 
 
 def fill_up(data: StepData, num_rows: int, device: torch.device) -> None:
@@ -147,14 +186,18 @@ def fill_up(data: StepData, num_rows: int, device: torch.device) -> None:
         data.rows.append(Row(batch, batch.leaf_stream([[np.zeros(1)]]), is_blank=True))
 
 
-def policy_logprobs(model: torch.nn.Module, batch: TreeBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """`(log-probs, entropies)` on the leaf stream `[L]`, through the tree or through flattened chains."""
-    options = {"temperature": config.temperature, "entropy": True, "backend": config.backend}
+def policy_logprobs(
+    model: torch.nn.Module, batch: TreeBatch, config: TrainConfig, *, entropy: bool = False
+) -> tuple[Tensor, ...]:
+    """`(log-probs,)` or `(log-probs, entropies)` on the leaf stream `[L]`, through the tree or through flattened
+    chains."""
+    options = {"temperature": config.temperature, "entropy": entropy, "backend": config.backend}
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
         if config.attention == "chain":
-            return chain_logprobs(model, batch, **options)
-        logp, entropy = token_logprobs(model, batch, **options)
-    return batch.expand(logp), batch.expand(entropy)
+            streams = chain_logprobs(model, batch, **options)
+            return streams if entropy else (streams,)
+        values = token_logprobs(model, batch, **options)
+    return tuple(batch.expand(x) for x in (values if entropy else (values,)))
 
 
 @torch.no_grad()
@@ -164,8 +207,7 @@ def freeze_logprobs(
     """Fills `old_logp` and `ref_logp` from before the first update on these groups.
 
     `policy` is the unwrapped `model`. With one iteration the old log-probs are those of the update itself, so no extra
-    pass is
-    made: they stay None.
+    pass is made: they stay None.
     """
     for row in data.rows:
         if config.old_logprobs == "recorded":
@@ -219,7 +261,7 @@ def row_loss(
 ) -> tuple[Tensor, Tensor]:
     """`(loss, log-probs [L])` of one packed row, its numbers added to `metrics`. Reads nothing from the device."""
     batch = row.batch
-    logp, entropy = policy_logprobs(model, batch, config)
+    logp, entropy = policy_logprobs(model, batch, config, entropy=True)
     old_logp = logp.detach() if row.old_logp is None else row.old_logp
     ratio, mismatch = importance_sampling_ratio(
         old_logp,

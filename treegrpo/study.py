@@ -24,6 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from treegrpo.files import write_whole
+
 CHAINS_PER_STEP = 96
 # Shares of the tokens after which the two-hop questions are asked, before the end.
 MILESTONES = (0.25, 0.5)
@@ -173,7 +175,7 @@ def run(
     args = (tokens, learning_rate, num_questions, str(folder))
     for index, result in enumerate(_results(missing, args, workers or os.cpu_count() or 1), 1):
         accuracy = result["accuracy"][2]
-        _write(runs_dir / f"{_key(result)}.json", json.dumps(result))
+        write_whole(runs_dir / f"{_key(result)}.json", json.dumps(result))
         console.print(
             f"{index}/{len(missing)} budget {result['budget']} {result['name']}, seed {result['seed']}: two hops"
             f" {accuracy[0] / accuracy[1]:.1%}, {result['seconds']:.0f} s"
@@ -184,8 +186,8 @@ def run(
     rows = summary(results)
     results_dir.mkdir(parents=True, exist_ok=True)
     saved = {"setting": setting, "machine": machine(), "summary": rows, "runs": results}
-    _write(results_dir / "study.json", json.dumps(saved, indent=1))
-    _write(results_dir / "study.md", markdown(rows))
+    write_whole(results_dir / "study.json", json.dumps(saved, indent=1))
+    write_whole(results_dir / "study.md", markdown(rows))
     draw(rows, results, results_dir / "study.png")
     console.print(table(rows))
     console.print(f"wrote study.json, study.md and study.png to {results_dir}")
@@ -215,12 +217,6 @@ def _key(result: dict) -> str:
 
 def _file(folder: Path, cell: Cell, seed: int) -> Path:
     return folder / f"{cell.key}-s{seed}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

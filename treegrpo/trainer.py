@@ -7,7 +7,6 @@ what all processes hold together, so the result does not depend on how many ther
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import treegrpo_kernels
 from treegrpo import checkpoint as checkpoints
 from treegrpo import models, step
 from treegrpo.config import TrainConfig
+from treegrpo.files import write_whole
 from treegrpo.interrupt import uninterrupted
 from treegrpo.metrics import MetricsFile, StepMetrics
 from treegrpo.parallel import Parallel, copy_weights
@@ -164,9 +164,11 @@ class Trainer:
                     row = self._update()
                     row = {"step": self.step, **row, "step_time": time.perf_counter() - started}
                     progress.advance(row)
-                    row |= self._evaluate(progress)
-                    if main and self._is_logged(self.step):
-                        metrics_file.write(row)
+                    try:
+                        row |= self._evaluate(progress)
+                    finally:
+                        if main and self._is_logged(self.step):
+                            metrics_file.write(row)
                     is_due = config.save_steps and self.step % config.save_steps == 0
                     if config.save_strategy == "steps" and (is_due or self._is_done()):
                         self.save()
@@ -338,9 +340,7 @@ class Trainer:
                     " same"
                 )
         checkpoints.load_optimizer(path, self.policy, self.optimizer, saved["optimizer"])
-        self.schedule.load_state_dict(saved["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
+        self._set_optimizer(saved["schedule"])
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         # Checkpoints from before rollouts were sampled have neither.
         self.generated_tokens, self.best_reward = state.get("generated_tokens", 0), state.get("best_reward")
@@ -356,6 +356,21 @@ class Trainer:
             self._next_data(RunProgress())
             if self.config.old_logprobs == "computed":
                 step.restore_old_logprobs(self.data, old)
+
+    def _set_optimizer(self, schedule: dict[str, Any]) -> None:
+        """Goes on in the `schedule` of a checkpoint, but with this run's settings of the optimiser."""
+        config, groups = self.config, self.optimizer.param_groups
+        rates = [config.learning_rate * factor(schedule["last_epoch"]) for factor in self.schedule.lr_lambdas]
+        base = [config.learning_rate] * len(groups)
+        self.schedule.load_state_dict({**schedule, "base_lrs": base, "_last_lr": rates})
+        for group, rate in zip(groups, rates, strict=True):
+            group |= dict(
+                lr=rate,
+                initial_lr=config.learning_rate,
+                betas=(config.adam_beta1, config.adam_beta2),
+                eps=config.adam_epsilon,
+                weight_decay=config.weight_decay,
+            )
 
     def _schedule(self, optimizer: torch.optim.Optimizer):
         from transformers import get_scheduler
@@ -374,11 +389,7 @@ class Trainer:
             check_recorded(trajectories)
         check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(config.model)), config.model)
         for tree in self.replay.trees:
-            if config.row_token_budget is not None and tree.num_tokens > config.row_token_budget:
-                raise ValueError(
-                    f"group {tree.group!r}: its tree has {tree.num_tokens} unique tokens, over"
-                    f" row_token_budget={config.row_token_budget}; raise the budget, or split or drop the group"
-                )
+            step.check_budget(tree, config)
 
     def _check_backend(self) -> None:
         backend = self.config.backend
@@ -386,11 +397,11 @@ class Trainer:
             raise ValueError(f"backend {backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
 
     def _open_output(self) -> MetricsFile:
-        if self.config.overwrite_output_dir and not self.checkpoint:
-            (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
-            for path in checkpoints.listed(self.output_dir):
-                shutil.rmtree(path)
+        if self.checkpoint:
+            for path in checkpoints.set_aside(self.output_dir, self.step):
+                print(f"resuming at step {self.step}: a later checkpoint is now {path}", file=sys.stderr)
+        elif self.config.overwrite_output_dir:
+            checkpoints.remove_run(self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-        (self.output_dir / "config.yaml").write_text(text, encoding="utf-8")
+        write_whole(self.output_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         return MetricsFile(self.output_dir / "metrics.jsonl", self.step)

@@ -13,7 +13,6 @@ import json
 import math
 import numbers
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from treegrpo.files import read_lines
 from treegrpo.trie import MAX_TOKEN_ID, Trie, token_trie
 
 __all__ = [
@@ -368,17 +368,11 @@ def load(path: str | os.PathLike) -> list[Trajectory]:
     """
     path = Path(path)
     trajectories = []
-    done = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
-            for line in stream:
-                if line.strip():
-                    trajectories.append(_from_line(line))
-                done += 1
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, line {done + 1}: the compressed data is damaged ({error}): copy it again") from error
-    except ValueError as error:
-        raise ValueError(f"{path}, line {done + 1}: {error}") from error
+    for number, line in read_lines(path):
+        try:
+            trajectories.append(_from_line(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return trajectories
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from treegrpo.files import write_whole
 
 SPLITS = {"train": 0.7, "validation": 0.1, "heldout": 0.2}
 
@@ -295,6 +296,4 @@ def write_questions(questions: list[Question], path: Path) -> None:
 
 def _write(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "\n".join(lines) + "\n")

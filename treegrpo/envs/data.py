@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
 from treegrpo.answers import gold_answers
+from treegrpo.files import read_lines
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -84,25 +83,20 @@ def _check_prompt(prompt: Any) -> None:
 
 
 def _read_json(path: Path, kind: str) -> list[tuple[int, Any]]:
-    records = []
-    done = 0
+    lines = read_lines(path)
+    if kind == ".jsonl":
+        return [(number, _parsed(f"{path}, line {number}", line)) for number, line in lines]
+    whole = _parsed(str(path), b"".join(line for _, line in lines))
+    if not isinstance(whole, list):
+        raise ValueError(f"{path}: a JSON {type(whole).__name__}: give a list of objects, or name it .jsonl")
+    return list(enumerate(whole))
+
+
+def _parsed(where: str, text: bytes) -> Any:
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
-            if kind == ".json":
-                whole = json.loads(stream.read())
-                if not isinstance(whole, list):
-                    raise ValueError(f"a JSON {type(whole).__name__}: give a list of objects, or name it .jsonl")
-                return list(enumerate(whole))
-            for line in stream:
-                done += 1
-                if line.strip():
-                    records.append((done, json.loads(line)))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, line {done + 1}: the compressed data is damaged ({error}): copy it again") from error
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        where = f"{path}, line {done}" if kind == ".jsonl" else str(path)
         raise ValueError(f"{where}: not readable as JSON ({error})") from error
-    return records
 
 
 def _read_parquet(path: Path) -> list[tuple[int, Any]]:

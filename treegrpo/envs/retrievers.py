@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import http.client
 import json
@@ -16,13 +15,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from treegrpo.files import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -202,17 +202,12 @@ class BM25Retriever:
 def read_corpus(path: Path) -> Iterator[tuple[str, str]]:
     """`(id, contents)` of every line of a JSONL corpus (`.gz` allowed); ids may be numbers, blank lines are skipped.
     ValueError naming the file, the line and the cure."""
-    done = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
-            for line in stream:
-                if line.strip():
-                    yield _corpus_line(line)
-                done += 1
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, line {done + 1}: the compressed data is damaged ({error}): copy it again") from error
-    except ValueError as error:
-        raise ValueError(f"{path}, line {done + 1}: {error}") from error
+    for number, line in read_lines(path):
+        try:
+            pair = _corpus_line(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        yield pair
 
 
 def _corpus_line(line: bytes) -> tuple[str, str]:

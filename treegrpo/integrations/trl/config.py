@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
-from treegrpo.advantages import ESTIMATORS, SCALES, estimator_options, resolve_grid
+from treegrpo.advantages import ESTIMATORS, SCALES, estimator_options, parse_options
 from treegrpo.loss import SHARED_TOKENS
 from treegrpo.rollout.nodes import SELECTIONS, SearchOptions
 
@@ -143,26 +143,15 @@ class TreeGRPOConfig(GRPOConfig):
                 f"advantage_estimator={name!r} compares one reward a completion, but multi_objective_aggregation="
                 f"{self.multi_objective_aggregation!r} makes advantages itself: use 'sum_then_normalize'"
             )
-        options: dict[str, Any] = {"eps": TRL_EPS}
-        for text in self.advantage_options or []:
-            key, equals, value = text.partition("=")
-            if not equals:
-                raise ValueError(f"advantage_options: {text!r} is not name=value")
-            options[key] = _number(key, value) if key in ("eps", "min_std") else value
-        valid = {*estimator_options(name), "eps", "singleton"}
-        if unknown := sorted(set(options) - valid):
-            raise ValueError(
-                f"advantage_options: {name} has no option {unknown[0]!r}; it takes {', '.join(sorted(valid))}"
-            )
+        options: dict[str, Any] = {"eps": TRL_EPS, **parse_options(name, self.advantage_options or [])}
         if not {"norm", "scale_rewards"} & set(options):
-            if "scale_rewards" in valid:
+            if "scale_rewards" in estimator_options(name):
                 options["scale_rewards"] = self.scale_rewards
             elif self.scale_rewards != SCALES[0]:
                 raise ValueError(
                     f"scale_rewards={self.scale_rewards!r} means nothing to advantage_estimator={name!r}: leave it at"
                     f" {SCALES[0]!r} and give advantage_options norm=..."
                 )
-        resolve_grid(name, {key: value for key, value in options.items() if key not in ("eps", "singleton")})
         return name, options
 
     def _refuse_inexact_shares(self) -> None:
@@ -173,10 +162,3 @@ class TreeGRPOConfig(GRPOConfig):
             raise ValueError(f"{why} use_adaptive_entropy, which measures completions token by token: turn it off")
         if self.entropy_coef != 0.0 and self.top_entropy_quantile < 1.0:
             raise ValueError(f"{why} entropy_coef and top_entropy_quantile together: set one of them to its default")
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"advantage_options: {name}={text!r} is no number") from None

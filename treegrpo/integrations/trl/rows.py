@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from treegrpo.logprobs import unwrap
-from treegrpo.packing import TreeBatch, pack
+from treegrpo.packing import TreeBatch, cut_tree, pack
 from treegrpo.tree import Trajectory, build_tree
 
 
@@ -64,36 +63,16 @@ def pack_rows(
                     f"token_budget={token_budget}, but row {row} of the micro-batch alone has {leaf.num_tokens} tokens:"
                     " raise it to at least the longest prompt and max_completion_length together"
                 )
-        parts = [part for rows in parts for part in _cut(leaves, rows, token_budget)]
+        parts = [
+            [rows[leaf] for leaf in part]
+            for rows in parts
+            for part in cut_tree(build_tree([leaves[row] for row in rows]), token_budget)
+        ]
     trees = [build_tree([leaves[row] for row in part]) for part in parts]
     return [
         (torch.tensor([row for tree in batch.tree_indices for row in parts[tree]]), batch)
         for batch in pack(trees, token_budget=token_budget, device=device)
     ]
-
-
-def _cut(leaves: list[Trajectory], rows: list[int], token_budget: int) -> list[list[int]]:
-    """The rows of one group in parts of at most ``token_budget`` unique tokens, which no leaf exceeds."""
-    tree = build_tree([leaves[row] for row in rows])
-    if tree.num_tokens <= token_budget:
-        return [rows]
-    offsets = tree.trie.leaf_offsets
-    paths = [tree.trie.leaf_tokens[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
-    parts: list[list[int]] = []
-    used, last = 0, np.zeros(0, np.int64)
-    # in depth-first order a leaf shares most with the one before it
-    for leaf in sorted(range(len(rows)), key=lambda i: int(paths[i][-1])):
-        path = paths[leaf]
-        length = min(path.size, last.size)
-        shared = int(np.cumprod(path[:length] == last[:length]).sum())
-        if parts and used + path.size - shared <= token_budget:
-            parts[-1].append(rows[leaf])
-            used += path.size - shared
-        else:
-            parts.append([rows[leaf]])
-            used = path.size
-        last = path
-    return [sorted(part) for part in parts]
 
 
 @contextmanager

@@ -1,0 +1,44 @@
+"""Random numbers inside a model: a token of a packed tree draws one mask where each of its leaves' chains draws one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+_WORDS = ("drop", "jitter")
+
+
+def drawing(model: nn.Module) -> list[str]:
+    """What makes training draw, as ``layers.0.mlp.dropout=0.1``: dropout, layer drop, router jitter."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, _DropoutNd):
+            found += [f"{path}={module.p}"] if module.p > 0 else []
+        else:
+            found += [f"{path}.{name}={value}".lstrip(".") for name, value in _numbers(module)]
+    return found
+
+
+def disable_dropout(model: nn.Module) -> nn.Module:
+    """Sets all that ``drawing`` finds, and what the configs say of it, to 0; returns the model."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        config = getattr(module, "config", None)
+        parts = [module, config, config.get_text_config() if hasattr(config, "get_text_config") else None]
+        for part in parts:
+            for name, _ in _numbers(part):
+                setattr(part, name, 0.0)
+    return model
+
+
+def _numbers(part: Any) -> list[tuple[str, float]]:
+    """Attributes that are named for dropout or jitter and hold a rate above 0."""
+    held = vars(part).items() if part is not None else ()
+    return [
+        (name, value)
+        for name, value in held
+        if isinstance(value, float) and value > 0 and any(word in name.lower() for word in _WORDS)
+    ]
