@@ -162,6 +162,7 @@ def test_errors_are_one_line_and_exit_2(argv, message, capsys, tmp_path, monkeyp
         ("max_steps: many", "max_steps='many'"),
         ("bf16: 1", "write true or false"),
         ("max_steps: 1.5", "max_steps=1.5"),
+        ("max_steps: .inf", "max_steps=inf"),
         ("- 1", "must be a mapping"),
         ("a: [", "not valid YAML"),
     ],
@@ -177,8 +178,10 @@ def test_yaml_values_take_their_types(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(
         "learning_rate: 1e-5\nrow_token_budget: 4096\nlora_target_modules: [q_proj, v_proj]\nepsilon_high: null\n"
+        "vllm_importance_sampling_correction: false\n"
     )
     config = read_config(path)
+    assert config.vllm_importance_sampling_correction is False
     assert (config.learning_rate, config.row_token_budget, config.epsilon_high) == (1e-5, 4096, None)
     assert config.lora_target_modules == ("q_proj", "v_proj")
 

@@ -162,6 +162,11 @@ def test_parse_arguments_gives_the_template_objects():
         ({"messages": TALK}, "none of the fields group"),
         ({"messages": [], "group": "g"}, "non-empty list"),
         ({"messages": [{"content": "x"}], "group": "g"}, "with a role"),
+        ({"messages": TALK, "group": "g", "reward": "abc"}, r"record 0 \(group g\): reward is 'abc'"),
+        ({"messages": TALK, "group": "g", "reward": [1]}, r"record 0 \(group g\): reward is \[1\]"),
+        ({"messages": TALK, "group": "g", "reward": float("nan")}, "reward is nan"),
+        ({"messages": TALK, "group": "g", "trial": "x"}, r"record 0 \(group g\): tree or trial is 'x': give a whole"),
+        ({"messages": TALK, "group": "g", "tree": 1.5}, "tree or trial is 1.5"),
     ],
 )
 def test_bad_records(record, message):
@@ -181,4 +186,22 @@ def test_bad_files(tmp_path, text, message):
     path = tmp_path / "x.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        read_records(path)
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    """U+2028 and U+0085 may stand in a JSON string as they are."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": "p\u2028q\u0085r"}\r\n\n{"a": 2}\n', encoding="utf-8")
+    assert read_records(path) == [{"a": "p\u2028q\u0085r"}, {"a": 2}]
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 50)[:-9])
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz, line \d+: the compressed data is damaged"):
+        read_records(path)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: not valid JSON"):
         read_records(path)

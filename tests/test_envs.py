@@ -299,7 +299,7 @@ def test_rows_of_json_files(tmp_path: Path) -> None:
         ("a.jsonl", '{"question": "q", "answers": [{}]}', r"a.jsonl, line 1: answers\[0\] holds"),
         ("a.jsonl", '{"question": "q", "source": 3}', "a.jsonl, line 1: source is 3"),
         ("a.jsonl", "\n", "holds no rows"),
-        ("a.json", "{}", "a.json: not readable as JSON .a JSON dict"),
+        ("a.json", "{}", "a.json: a JSON dict: give a list of objects"),
         ("a.json", '[{"question": "q"}, 3]', "a.json, entry 1: a int"),
         ("a.csv", "x", "the name ends in '.csv'"),
     ],

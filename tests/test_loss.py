@@ -113,7 +113,8 @@ def test_defaults_are_trl_names_and_values():
 @pytest.mark.parametrize("level", LEVELS)
 def test_metrics_are_masked_means(level):
     streams = make_streams([6, 10, 3], seed=5)
-    _, metrics = grpo_loss(**streams, beta=0.1, importance_sampling_level=level, use_bias_correction_kl=False)
+    clip = {"epsilon": 0.1, "epsilon_high": 0.3}
+    _, metrics = grpo_loss(**streams, **clip, beta=0.1, importance_sampling_level=level, use_bias_correction_kl=False)
     offsets = streams["leaf_offsets"]
     logp, old, ref, adv, mask, entropy = (
         pad(streams[name].detach(), offsets)
@@ -124,7 +125,7 @@ def test_metrics_are_masked_means(level):
     if level == "sequence":
         log_ratio = ((log_ratio * mask).sum(-1) / counts)[:, None].expand_as(mask)
     ratio = log_ratio.exp()
-    low, high = ((ratio < 0.8) & (adv < 0)) * mask, ((ratio > 1.2) & (adv > 0)) * mask
+    low, high = ((ratio < 0.9) & (adv < 0)) * mask, ((ratio > 1.3) & (adv > 0)) * mask
 
     def mean(x):
         return (x.sum(-1) / counts).mean() if level == "sequence" else x.sum() / mask.sum()

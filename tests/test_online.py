@@ -173,6 +173,23 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(b
     assert same(dict(whole.policy.named_parameters()), dict(again.policy.named_parameters()))
 
 
+def test_ctrl_c_in_an_evaluation_keeps_the_metrics_of_its_step(box, tmp_path):
+    changes = {"eval_dataset": str(box / "validation.jsonl"), "eval_rows": 2, "eval_steps": 2, "save_strategy": "steps"}
+    cut = Trainer(online_config(box, tmp_path, max_steps=3, **changes))
+    evaluate, calls = cut.online.evaluate, iter([False, True])
+
+    def interrupted(*args, **kwargs):
+        if next(calls):
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    cut.online.evaluate = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    run(box, tmp_path, max_steps=3, resume_from_checkpoint="latest", **changes)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
 def test_a_stopped_run_does_not_wait_for_what_it_samples_ahead(box, tmp_path):
     trainer = Trainer(online_config(box, tmp_path, overlap_rollouts=True, save_strategy="steps", max_concurrency=4))
     trainer.online.start_next(1, 3, trainer.policy)

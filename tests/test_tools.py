@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -103,6 +104,30 @@ def test_tools_answer_in_the_templates_own_turn(chatml) -> None:
     assert (result.done, result.num_tool_calls, result.num_tool_errors) == (False, 2, 0)
     assert env.calls == [("add", {"a": 1}), ("later", {"names": ["p", "q"], "kind": "y", "note": None})]
     assert act(env, "It is 3.").done
+
+
+def test_a_tool_that_hangs_takes_no_thread_from_the_others(chatml) -> None:
+    started, go_on = [], threading.Event()
+
+    def wait() -> str:
+        """Waits."""
+        started.append(1)
+        go_on.wait(20)
+        return "done"
+
+    async def all_at_once(number: int) -> tuple[int, list]:
+        steps = [asyncio.ensure_future(ToolEnv([wait], tokenizer=chatml).step(call("wait"))) for _ in range(number)]
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            if len(started) == number:
+                break
+        together = len(started)
+        go_on.set()
+        return together, await asyncio.gather(*steps)
+
+    # asyncio's own pool has no more than 32
+    together, results = asyncio.run(all_at_once(40))
+    assert together == 40 and all("done" in result.observation for result in results)
 
 
 def test_a_turn_of_llama_ends_otherwise() -> None:

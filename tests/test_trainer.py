@@ -164,6 +164,46 @@ def test_budget_and_accumulation_change_no_result(files, tmp_path, loss_type, sh
     assert largest_difference(weights, accumulated_weights) < 1e-3
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_a_tree_over_the_budget_is_cut_between_its_leaves(files, tmp_path, loss_type):
+    options = {"loss_type": loss_type, "num_iterations": 2, "max_steps": 2, "beta": 0.1, "epsilon": 0.02}
+    whole, weights = run(files, tmp_path / "a", **options)
+    cut, cut_weights = run(files, tmp_path / "b", row_token_budget=24, save_strategy="steps", save_steps=1, **options)
+    assert cut[0]["tree/rows"] > 2 and cut[0]["tree/unique_tokens"] > whole[0]["tree/unique_tokens"]
+    for name in ("loss", "grad_norm", "kl", "ratio/max"):
+        assert [row[name] for row in cut] == pytest.approx([row[name] for row in whole], rel=1e-4, abs=1e-7), name
+    assert largest_difference(weights, cut_weights) < 1e-3
+    # old log-probs belong to leaves, however they were packed
+    first = tmp_path / "b" / "checkpoint-1"
+    resumed, again = run(files, tmp_path / "c", resume_from_checkpoint=str(first), **options)
+    assert [row["step"] for row in resumed] == [2] and resumed[0]["tree/rows"] == 1
+    assert largest_difference(weights, again) < 1e-3
+
+
+def test_later_checkpoints_are_set_aside_when_a_run_goes_back(files, tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    run(files, tmp_path, max_steps=4, **save)
+    first = str(tmp_path / "checkpoint-2")
+    run(files, tmp_path, max_steps=3, resume_from_checkpoint=first, **save)
+    assert [path.name for path in checkpoint.listed(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    assert checkpoint.find(tmp_path, "latest").name == "checkpoint-3"
+    assert load_file(tmp_path / "superseded-4" / "model.safetensors")
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_the_optimiser_settings_are_those_of_the_run_that_goes_on(files, tmp_path):
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "max_steps": 4}
+    run(files, tmp_path, save_strategy="steps", save_steps=2, **schedule)
+    changes = {"learning_rate": 5e-3, "weight_decay": 0.3, "adam_beta1": 0.5, "adam_epsilon": 1e-6}
+    first = str(tmp_path / "checkpoint-2")
+    whole = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    trainer = Trainer(settings(files, tmp_path, resume_from_checkpoint=first, **schedule, **changes))
+    rates = [row["learning_rate"] for row in trainer.train()]
+    assert rates == pytest.approx([rate / 2 for rate in whole[2:]])
+    (group,) = trainer.optimizer.param_groups
+    assert (group["weight_decay"], group["betas"], group["eps"]) == (0.3, (0.5, 0.999), 1e-6)
+
+
 def test_recorded_logprobs_are_used(tmp_path):
     files = tiny.write(tmp_path, tiny.trajectories(logprobs=True))
     recorded, _ = run(files, tmp_path / "a", old_logprobs="recorded", max_steps=1)
@@ -252,8 +292,13 @@ def test_old_run_is_not_overwritten_unasked(files, tmp_path):
     run(files, tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(settings(files, tmp_path))
+    for name in ("best", "rollouts", "checkpoint-7", "superseded-9", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / "unfinished-step-3.jsonl.gz").touch()
     run(files, tmp_path, max_steps=2, overwrite_output_dir=True)
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl", "mine"}
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(tmp_path):
@@ -311,7 +356,12 @@ def bad_rows(kind: str) -> list[Trajectory]:
         ("reward missing", {}, r"trajectory 7 \(group 'g1'\): reward is missing"),
         ("token outside", {}, r"trajectory 6 \(group 'g1'\): token_ids\[3\] = 48 is outside .*vocabulary of 48"),
         ("nothing trained", {}, r"group 'g1': loss_mask is 0 everywhere"),
-        ("good", {"row_token_budget": 10}, r"group 'g0': its tree has \d+ unique tokens, over row_token_budget=10"),
+        ("good", {"row_token_budget": 10}, r"group 'g0': leaf 0 has 20 tokens, over row_token_budget=10"),
+        (
+            "good",
+            {"row_token_budget": 24, "shared_tokens": "mean"},
+            r"group 'g0': its tree has \d+ unique tokens, over row_token_budget=24, and shared_tokens='mean'",
+        ),
         ("good", {"model": "no/such/folder"}, "no such folder or config file"),
         ("good", {"rollouts": "replay:nothing.jsonl"}, "no such file: nothing.jsonl"),
         ("good", {"rollouts": "vllm:host"}, "give replay:FILE"),
@@ -353,11 +403,28 @@ def test_bad_rollout_files_write_nothing(tmp_path, line, message):
         ({"temperature": 0.0}, "temperature=0"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"groups_per_step": 0}, "groups_per_step=0"),
+        ({"groups_per_step": 2.5}, "groups_per_step=2.5: must be a whole number >= 1"),
+        ({"max_steps": True}, "max_steps=True"),
+        ({"max_steps": None}, "max_steps=None"),
+        ({"adam_beta1": 1.0}, "adam_beta1=1.0: must be below 1"),
+        ({"advantage_options": ("norm=foo",)}, "advantage_options: norm is 'foo': use one of"),
+        ({"advantage_options": ("eps=abc",)}, "advantage_options: eps='abc' is no number"),
+        ({"advantage_options": ("eps=-1",)}, "advantage_options: eps is -1.0"),
+        ({"rollouts": "hf", "row_token_budget": 100, "max_context_length": 101}, "below max_context_length=101"),
+        ({"rollouts": "vllm", "top_p": 0.9}, "top_p=0.9 with the sampling correction"),
+        ({"rollouts": "hf", "top_p": 0.9, "overlap_rollouts": True}, "vllm_importance_sampling_correction=false"),
+        ({"rollouts": "hf", "top_p": 0.9, "old_logprobs": "recorded"}, "top_p=0.9 with old_logprobs=recorded"),
     ],
 )
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**changes)
+
+
+def test_truncated_sampling_is_allowed_where_nothing_compares_its_logprobs():
+    for changes in ({"rollouts": "hf"}, {"rollouts": "vllm", "vllm_importance_sampling_correction": False}):
+        assert not TrainConfig(top_p=0.9, **changes).corrects_sampling
+    assert TrainConfig(top_p=0.9, rollouts="vllm", vllm_importance_sampling_correction=True).corrects_sampling
 
 
 def test_unusable_backend_writes_nothing(files, tmp_path):
