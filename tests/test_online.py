@@ -329,27 +329,61 @@ def test_reads_are_kept_apart_and_come_back_from_a_checkpoint(tmp_path):
     assert restored.sampler.engine.num_syncs == 1
 
 
-def test_processes_share_the_prompts_and_see_all_of_them():
-    """Two processes, each in a thread, exchange what they sampled."""
-    barrier, shelf, results = threading.Barrier(2), {}, {}
+def in_two_threads(work) -> list:
+    """`[work(rank, gather)]` of two processes played by threads; what was raised stands in place of a result."""
+    barrier, lists, results = threading.Barrier(2, timeout=20), [None, None], [None, None]
 
-    def process(rank: int) -> None:
-        def gather(items: list) -> list:
-            shelf[rank] = items
-            barrier.wait()
-            everything = shelf[0] + shelf[1]
-            barrier.wait()
-            return everything
+    def gather(rank, items):
+        lists[rank] = items
+        barrier.wait()
+        gathered = [*lists[0], *lists[1]]
+        barrier.wait()
+        return gathered
 
-        online = scripted(rank=rank, world=2, gather=gather)
-        results[rank] = [names(online.step_rollouts(1, 3, None)) for _ in range(2)]
+    def run_one(rank):
+        try:
+            results[rank] = work(rank, lambda items: gather(rank, items))
+        except EngineError as error:
+            results[rank] = error
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=run_one, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert results[0] == results[1] == [[["g0", "g1", "g2"]], [["g3", "g4", "g5"]]]
+    return results
+
+
+def test_processes_share_the_prompts_and_see_all_of_them():
+    def work(rank, gather):
+        online = scripted(rank=rank, world=2, gather=gather)
+        return [names(online.step_rollouts(1, 3, None)) for _ in range(2)]
+
+    first, second = in_two_threads(work)
+    assert first == second == [[["g0", "g1", "g2"]], [["g3", "g4", "g5"]]]
+
+
+@pytest.mark.parametrize("one_engine", [False, True])
+def test_one_process_brings_a_server_the_weights(one_engine):
+    def work(rank, gather):
+        online = scripted(rank=rank, world=2, gather=gather, one_engine=one_engine)
+        online.step_rollouts(1, 2, None)
+        return online.sampler.engine.num_syncs
+
+    assert in_two_threads(work) == ([1, 0] if one_engine else [1, 1])
+
+
+def test_a_server_that_takes_no_weights_stops_every_process():
+    def work(rank, gather):
+        online = scripted(rank=rank, world=2, gather=gather, one_engine=True)
+
+        def refuse(model):
+            raise EngineError("no room")
+
+        online.sampler.engine.sync_weights = refuse
+        online.step_rollouts(1, 2, None)
+
+    assert [str(error) for error in in_two_threads(work)] == ["no room", "no room"]
 
 
 def test_two_real_processes_sample_what_one_does(box, tmp_path):

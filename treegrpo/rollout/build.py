@@ -143,6 +143,7 @@ def make_online(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any, ac
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         gather=gather_apart() if accelerator.num_processes > 1 else None,
+        one_engine=config.rollouts.startswith("server:"),
         overlap=config.overlap_rollouts,
         eval_rows=read_rows(config.eval_dataset)[: config.eval_rows] if config.eval_dataset else (),
         eval_temperature=config.eval_temperature,

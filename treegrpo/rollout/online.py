@@ -118,6 +118,7 @@ class OnlineRollouts:
         options: shape and bounds of the search.
         refills: how often groups without spread are replaced by other prompts (0 keeps them).
         gather: list of objects -> the objects of all processes, one after another; None for one process.
+        one_engine: all processes ask the same engine (a server), to which the first brings the weights.
         overlap: sample the next step's trees while this one trains.
         eval_rows, eval_temperature: what `evaluate` samples.
         source: the dataset's name, a part of the groups' names.
@@ -135,6 +136,7 @@ class OnlineRollouts:
         rank: int = 0,
         world: int = 1,
         gather: Callable[[list], list] | None = None,
+        one_engine: bool = False,
         overlap: bool = False,
         eval_rows: Sequence[dict[str, Any]] = (),
         eval_temperature: float = 0.0,
@@ -147,6 +149,7 @@ class OnlineRollouts:
         self.seed, self.refills, self.rank, self.world = seed, refills, rank, world
         self.source = source
         self.gather = gather or (lambda items: items)
+        self.one_engine = one_engine
         self.eval_rows, self.eval_temperature = list(eval_rows), eval_temperature
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="rollouts") if overlap else None
         self.place = 0
@@ -164,7 +167,7 @@ class OnlineRollouts:
         elif self.pending is not None:
             rollouts, self.pending = self.pending.result(), None
         else:
-            self.sampler.engine.sync_weights(policy)
+            self._sync_weights(policy)
             rollouts = self._sample_step(reads, count, progress)
         self.place = rollouts.place
         return rollouts
@@ -172,7 +175,7 @@ class OnlineRollouts:
     def start_next(self, reads: int, count: int, policy: torch.nn.Module) -> None:
         """With `overlap`, begins to sample the step after this one from the weights `policy` has now."""
         if self.executor is not None and self.pending is None and not self.waiting:
-            self.sampler.engine.sync_weights(policy)
+            self._sync_weights(policy)
             self.pending = self.executor.submit(self._sample_step, reads, count, self._stop_if_abandoned)
 
     def evaluate(
@@ -185,7 +188,7 @@ class OnlineRollouts:
         if self.pending is not None:
             # The engine holds the weights of before until these are done.
             self.pending.exception()
-        self.sampler.engine.sync_weights(policy)
+        self._sync_weights(policy)
         return evaluate(
             self.sampler,
             self.eval_rows if rows is None else list(rows),
@@ -197,6 +200,18 @@ class OnlineRollouts:
             gather=self.gather,
             progress=progress,
         )
+
+    def _sync_weights(self, policy: torch.nn.Module) -> None:
+        """The engine samples from the weights of `policy` from now on; with one engine for all processes none asks
+        before they are there."""
+        errors: list[EngineError] = []
+        if self.rank == 0 or not self.one_engine:
+            try:
+                self.sampler.engine.sync_weights(policy)
+            except EngineError as error:
+                errors = [error]
+        for error in self.gather(errors) if self.one_engine else errors:
+            raise error
 
     def _sample_step(self, reads: int, count: int, progress: Progress | None) -> StepRollouts:
         place, wanted = self.place, reads * count
