@@ -5,11 +5,11 @@
 #
 # Needs Python with torch (CUDA), triton, transformers, pytest, pytest-benchmark, hypothesis; nvcc for the CUDA objects; no
 # network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, step,
-# bench (attention and plans), head, tune, profile, cuda (all of the CUDA kernels, those for Hopper among them: tests, race
-# with Triton in both backward modes, memcheck, ncu); the last three are not among the default ones, and --quick leaves out
-# sanitize and all tests but those of repeated runs and of the head. A failing stage is reported and the next one still
-# runs. It ends before N seconds (default 540, with --quick 240): a stage gets its share of what is left, and what does not
-# fit is skipped and said so.
+# bench (attention and plans), head, split (parted key tiles against whole ones), tune, profile, cuda (the CUDA kernels, those
+# for Hopper among them: tests, race with Triton in both backward modes, memcheck, ncu); the last four are not among the
+# default ones, and --quick leaves out sanitize and all tests but those of repeated runs and of the head. A failing stage is
+# reported and the next one still runs. It ends before N seconds (default 540, with --quick 240): a stage gets its share of
+# what is left (build a third), and what does not fit is skipped and said so.
 # DIR (default bench/results/<gpu>-<commit>) receives machine.json, log.txt, bench.json and report.md, and never holds
 # results of two commits or two states of the sources.
 set -uo pipefail
@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
     --stages) stages=$2; shift 2 ;;
     --seconds) seconds=$2; shift 2 ;;
     --quick) quick="--quick"; shift ;;
-    -h|--help) sed -n '2,14{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,15{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "unknown option $1: see --help" >&2; exit 2 ;;
   esac
 done
@@ -36,7 +36,8 @@ seconds=${seconds:-$([ -n "$quick" ] && echo 240 || echo 540)}
 reserve=12
 
 # weight of each stage: its share of the time that is left, against the chosen stages not yet run
-declare -A weight=([build]=3 [tests]=10 [sanitize]=4 [step]=12 [bench]=9 [head]=2 [tune]=8 [profile]=2 [cuda]=9)
+order="build tests sanitize step bench head split tune profile cuda"
+declare -A weight=([build]=0 [tests]=10 [sanitize]=4 [step]=12 [bench]=9 [head]=2 [split]=4 [tune]=8 [profile]=2 [cuda]=9)
 for name in $stages; do
   [ -n "${weight[$name]:-}" ] || { echo "unknown stage $name: use ${!weight[*]}" >&2; exit 2; }
 done
@@ -86,7 +87,8 @@ PY
 summary=()
 share() { # share NAME: seconds this stage may take
   local total=0 passed="" other
-  for other in build tests sanitize step bench head tune profile cuda; do
+  [ "$1" = build ] && { echo $(((seconds - reserve - SECONDS) / 3)); return; }
+  for other in $order; do
     [ "$other" = "$1" ] && passed=yes
     case " $stages " in *" $other "*) [ -n "$passed" ] && total=$((total + ${weight[$other]})) ;; esac
   done
@@ -148,26 +150,26 @@ run_modules() { # run_modules NAME PATTERN
 run build 20 env TREEGRPO_BUILD=$(command -v nvcc > /dev/null && echo cuda || echo auto) $python setup.py build_ext --inplace
 # only the files that have GPU tests: the others import packages that a bare machine may lack; what takes the time of a
 # call runs last and alone
-tested=$([ -n "$quick" ] && echo tests/test_gpu_runs.py tests/test_gpu_head.py || grep -lE "mark\.gpu" tests/test_*.py | tr '\n' ' ')
+with_gpu_tests=$(grep -lE "mark\.gpu" tests/test_*.py | tr '\n' ' ')
+tested=$([ -n "$quick" ] && echo tests/test_gpu_runs.py tests/test_gpu_head.py || echo "$with_gpu_tests")
 workers=$($python -c "import xdist; print('-n 6 --dist worksteal')" 2>/dev/null)
 # a kernel that never ends takes one worker with it, not the others
 workers="$workers $($python -c "import pytest_timeout; print('--timeout=100 --timeout-method=thread')" 2>/dev/null)"
 timed="of_the_host or within_a_millisecond"
 # the CUDA kernels for Hopper have waited for ever once: as long as they have not been rerun, not beside the others
-unproven="cuda or OnHopper"
-run tests 20 bash -c "$python -m pytest $tested -m gpu -k 'not ($timed) and not ($unproven)' -q $workers --maxfail=30 \
+run tests 20 bash -c "$python -m pytest $tested -m 'gpu and not cuda_kernels' -k 'not ($timed)' -q $workers --maxfail=30 \
   -p no:cacheprovider; failed=\$?
-  $python -m pytest tests/test_gpu_plan.py -m gpu -k '($timed) and not ($unproven)' -q -p no:cacheprovider && exit \$failed"
+  $python -m pytest tests/test_gpu_plan.py -m 'gpu and not cuda_kernels' -k '$timed' -q -p no:cacheprovider && exit \$failed"
 run sanitize 30 $python tests/sanitize.py --seconds {limit}
 measure step 30 bench/test_real_step.py
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure head 20 bench/test_head.py
-run_modules tune 'tune*.py'
+run_modules split tune_split.py
+run_modules tune tune.py
 run_modules profile 'profile*.py'
-counters="--set full --kernel-name-base demangled --kernel-name regex:sm90.*(forward|dq|dkv)_kernel --launch-count 8"
+counters="--set full --kernel-name-base demangled --kernel-name 'regex:sm90.*(forward|dq|dkv)_kernel' --launch-count 8"
 run cuda 60 bash -c "
-  $python -m pytest tests/test_hopper_cuda.py tests/test_gpu_attention.py tests/test_gpu_runs.py tests/test_gpu_plan.py tests/test_cuda.py \
-    -m gpu -k '$unproven' -q $workers --maxfail=10 -p no:cacheprovider; failed=\$?
+  $python -m pytest $with_gpu_tests -m 'gpu and cuda_kernels' -q $workers --maxfail=10 -p no:cacheprovider; failed=\$?
   $python -m bench.race_cuda $quick --out $out/race_cuda.json || failed=1
   if command -v compute-sanitizer; then
     timeout -k 5 90 compute-sanitizer --error-exitcode 9 $python tests/sanitize.py sm90 || failed=1
@@ -180,6 +182,9 @@ rm -rf "$parts"
   echo
   echo "commit $commit on $gpu, results in $out"
   [ -s "$out/bench.json" ] && $python -m bench.report "$out/bench.json" --short 2>&1 | head -n 90
+  missing=$($python -c "import treegrpo_kernels as tk
+print('; '.join(f'{name}: {why}' for name, why in tk.backends().items() if why and name != 'cpu'))" 2>> "$log")
+  [ -n "$missing" ] && echo "kernels that do not work here: $missing"
   printf '%-9s %-60s %s\n' stage outcome seconds
   for row in "${summary[@]}"; do IFS='|' read -r name outcome spent <<< "$row"; printf '%-9s %-60s %s\n' "$name" "$outcome" "$spent"; done
   echo "$SECONDS s in all"

@@ -36,7 +36,7 @@ def profile(case: Case, contender: str, device: torch.device, steps: int, tiny: 
     problem = Problem(case, device, tiny)
     net = trainee(case.model, device)
     net.set_checkpointing(case.checkpointing)
-    problem.prepare(net.model)
+    problem.prepare(net)
     step(net, problem, contender)
     on_gpu = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity

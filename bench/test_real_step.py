@@ -57,5 +57,5 @@ def test_real_step(case, contender, meter, device, quick):
         info_of(case, problem, found, contender),
         device=str(device),
         oracle="passed",
-        oracle_error=found.error[contender],
+        oracle_error=found.errors[contender].gradient,
     )

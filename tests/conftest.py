@@ -26,9 +26,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.addinivalue_line("markers", "cuda_kernels: launches kernels of csrc/cuda, on Hopper those of sm90")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        asks = "cuda" in [given.get(name) for name in ("backend", "name")]
+        if asks or item.path.name in ("test_cuda.py", "test_hopper_cuda.py"):
+            item.add_marker(pytest.mark.cuda_kernels)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

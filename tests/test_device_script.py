@@ -1,0 +1,79 @@
+"""bench/device.sh with a Python that only writes down what it is asked: every stage reaches its command."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = "build tests sanitize step bench head split tune profile cuda"
+PYTHON = """#!/usr/bin/env bash
+printf 'python %s\\n' "$*" >> "$CALLS"
+case "$*" in
+  *get_device_name*) echo Some-GPU ;;
+  *backends*) echo "cuda: not built" ;;
+  -) cat > /dev/null ;;
+  $FAILING) exit 3 ;;
+esac
+"""
+TOOL = '#!/usr/bin/env bash\nfor x in "$@"; do printf "%s|" "$x"; done >> "$CALLS"; echo >> "$CALLS"\n'
+
+pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs coreutils")
+
+
+@pytest.fixture
+def device(tmp_path):
+    """`device(arguments, failing="pattern of what Python is asked")` -> (last table, lines of calls)."""
+    for name, text in {"python": PYTHON, "ncu": TOOL, "nvcc": TOOL, "compute-sanitizer": TOOL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*arguments: str, failing: str = "nothing") -> tuple[dict[str, str], str]:
+        calls = tmp_path / "calls"
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+        environment |= {"CALLS": str(calls), "COMMIT": "abc", "FAILING": failing}
+        command = ["bash", str(ROOT / "bench" / "device.sh"), "--out", str(tmp_path / "out"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "kernels that do not work here: cuda: not built" in done.stdout
+        table = done.stdout.rpartition("stage ")[2].splitlines()[1:-1]
+        return {row[:10].strip(): row[10:71].strip() for row in table}, calls.read_text()
+
+    return run
+
+
+def test_every_stage_runs_its_commands(device):
+    outcomes, calls = device("--stages", STAGES)
+    assert outcomes == dict.fromkeys(STAGES.split(), "ok")
+    assert "setup.py build_ext --inplace" in calls
+    assert "-m gpu and not cuda_kernels" in calls and "-m gpu and cuda_kernels" in calls
+    for module in ("race_cuda", "tune_split", "tune", "profile_step"):
+        assert f"python -m bench.{module}" in calls, module
+    # a shell must not see the pattern as its own
+    assert "--kernel-name|regex:sm90.*(forward|dq|dkv)_kernel|--launch-count|8|" in calls
+    assert "tests/sanitize.py|sm90" in calls
+
+
+def test_a_quick_run_builds_too(device):
+    outcomes, calls = device("--quick")
+    assert outcomes == dict.fromkeys(("build", "tests", "step", "bench", "head"), "ok")
+    assert calls.count("--quick") >= 3
+
+
+def test_what_fails_is_said_and_the_rest_runs(device):
+    outcomes, _ = device("--stages", "build step cuda", failing="*race_cuda --out*")
+    assert outcomes == {"build": "ok", "step": "ok", "cuda": "FAILED (1), see log.txt"}
+    outcomes, _ = device("--stages", "build head", "--seconds", "60", failing="setup.py*")
+    assert outcomes == {"build": "skipped: 16 s are left for it, it needs 20", "head": "ok"}
+
+
+def test_no_gpu_is_said(tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench" / "device.sh"), "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHON": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "no CUDA device seen" in done.stderr and not (tmp_path / "out").exists()
