@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
     --stages) stages=$2; shift 2 ;;
     --seconds) seconds=$2; shift 2 ;;
     --quick) quick="--quick"; shift ;;
-    -h|--help) sed -n '2,15{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,14{s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     *) echo "unknown option $1: see --help" >&2; exit 2 ;;
   esac
 done

@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, std::optional<
   }
   cpu::forward({type,
                 shape,
-                {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), window},
+                {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
                 {scale, softcap},
                 q.const_data_ptr(),
                 k.const_data_ptr(),
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_bwd(Tensor dout, Tensor q, Tensor k, Ten
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
   cpu::backward({type,
                  shape,
-                 {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), window},
+                 {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
                  {scale, softcap},
                  dout.const_data_ptr(),
                  q.const_data_ptr(),

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
+
 #include "check.h"
 #include "params.h"
 
@@ -19,6 +21,8 @@ inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::T
                  "k and v must have the same number of heads, a divisor of q's");
   TREEGRPO_CHECK(k.size(2) == shape.head_dim, "k must have q's head_dim");
   TREEGRPO_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), "q, k, v need one dtype");
+  TREEGRPO_CHECK(shape.head_dim >= 1 && shape.head_dim <= kMaxDim && shape.value_dim >= 1 && shape.value_dim <= kMaxDim,
+                 "head dims must be 1 to 256");
   return shape;
 }
 
@@ -31,6 +35,18 @@ inline Shape check_inputs(const torch::stable::Tensor& q, const torch::stable::T
                    "subtree_end and position must be int32 [T]");
   }
   return shape;
+}
+
+// No path is longer than T: a window of so many tokens hides none, and the kernels' windows are 32 bits wide.
+inline int64_t checked_window(const Shape& shape, int64_t window) {
+  TREEGRPO_CHECK(window >= 0, "window must be 0 (none) or positive");
+  return window < shape.num_tokens ? window : 0;
+}
+
+// The dispatcher looks at the tensors together: one of them on the GPU is enough to call a CUDA kernel.
+inline void check_device(const torch::stable::Tensor& q, std::initializer_list<const torch::stable::Tensor*> others) {
+  for (const auto* x : others)
+    TREEGRPO_CHECK(x->is_cuda() && x->get_device_index() == q.get_device_index(), "all tensors must be on q's CUDA device");
 }
 
 #ifdef USE_CUDA

@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -40,16 +39,7 @@ ScalarType compute_of(cuda::Type type) {
 }
 
 void check_limits(const Shape& shape) {
-  TREEGRPO_CHECK(shape.head_dim >= 1 && shape.head_dim <= cuda::kMaxDim && shape.value_dim >= 1 &&
-                     shape.value_dim <= cuda::kMaxDim,
-                 "the cuda kernel takes head dims of 1 to 256");
   TREEGRPO_CHECK(shape.num_heads >= 1 && shape.num_heads <= kMaxHeads, "the cuda kernel takes 1 to 65535 query heads");
-}
-
-// The dispatcher looks at the tensors together: one of them on the GPU is enough to come here.
-void check_device(const Tensor& q, std::initializer_list<const Tensor*> others) {
-  for (const Tensor* x : others)
-    TREEGRPO_CHECK(x->is_cuda() && x->get_device_index() == q.get_device_index(), "all tensors must be on q's CUDA device");
 }
 
 // Strides as they are if rows are dense, else a contiguous copy.
@@ -96,7 +86,7 @@ std::tuple<Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, std::optional<
   if (shape.num_tokens) {
     forward(type,
                   {shape,
-                   {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), window},
+                   {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
                    {scale, softcap},
                    view(q),
                    view(k),
@@ -128,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> attn_bwd(Tensor dout, Tensor q, Tensor k, Ten
   if (shape.num_tokens) {
     backward(type,
                    {shape,
-                    {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), window},
+                    {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
                     {scale, softcap},
                     view(dout),
                     view(q),

@@ -82,6 +82,7 @@ const int32_t* integers(const Tensor& q, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> sm90_fwd(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor full, Tensor order,
                                     Tensor least, Tensor most, Tensor span, double scale) {
+  check_device(q, {&q, &k, &v});
   const Shape shape = check_served(q, k, v);
   const DeviceGuard guard(q.get_device_index());
   q = packed(q), k = packed(k), v = packed(v);
@@ -100,6 +101,7 @@ std::tuple<Tensor, Tensor, Tensor> sm90_bwd(Tensor dout, Tensor q, Tensor k, Ten
                                             Tensor indices, Tensor full, Tensor order, Tensor least, Tensor most,
                                             Tensor half_least, Tensor half_most, Tensor items, Tensor parted, Tensor span,
                                             double scale, bool deterministic) {
+  check_device(q, {&dout, &q, &k, &v, &out, &lse});
   const Shape shape = check_served(q, k, v);
   check_saved(shape, q, dout, out, lse, ScalarType::Float);
   const DeviceGuard guard(q.get_device_index());

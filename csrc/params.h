@@ -9,6 +9,8 @@ namespace treegrpo {
 
 enum class Type { kFloat32, kFloat64, kBFloat16 };
 
+constexpr int kMaxDim = 256;  // of D and of Dv
+
 struct Shape {
   int64_t num_tokens;
   int64_t num_heads;     // Hq

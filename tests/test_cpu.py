@@ -226,3 +226,26 @@ def test_time_grows_with_the_pairs_not_with_the_square():
         return min(times)
 
     assert seconds(64) < 64 * seconds(4)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, -1, 0x7FC00000])
+@pytest.mark.parametrize("where", [0, 1])
+def test_any_nan_reaches_the_output(bits, where):
+    """CUDA's NaN has all mantissa bits set, others few: none may be carried into a number."""
+    plan = tk.TreePlan.build(torch.tensor([3, 2, 3]))
+    q, k, v = (torch.randn(3, 1, 8) for _ in range(3))
+    (q, k)[where][0] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    out, lse = tk.tree_attention(q, k, v, plan, backend="cpu", return_lse=True)
+    seen = slice(None) if where else 0
+    assert out[seen].isnan().all() and lse[seen].isnan().all()
+
+
+def test_the_operator_checks_what_it_is_given():
+    native.load()
+    end, position = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    q = torch.zeros(1, 1, 4096)
+    with pytest.raises(RuntimeError, match="head dims must be 1 to 256"):
+        torch.ops.treegrpo_native.attn_fwd(q, q, q, None, end, position, 1.0, 0, 0.0)
+    q = torch.zeros(1, 1, 8)
+    with pytest.raises(RuntimeError, match="window must be 0"):
+        torch.ops.treegrpo_native.attn_fwd(q, q, q, None, end, position, 1.0, -1, 0.0)

@@ -1,5 +1,6 @@
 """The operator and the public op: oracle, autograd, compile, FLOPs, choice of backend, refusals."""
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import treegrpo_kernels as tk
-from treegrpo_kernels import api, flops
+from treegrpo_kernels import api, flops, op
 
 # tensors this small lose more to threads waiting for each other than they gain
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -303,7 +304,13 @@ def test_backends_names_every_kernel_with_a_reason():
         (dict(backend="cuda"), "backend 'cuda': runs on CUDA tensors"),
         (dict(backend="gather"), "backend 'gather': "),
         (dict(window=0), "window must be at least 1"),
+        (dict(window=2.5), "window must be at least 1 .a token sees itself. and whole, got 2.5"),
         (dict(softcap=-1.0), "softcap must be positive"),
+        (dict(softcap=float("nan")), "softcap must be positive and finite"),
+        (dict(softcap=float("inf")), "softcap must be positive and finite"),
+        (dict(scale=float("nan")), "scale must be finite"),
+        (dict(sinks=torch.zeros(4, dtype=torch.complex64)), "sinks has dtype torch.complex64"),
+        (dict(plan=torch.zeros(6, dtype=torch.int32)), "plan is a Tensor: give a TreePlan"),
         (dict(sinks=torch.zeros(3)), r"sinks must be \[4\]"),
         (dict(q=torch.zeros(1, 6, 4, 8)), "q must be"),
         (dict(q=torch.zeros(7, 4, 8)), "q has 7 tokens but the plan is for 6"),
@@ -342,13 +349,64 @@ print(len(end), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) //
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("of", ["q", "sinks"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_second_derivative_is_refused(of, watched):
     plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
     q, k, v = tensors(6, grad=True)
-    out = tk.tree_attention(q, k, v, plan)
-    penalty = torch.autograd.grad(out.square().sum(), q, create_graph=True)[0].square().sum()
+    sinks = torch.zeros(4, dtype=q.dtype, requires_grad=True)
+    with FlopCounterMode(display=False) if watched else contextlib.nullcontext():
+        out = tk.tree_attention(q, k, v, plan, sinks=sinks)
+    wanted = {"q": q, "sinks": sinks}[of]
+    penalty = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)[0].square().sum()
     with pytest.raises(RuntimeError, match="second derivative"):
         penalty.backward()
+
+
+def test_the_gradient_of_sinks_is_the_same_in_blocks_of_rows(monkeypatch):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.random_subtree_end(50, 3)))
+    q, k, v = tensors(50, grad=True)
+    sinks = torch.linspace(-1, 1, 4, dtype=q.dtype, requires_grad=True)
+
+    def grad():
+        return torch.autograd.grad(tk.tree_attention(q, k, v, plan, sinks=sinks).square().sum(), sinks)[0]
+
+    whole = grad()
+    monkeypatch.setattr(op, "SINK_ROWS", 7)
+    torch.testing.assert_close(grad(), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_sinks_cost_no_gradient(monkeypatch):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    q, k, v = tensors(6, grad=True)
+    monkeypatch.setattr(op, "_sinks_grad", None)
+    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with mode:
+            tk.tree_attention(q, k, v, plan, sinks=torch.zeros(4, dtype=q.dtype)).sum().backward()
+
+
+@pytest.mark.parametrize("window", [6, 2**31, 2**32 + 5, 2**63 - 1])
+def test_a_window_of_the_whole_row_is_none(window):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    q, k, v = tensors(6, dtype=torch.float32)
+    assert torch.equal(tk.tree_attention(q, k, v, plan, window=window), tk.tree_attention(q, k, v, plan))
+
+
+@pytest.mark.parametrize("watched_first", [False, True])
+def test_a_checkpoint_may_be_watched_in_one_of_its_passes(watched_first):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("two_trees")))
+    inputs = tensors(plan.num_tokens, grad=True)
+
+    def layer(q, k, v):
+        return tk.tree_attention(q.sin(), k, v, plan).square()
+
+    watched, unwatched = FlopCounterMode(display=False), contextlib.nullcontext()
+    with watched if watched_first else unwatched:
+        out = checkpoint(layer, *inputs, use_reentrant=False).sum()
+    with unwatched if watched_first else watched:
+        out.backward()
+    expected = torch.autograd.grad(layer(*inputs).sum(), inputs)
+    assert all(torch.equal(x.grad, gradient) for x, gradient in zip(inputs, expected, strict=True))
 
 
 def test_an_empty_row_has_gradients():

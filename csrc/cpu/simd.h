@@ -83,7 +83,8 @@ inline typename Simd<S>::Vec exp2(typename Simd<S>::Vec x) {
     y = y * f + 1.0;
   }
   y = (Vec)((Bits)y + ((Bits)shifted << kMantissa));
-  return x < kLowest ? Vec{} : y;
+  // the exponent's addition may carry a NaN's low bits into a number
+  return x < kLowest ? Vec{} : (x == x ? y : x);
 }
 
 // tanh(x) = 1 - 2 / (e^2|x| + 1) with the sign of x; near 0, where that cancels, x times a polynomial in x^2.

@@ -8,7 +8,6 @@
 
 namespace treegrpo::cuda {
 
-constexpr int kMaxDim = 256;  // of D and of Dv
 
 enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
 

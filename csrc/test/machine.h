@@ -88,14 +88,15 @@ class Multiprocessor {
     bool add, from_registers;
     Major a_major, b_major;
     uint64_t a, b;
-    float* sums[sm90::kWarpgroup];
-    const uint32_t* registers[sm90::kWarpgroup];
+    float* sums[32];
+    const uint32_t* registers[32];
   };
-  struct Warpgroup {
+  // The products of one warp: its 16 rows of a warpgroup's 64, for a warp waits for its own alone.
+  struct Warp {
     std::deque<Product> queue;         // not yet run
     int first = 0;                     // number of the oldest in the queue
     bool has_results = false;          // that are not written back
-    int issued[sm90::kWarpgroup] = {}, ended[sm90::kWarpgroup] = {}, waited[sm90::kWarpgroup] = {};
+    int issued[32] = {}, ended[32] = {}, waited[32] = {};
     std::vector<int> groups;           // products before the end of each group
     std::map<size_t, Meeting> waits;
     std::map<float*, std::vector<float>> accumulators;  // of products in flight
@@ -158,22 +159,23 @@ class Multiprocessor {
     return widen(x.type, value);
   }
 
-  void run_oldest(Warpgroup& group) {
-    const Product x = group.queue.front();
-    group.queue.pop_front(), ++group.first, group.has_results = true;
+  void run_oldest(Warp& warp) {
+    const Product x = warp.queue.front();
+    warp.queue.pop_front(), ++warp.first, warp.has_results = true;
     float a[64][16], b[128][16];
     for (int k = 0; k < 16; ++k)
       for (int n = 0; n < x.columns; ++n) b[n][k] = operand(x, x.b, x.b_major, n, k);
-    for (int thread = 0; thread < sm90::kWarpgroup; ++thread)
+    const int base = static_cast<int>(&warp - products_) % 4 * 32;
+    for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; x.from_registers && i < 8; ++i)
-        a[sm90::row_of(thread, i)][sm90::column_of(thread, i)] =
-            widen(x.type, static_cast<uint16_t>(x.registers[thread][i / 2] >> i % 2 * 16));
+        a[sm90::row_of(base + lane, i)][sm90::column_of(base + lane, i)] =
+            widen(x.type, static_cast<uint16_t>(x.registers[lane][i / 2] >> i % 2 * 16));
     for (int k = 0; k < 16; ++k)
-      for (int row = 0; !x.from_registers && row < 64; ++row) a[row][k] = operand(x, x.a, x.a_major, row, k);
-    for (int thread = 0; thread < sm90::kWarpgroup; ++thread) {
-      std::vector<float>& sums = group.accumulators[x.sums[thread]];
+      for (int row = base / 2; !x.from_registers && row < base / 2 + 16; ++row) a[row][k] = operand(x, x.a, x.a_major, row, k);
+    for (int lane = 0; lane < 32; ++lane) {
+      std::vector<float>& sums = warp.accumulators[x.sums[lane]];
       for (int i = 0; i < x.columns / 2; ++i) {
-        const float *left = a[sm90::row_of(thread, i)], *right = b[sm90::column_of(thread, i)];
+        const float *left = a[sm90::row_of(base + lane, i)], *right = b[sm90::column_of(base + lane, i)];
         float sum = x.add ? sums[i] : 0;
         for (int k = 0; k < 16; ++k) sum += left[k] * right[k];
         sums[i] = sum;
@@ -181,19 +183,19 @@ class Multiprocessor {
     }
   }
 
-  void write_back(Warpgroup& group) {
-    if (!group.has_results) return;
-    group.has_results = false;
-    for (auto it = group.accumulators.begin(); it != group.accumulators.end();) {
+  void write_back(Warp& warp) {
+    if (!warp.has_results) return;
+    warp.has_results = false;
+    for (auto it = warp.accumulators.begin(); it != warp.accumulators.end();) {
       bool in_flight = false;
-      for (const Product& x : group.queue)
+      for (const Product& x : warp.queue)
         for (const float* sums : x.sums) in_flight |= sums == it->first;
       if (in_flight) {
         ++it;
         continue;
       }
       std::copy(it->second.begin(), it->second.end(), it->first);
-      it = group.accumulators.erase(it);
+      it = warp.accumulators.erase(it);
     }
   }
 
@@ -232,13 +234,13 @@ class Multiprocessor {
   static inline Multiprocessor* current_ = nullptr;
   int block_, num_blocks_;
   std::mt19937 random_;
-  int stall_[kGroups] = {};  // turns for which a warpgroup stands still
+  int stall_[kThreads / 32 + kGroups] = {};  // turns for which a warp, or a warpgroup, stands still
   int eager_;  // 0: all as late as it may be, 1: as early, 2: by chance
   std::vector<uint8_t> plain_, async_;
   std::map<uint32_t, Barrier> barriers_;
   std::map<int, Meeting> named_;
   Meeting quads_[kThreads / 4], warps_[kThreads / 32];
-  Warpgroup groups_[kGroups];
+  Warp products_[kThreads / 32];
   std::vector<std::function<void()>> loads_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   const std::function<void(int)>* body_ = nullptr;
@@ -329,9 +331,9 @@ class Multiprocessor::Thread {
     issue({type, N, true, true, Major::kSummed, Major::kOuter, 0, b, {}, {}}, sum, a);
   }
   void end_products() {
-    Warpgroup& x = group();
-    const size_t number = ++x.ended[thread()];
-    if (x.groups.size() < number) x.groups.push_back(x.issued[thread()]);
+    Warp& x = warp();
+    const size_t number = ++x.ended[lane()];
+    if (x.groups.size() < number) x.groups.push_back(x.issued[lane()]);
     bool everyone = true;
     for (int ended : x.ended) everyone &= ended >= static_cast<int>(number);
     // registers are written back by a wait, never before
@@ -339,10 +341,10 @@ class Multiprocessor::Thread {
   }
   template <int kLeft, int kSize>
   void wait_products(float (&result)[kSize]) {
-    Warpgroup& x = group();
-    const size_t number = ++x.waited[thread()];
-    sm_.meet(x.waits[number], sm90::kWarpgroup, true);
-    const int last = x.ended[thread()] - kLeft;
+    Warp& x = warp();
+    const size_t number = ++x.waited[lane()];
+    sm_.meet(x.waits[number], 32, true);
+    const int last = x.ended[lane()] - kLeft;
     while (last > 0 && x.first < x.groups[last - 1]) sm_.run_oldest(x);
     sm_.write_back(x);
     (void)result;
@@ -387,7 +389,8 @@ class Multiprocessor::Thread {
 
  private:
   Fiber& fiber() { return *sm_.fibers_[index_]; }
-  Warpgroup& group() { return sm_.groups_[warpgroup()]; }
+  Warp& warp() { return sm_.products_[index_ / 32]; }
+  int lane() const { return index_ % 32; }
   void put(uint32_t to, const void* from, int bytes) {
     std::memcpy(sm_.at(sm_.plain_, to, bytes), from, bytes);
     std::memcpy(sm_.at(sm_.async_, to, bytes), from, bytes);
@@ -400,13 +403,13 @@ class Multiprocessor::Thread {
   void queue(const Store& store) { fiber().stores.push_back(store); }
 
   void issue(const Product& product, float* sum, const uint32_t* registers) {
-    Warpgroup& x = group();
-    const int number = x.issued[thread()]++ - x.first;
+    Warp& x = warp();
+    const int number = x.issued[lane()]++ - x.first;
     EXPECT(number >= 0, "a thread is behind a product that ran");
     if (number == static_cast<int>(x.queue.size())) x.queue.push_back(product);
     Product& known = x.queue[number];
     EXPECT(known.a == product.a && known.b == product.b && known.add == product.add, "threads of a warpgroup part ways");
-    known.sums[thread()] = sum, known.registers[thread()] = registers;
+    known.sums[lane()] = sum, known.registers[lane()] = registers;
     if (!x.accumulators.count(sum)) {
       x.accumulators[sum].assign(sum, sum + product.columns / 2);
       std::fill(sum, sum + product.columns / 2, NAN);
@@ -455,7 +458,7 @@ void Multiprocessor::run(const Body& body) {
     for (int index : order) {
       if (fibers_[index]->done) continue;
       all_done = false, current_ = this, running_ = index;
-      if (stall_[index / sm90::kWarpgroup] > 0) continue;
+      if (stall_[index / 32] > 0 || stall_[kThreads / 32 + index / sm90::kWarpgroup] > 0) continue;
       swapcontext(&scheduler_, &fibers_[index]->context);
       progress_ += fibers_[index]->done;
     }

@@ -6,6 +6,7 @@ Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key 
 from __future__ import annotations
 
 import logging
+import math
 from enum import Enum
 from typing import NamedTuple
 
@@ -72,6 +73,8 @@ def tree_attention(
     Raises:
         ValueError: an argument that does not fit the others, or a backend that cannot do it, with the reason.
     """
+    if not isinstance(plan, TreePlan):
+        raise ValueError(f"plan is a {type(plan).__name__}: give a TreePlan, TreePlan.build(subtree_end)")
     plain = op.is_plain(q, k, v, sinks)
     scale = None if scale is None else float(scale)
     # all that the checks and choices read of the arguments: what passed once with this plan passes again
@@ -128,8 +131,10 @@ def _prepare(
     backend: str | Backend,
 ) -> _Call:
     """Check the arguments, choose the backend, make its tile lists. Reads shapes, dtypes and devices, no values."""
-    _check(q, k, v, plan, window, softcap, sinks)
-    window, softcap = window or 0, softcap or 0.0
+    _check(q, k, v, plan, scale, window, softcap, sinks)
+    # no path is longer than the row: such a window hides nothing, and kernels without windows are faster
+    window = 0 if window is None or window >= plan.num_tokens else window
+    softcap = softcap or 0.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks, scale)
     tiles: list[Tensor] = []
@@ -273,7 +278,14 @@ def _announce(chosen: Backend, q: Tensor, why: str) -> None:
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, plan: TreePlan, window: int | None, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
@@ -299,10 +311,16 @@ def _check(
     for name, dim in (("q", q.shape[2]), ("v", v.shape[2])):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name} has head dim {dim}; supported are 1 to {MAX_HEAD_DIM}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}: use None for no window")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, got {softcap}: use None for none")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}: use None for 1 / sqrt(D)")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(
+            f"window must be at least 1 (a token sees itself) and whole, got {window}: use None for no window"
+        )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}: use None for none")
+    if sinks is not None and not sinks.is_floating_point():
+        raise ValueError(f"sinks has dtype {sinks.dtype}: give floating-point logits")
     if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
         raise ValueError(
             f"sinks must be [{q.shape[1]}] on {q.device}, a logit per query head: got {[*sinks.shape]}, {sinks.device}"

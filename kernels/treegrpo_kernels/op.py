@@ -18,6 +18,9 @@ from torch.nn import Parameter
 
 from . import flops
 
+# rows of out and dout that the gradient of the sinks widens at a time
+SINK_ROWS = 8192
+
 _library = torch.library.Library("treegrpo", "DEF")
 _library.define(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor subtree_end, Tensor position, Tensor[] tiles,"
@@ -134,35 +137,54 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sinks, subtree_end, position, tiles, *options = inputs
+    q, k, v, sinks, *rest = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, sinks, subtree_end, position, *tiles)
-    ctx.options = options
+    ctx.save_for_backward(q, k, v, out, lse, sinks)
+    # the plan's own tensors: nobody differentiates or offloads them
+    ctx.rest = rest
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    tiles = ctx.rest[2]
     if dout is None:
-        return (None,) * 6 + ([None] * (len(ctx.saved_tensors) - 8),) + (None,) * 6
-    q, k, v, out, lse, sinks, subtree_end, position, *tiles = ctx.saved_tensors
+        return (None,) * 6 + ([None] * len(tiles),) + (None,) * 6
+    q, k, v, out, lse, sinks = ctx.saved_tensors
     dout = dout.contiguous()
-    dq, dk, dv = torch.ops.treegrpo.tree_attention_backward(
-        dout, q, k, v, out, lse, sinks, subtree_end, position, tiles, *ctx.options
-    )
-    dsinks = None if sinks is None else _sinks_grad(dout, out, lse, sinks)
+    dq, dk, dv = torch.ops.treegrpo.tree_attention_backward(dout, q, k, v, out, lse, sinks, *ctx.rest)
+    dsinks = _sinks_grad(dout, out, lse, sinks) if ctx.needs_input_grad[3] else None
     return (dq, dk, dv, dsinks, None, None, [None] * len(tiles), *(None,) * 6)
 
 
 def _sinks_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    return -(torch.exp(sinks.to(lse.dtype) - lse) * delta).sum(0).to(sinks.dtype)
+    with torch.no_grad():
+        length = dout.shape[0]
+        # a block of rows at a time, for the products are wider than dout; not for a compiler, which fuses them
+        step = SINK_ROWS if type(length) is int else length
+        grad = torch.zeros_like(sinks, dtype=lse.dtype)
+        for begin in range(0, length, step) if type(length) is int else (0,):
+            rows = slice(begin, begin + step)
+            delta = (dout[rows].to(lse.dtype) * out[rows].to(lse.dtype)).sum(-1)
+            grad -= (torch.exp(sinks.to(lse.dtype) - lse[rows]) * delta).sum(0)
+        grad = grad.to(sinks.dtype)
+    return _Once.apply(grad, dout, sinks) if torch.is_grad_enabled() else grad
 
 
 def _differentiate_again(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple:
     raise RuntimeError(
         "tree_attention has no second derivative (a gradient penalty would need one): take backend='reference'"
     )
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on ``inputs`` in a way that is not differentiated again."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.clone()
+
+    backward = staticmethod(_differentiate_again)
 
 
 torch.library.register_autograd("treegrpo::tree_attention", _differentiate, setup_context=_setup_context, lib=_library)
@@ -195,7 +217,7 @@ class _TreeAttention(torch.autograd.Function):
         watched = torch.is_grad_enabled() or not is_plain(dout)
         run = torch.ops.treegrpo.tree_attention_backward if watched else _backward
         dq, dk, dv = run(dout, q, k, v, out, lse, sinks, *ctx.rest)
-        dsinks = None if sinks is None else _sinks_grad(dout, out, lse, sinks)
+        dsinks = _sinks_grad(dout, out, lse, sinks) if ctx.needs_input_grad[3] else None
         return dq, dk, dv, dsinks, None
 
 

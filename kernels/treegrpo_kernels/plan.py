@@ -99,6 +99,8 @@ class TreePlan:
         """Exact number of visible (query, key) pairs, under a sliding window of ``window`` path tokens if given."""
         if not window:
             return self.num_pairs
+        if window < 0:
+            raise ValueError(f"window must be at least 1, got {window}: use None for no window")
         if window not in self._window_pairs:
             self._window_pairs[window] = int((self.position.long() + 1).clamp(max=window).sum())
         return self._window_pairs[window]
@@ -110,6 +112,8 @@ class TreePlan:
         if lists is None:
             if block_m < 1 or block_n < 1:
                 raise ValueError(f"block_m and block_n must be positive, got {block_m} and {block_n}")
+            if key[2] < 0:
+                raise ValueError(f"window must be at least 1, got {window}: use None for no window")
             if torch.compiler.is_compiling():
                 raise ValueError(
                     "tile lists cannot be built inside torch.compile, for their length depends on the tree: call"

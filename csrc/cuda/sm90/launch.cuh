@@ -1,5 +1,5 @@
 // The kernels as the GPU starts them, and their launches. Machine code exists for sm_90a alone; for other architectures, for which
-// the same files are compiled, the kernels are empty, and the bindings refuse such a GPU.
+// the same files are compiled, the kernels are empty; treegrpo_kernels/hopper_cuda.py keeps calls from such a GPU.
 #pragma once
 
 #include <cuda_runtime.h>

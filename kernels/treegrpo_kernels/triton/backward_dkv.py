@@ -1,7 +1,7 @@
 """Triton dK/dV: one program per (key tile, key/value head) sums over the query heads of its group and all descendants.
 
 The query rows that see a key tile are one contiguous range, so the loops count through it without a list. Shapes, names
-and mathematics: common.py and bwd.py; scores are held transposed, [BN, BM].
+and mathematics: common.py and backward.py; scores are held transposed, [BN, BM].
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def tree_attention_bwd_dkv_kernel(
 ):
     """Loops over the group's query heads and the query tiles below a key tile. Longest range first, heads fastest.
 
-    With SPLIT over one piece of that range: see split.py. With ``dq``, a float32 [T, Hq, D] of zeros, the unscaled dQ
+    With SPLIT over one piece of that range: see work.py. With ``dq``, a float32 [T, Hq, D] of zeros, the unscaled dQ
     is added to it as well, in no fixed order: five products a tile instead of the two passes' seven.
     """
     i_program = tl.program_id(0)

@@ -34,8 +34,6 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    max_registers: int = 0
-    """A cap on a thread's registers, so that more blocks share a multiprocessor; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told beside the arguments."""
-        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        return options | {"maxnreg": self.tile.max_registers} if self.tile.max_registers else options
+        return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
 
     def run(self) -> Any:
         """Launch on the current stream of the tensors' device; returns the compiled kernel."""

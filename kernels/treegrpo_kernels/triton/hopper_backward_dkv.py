@@ -3,7 +3,7 @@
     p_ij = exp(s_ij - lse_i)     dp_ij = dout_i . v_j     ds_ij = p_ij (dp_ij - delta_i)
     dk_j = scale * sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
 
-A program is one key tile of one key/value head, or with SPLIT a piece of its query range (split.py): few key/value
+A program is one key tile of one key/value head, or with SPLIT a piece of its query range (work.py): few key/value
 heads leave too few programs to even out a root's long ranges. Each consumer owns 64 of the keys and keeps their dK and
 dV in registers. Programs run longest query range first. The query rows that see a key tile are one contiguous range, so
 nothing is looked up: the producer counts through the range once for every query head of the group and streams Q, dO,
