@@ -47,8 +47,10 @@ PREFACE = (
 AFTERWORD = (
     "On paper: with n groups a process, of mean cost c and largest cost m, the busiest process has at least m to do, so"
     " at most n c / m of the machine is busy; dealing longest first comes within 4/3 of the best (Graham 1969), and"
-    " close to even once n c is well above m. Balance depends on n and m / c, hardly on the number of processes: four"
-    " groups a process suffice for tau-bench's spread, with one a process the machine is c / m busy whatever its size."
+    " close to even once n c is well above m. The costs here are drawn from recorded groups, so m is bounded: four"
+    " groups a process suffice for that spread on any number of processes. Where costs have a long tail, m grows with"
+    " the groups of a step and balance falls with the number of processes (the made-up costs that stand in without"
+    " recordings show it): run this on your own rollouts."
     " The all-reduce of P parameters takes 4 P / B seconds whatever R, and is hidden while two thirds of a step's"
     " compute last longer: here from one group a process on.",
     "What this leaves out: stragglers for other reasons, rollouts, sharding (FSDP gathers weights twice a row, hidden"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,26 @@ def test_examples_are_valid_settings(path):
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "models").glob("*.yaml")), ids=lambda path: path.stem)
 def test_example_models_have_known_costs(path):
     assert model_shape(read_model_config(path)).linear_parameters > 0
+
+
+def test_missing_packages_of_the_command_line_are_named(monkeypatch, capsys):
+    from treegrpo import __main__ as entry
+
+    find_spec = entry.find_spec
+    monkeypatch.setattr(entry, "find_spec", lambda name: None if name in ("tyro", "rich") else find_spec(name))
+    assert entry.main() == 2
+    assert "the command line needs tyro, rich: pip install" in capsys.readouterr().err
+
+
+def test_a_source_archive_holds_what_the_build_reads(tmp_path):
+    """Headers and CUDA sources are no extension's sources: only MANIFEST.in brings them in."""
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    folders = ("csrc", "treegrpo", "kernels")
+    wanted = [p for folder in folders for p in (EXAMPLES.parent / folder).rglob("*") if p.is_file()]
+    wanted = {p.relative_to(EXAMPLES.parent).as_posix() for p in wanted if p.suffix not in (".so", ".pyc")}
+    assert wanted | {"setup.py", "CMakeLists.txt", "README.md", "LICENSE"} <= held
