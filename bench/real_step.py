@@ -44,6 +44,8 @@ CONTENDERS = ("tree", "chain", "chain_varlen")
 LONG_FLOPS, FEWEST_ROUNDS, STEPS = 400e12, 2, 2
 # siblings that see each other put the gradients of small models off by 0.2 to 0.6
 GRADIENT_CAP = 0.1
+# a mean of thousands of clipped terms of size 1
+LOSS_SLACK = 5e-3
 
 # hidden, MLP width, layers, query heads, key/value heads of the published configs; all tie embedding and head
 MODELS = {
@@ -340,11 +342,12 @@ def usable(contender: str, device: torch.device) -> str | None:
 
 
 def check(net: Trainee, problem: Problem) -> dict[str, Errors]:
-    """Log-probs, loss and gradient of each contender against the chain's; raises where the tree is further off than
-    rounding, or where the tree computed with a causal mask would not be.
+    """Log-probs, loss and gradient of each contender against the chain's; raises where the tree is off by more than
+    rounding.
 
-    Rounding is what the same chains through another attention kernel differ by, but no gradient may be off by more than
-    GRADIENT_CAP; in float32, where that kernel is not, all bounds are 1e-4.
+    In float32 that is 1e-4. In bfloat16 how much it is depends on the layout (the chain rounds a shared token once a
+    leaf), so what a causal mask does to the same step is measured beside it: the tree must be a third as far off at
+    most, and its gradient no more than GRADIENT_CAP.
     """
     logp, loss = problem.logp(net, "chain"), float(gradients(net, problem, "chain"))
     gradients(net, problem, "chain", clips=False)
@@ -365,9 +368,10 @@ def check(net: Trainee, problem: Problem) -> dict[str, Errors]:
     errors = {"chain": Errors(), **{name: distance(name) for name in others}}
     with causal(problem.tree_rows):
         errors["causal"] = distance("tree")
-    allowed = Errors(1e-4, 1e-4, 1e-3)
-    if rounding := errors.get("chain_varlen"):
-        allowed = Errors(min(2 * rounding.gradient, GRADIENT_CAP), 2 * rounding.logp, 2 * rounding.loss + 1e-3)
+    allowed = Errors(1e-4, 1e-4, 1e-4)
+    if next(net.model.parameters()).dtype == torch.bfloat16:
+        wrong_mask = errors["causal"]
+        allowed = Errors(min(wrong_mask.gradient / 3, GRADIENT_CAP), wrong_mask.logp / 3, LOSS_SLACK)
     assert not (wrong := exceeds(errors["tree"], allowed)), f"the tree is off: {wrong}"
     assert exceeds(errors["causal"], allowed), f"a causal mask would pass: {errors['causal']}, allowed are {allowed}"
     return errors
