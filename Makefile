@@ -39,7 +39,7 @@ $(STAMPS)/active: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@$(PY) -c "import torch; print('== using', '$(PY)', 'with torch', torch.__version__)" || \
 	  { echo "PYTHON=$(PY) has no torch: install torch there, or run make without PYTHON to have a .venv made"; exit 1; }
-	$(PY) -m pip install -q setuptools wheel ninja packaging
+	$(PY) -m pip install -q 'setuptools>=77' wheel ninja packaging
 	@touch $@
 
 $(BUILT): $(DEPS) $(SOURCES)

@@ -16,7 +16,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
+
+OLDEST_SETUPTOOLS = 77
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    # it would blame the license field of pyproject.toml
+    raise SystemExit(
+        f"treegrpo: setuptools {setuptools.__version__} is too old to build this: "
+        f"pip install -U 'setuptools>={OLDEST_SETUPTOOLS}' wheel, then install again"
+    )
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -224,3 +225,15 @@ def test_a_source_archive_holds_what_the_build_reads(tmp_path):
     wanted = [p for folder in folders for p in (EXAMPLES.parent / folder).rglob("*") if p.is_file()]
     wanted = {p.relative_to(EXAMPLES.parent).as_posix() for p in wanted if p.suffix not in (".so", ".pyc")}
     assert wanted | {"setup.py", "CMakeLists.txt", "README.md", "LICENSE"} <= held
+
+
+def test_an_old_setuptools_is_told_what_to_do(tmp_path):
+    """It would fail on pyproject.toml with a message about the license."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
+    command = [sys.executable, "setup.py", "egg_info"]
+    done = subprocess.run(
+        command, cwd=EXAMPLES.parent, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "pip install -U 'setuptools>=77'" in done.stderr
+    assert '"setuptools>=77"' in (EXAMPLES.parent / "pyproject.toml").read_text()

@@ -5,7 +5,8 @@
 // and no sooner than a later turn; products run when they are queued or only when somebody waits for them, read shared memory and
 // registers then, and leave NaN in the accumulators meanwhile. What a thread writes to shared memory reaches TMA and products
 // only by a fence. So an early read, a late overwrite, a missing wait or fence shows as a wrong number, and a wrong count of
-// arrivals as threads that wait for ever, which is reported.
+// arrivals as threads that wait for ever, which is reported. So are registers that a product takes and that were written since
+// the thread's last fence, barriers used before they are published, and more registers than a multiprocessor has.
 #pragma once
 
 #include <ucontext.h>
@@ -64,6 +65,7 @@ struct TensorMap {
 class Multiprocessor {
  public:
   static constexpr int kThreads = sm90::kThreads, kGroups = kThreads / sm90::kWarpgroup;
+  static constexpr int kLaunchRegisters = (64 << 10) / kThreads / 8 * 8;  // of a thread: what a launch of one block a multiprocessor gives
 
   Multiprocessor(int num_bytes, int block, int num_blocks, unsigned seed)
       : block_(block), num_blocks_(num_blocks), random_(seed), eager_(seed % 3), plain_(num_bytes, 0xff), async_(num_bytes, 0xff) {}
@@ -91,6 +93,10 @@ class Multiprocessor {
     float* sums[32];
     const uint32_t* registers[32];
   };
+  struct Accumulator {
+    std::vector<float> sums;
+    int thread;
+  };
   // The products of one warp: its 16 rows of a warpgroup's 64, for a warp waits for its own alone.
   struct Warp {
     std::deque<Product> queue;         // not yet run
@@ -99,7 +105,7 @@ class Multiprocessor {
     int issued[32] = {}, ended[32] = {}, waited[32] = {};
     std::vector<int> groups;           // products before the end of each group
     std::map<size_t, Meeting> waits;
-    std::map<float*, std::vector<float>> accumulators;  // of products in flight
+    std::map<float*, Accumulator> accumulators;  // of products in flight
   };
   struct Store {
     bool add;
@@ -113,6 +119,8 @@ class Multiprocessor {
     std::vector<char> stack = std::vector<char>(96 << 10);
     bool done = false;
     std::vector<std::pair<uint32_t, uint32_t>> unfenced;  // address, word
+    bool has_fenced = false;
+    std::map<const void*, std::vector<char>> fenced;  // registers of products, as products may take them
     std::vector<Store> stores;
   };
 
@@ -136,8 +144,14 @@ class Multiprocessor {
     if (barrier.pending == 0 && barrier.bytes == 0) ++barrier.phase, barrier.pending = barrier.expected;
   }
   Barrier& barrier(uint32_t address) {
-    EXPECT(barriers_.count(address), "no barrier at %u", address);
+    EXPECT(published_ && barriers_.count(address), "no barrier at %u, or it is not published", address);
     return barriers_[address];
+  }
+
+  // The registers there are as a fence or a product left them.
+  static void settle(Fiber& fiber, const void* registers, size_t bytes) {
+    const char* now = static_cast<const char*>(registers);
+    fiber.fenced[registers].assign(now, now + bytes);
   }
 
   void meet(Meeting& meeting, int expected, bool wait) {
@@ -173,7 +187,7 @@ class Multiprocessor {
     for (int k = 0; k < 16; ++k)
       for (int row = base / 2; !x.from_registers && row < base / 2 + 16; ++row) a[row][k] = operand(x, x.a, x.a_major, row, k);
     for (int lane = 0; lane < 32; ++lane) {
-      std::vector<float>& sums = warp.accumulators[x.sums[lane]];
+      std::vector<float>& sums = warp.accumulators.at(x.sums[lane]).sums;
       for (int i = 0; i < x.columns / 2; ++i) {
         const float *left = a[sm90::row_of(base + lane, i)], *right = b[sm90::column_of(base + lane, i)];
         float sum = x.add ? sums[i] : 0;
@@ -194,7 +208,9 @@ class Multiprocessor {
         ++it;
         continue;
       }
-      std::copy(it->second.begin(), it->second.end(), it->first);
+      const std::vector<float>& sums = it->second.sums;
+      std::copy(sums.begin(), sums.end(), it->first);
+      settle(*fibers_[it->second.thread], it->first, sums.size() * sizeof(float));
       it = warp.accumulators.erase(it);
     }
   }
@@ -247,6 +263,8 @@ class Multiprocessor {
   ucontext_t scheduler_;
   int running_ = 0;
   int64_t progress_ = 0;
+  bool published_ = false;  // the barriers
+  int free_registers_ = 0;  // given back by threads of the block
 };
 
 // One thread: the interface of ptx.cuh.
@@ -261,8 +279,11 @@ class Multiprocessor::Thread {
   int num_blocks() const { return sm_.num_blocks_; }
   uint32_t shared() const { return 0; }
 
-  void init_barrier(uint32_t address, int arrivals) { sm_.barriers_[address] = {arrivals, arrivals, 0, 0}; }
-  void publish_barriers() {}
+  void init_barrier(uint32_t address, int arrivals) {
+    sm_.barriers_[address] = {arrivals, arrivals, 0, 0};
+    sm_.published_ = false;
+  }
+  void publish_barriers() { sm_.published_ = true; }
   void expect(uint32_t address, int bytes) {
     Barrier& barrier = sm_.barrier(address);
     barrier.bytes += bytes, --barrier.pending, ++sm_.progress_;
@@ -282,10 +303,17 @@ class Multiprocessor::Thread {
   void sync_warp() { sm_.meet(sm_.warps_[index_ / 32], 32, true); }
   void sync_named(int name, int threads) { sm_.meet(sm_.named_[name], threads, true); }
   void arrive_named(int name, int threads) { sm_.meet(sm_.named_[name], threads, false); }
-  template <int>
-  void give_registers() {}
-  template <int>
-  void take_registers() {}
+  template <int kRegisters>
+  void give_registers() {
+    static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= kLaunchRegisters);
+    sm_.free_registers_ += kLaunchRegisters - kRegisters, ++sm_.progress_;
+  }
+  template <int kRegisters>
+  void take_registers() {
+    static_assert(kRegisters % 8 == 0 && kRegisters >= kLaunchRegisters && kRegisters <= 256);
+    sm_.block_until([&] { return sm_.free_registers_ >= kRegisters - kLaunchRegisters; });
+    sm_.free_registers_ -= kRegisters - kLaunchRegisters;
+  }
 
   void load_box(const Map& map, uint32_t to, int column, int row, uint32_t address) {
     EXPECT(to % 1024 == 0, "a box at %u", to);
@@ -321,7 +349,10 @@ class Multiprocessor::Thread {
     fiber().unfenced.clear();
   }
 
-  void begin_products() {}
+  void begin_products() {
+    fiber().has_fenced = true;
+    for (const auto& [registers, bytes] : fiber().fenced) Multiprocessor::settle(fiber(), registers, bytes.size());
+  }
   template <sm90::Half type, int N, Major kA, Major kB>
   void wgmma(float (&sum)[N / 2], uint64_t a, uint64_t b, bool add) {
     issue({type, N, add, false, kA, kB, a, b, {}, {}}, sum, nullptr);
@@ -410,10 +441,20 @@ class Multiprocessor::Thread {
     Product& known = x.queue[number];
     EXPECT(known.a == product.a && known.b == product.b && known.add == product.add, "threads of a warpgroup part ways");
     known.sums[lane()] = sum, known.registers[lane()] = registers;
+    if (registers) expect_fenced(registers, 4 * sizeof(uint32_t));
     if (!x.accumulators.count(sum)) {
-      x.accumulators[sum].assign(sum, sum + product.columns / 2);
+      expect_fenced(sum, product.columns / 2 * sizeof(float));
+      x.accumulators[sum] = {{sum, sum + product.columns / 2}, index_};
       std::fill(sum, sum + product.columns / 2, NAN);
     }
+  }
+
+  // Registers that no product has taken before count as fenced, if the thread fenced any.
+  void expect_fenced(const void* registers, size_t bytes) {
+    EXPECT(fiber().has_fenced, "a product before the first fence of its registers");
+    const std::vector<char>& fenced = fiber().fenced[registers];
+    if (fenced.size() < bytes) return Multiprocessor::settle(fiber(), registers, bytes);
+    EXPECT(std::memcmp(fenced.data(), registers, bytes) == 0, "registers written since the last fence");
   }
 
   template <class Combine>
