@@ -15,8 +15,10 @@ COLOURS = {
     "flex_and_mask": "#f2c48d",
     "gather_varlen": "#5a9e6f",
     "prefix_grouping": "#a9cfae",
+    "chain_triton": "#8fb4dd",
     "chain_varlen": "#8a8f98",
     "chain_cudnn": "#4a4f57",
+    "chain_cudnn_leaves": "#1f2328",
 }
 SPARE_COLOURS = ("#b0569d", "#c94f4f", "#7a6fd0", "#c9b44f")
 # nominal (dense bf16 TFLOP/s, memory TB/s) by a part of the device's name

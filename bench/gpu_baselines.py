@@ -3,9 +3,10 @@
 Shape legend: T packed tokens, L leaf-stream length, B leaves, N longest leaf, Hq/Hkv query and key/value heads, D head
 dim, S segments (unbranched runs of tokens).
 
-Contenders of the tree: FlexAttention with exact block lists, with and without building its mask; gathered paths through
-a varlen kernel; one-level prefix grouping; a dense mask. Of the flattened leaves: varlen kernels; cuDNN on padded
-leaves, which on a workload of one chain is the roof. Optional packages are used where they are found, never asked for.
+Contenders of the tree: FlexAttention with exact block lists, with and without building them; gathered paths through a
+varlen kernel; one-level prefix grouping; a dense mask. Of the flattened leaves: our own kernel; varlen kernels; cuDNN
+on padded leaves and leaf by leaf, on a workload of one chain the roof. Optional packages are used where they are
+found, never asked for.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ MAX_DENSE_MASK_TOKENS = 16384
 # 32 heads of 128: more would not fit the 32-bit offsets some kernels use
 MAX_PADDED_TOKENS = 500_000
 MAX_PAIRS_OF_PLAIN_CUDA = 2 * 10**8
+# cuDNN builds a forward and a backward for every length
+MAX_LEAVES_ONE_BY_ONE = 16
 
 NOTES: dict[str, str] = {}
 """contender -> what a reader must know of how it ran here."""
@@ -278,15 +281,32 @@ def _flex(forest: Forest, device: torch.device) -> Attend:
 
 
 def _flex_and_mask(forest: Forest, device: torch.device) -> Attend:
-    from torch.nn.attention.flex_attention import create_block_mask
-
+    """Its mask built in every call, from the ends of blocks: torch's own create_block_mask asks about every pair."""
     end = padded_end(forest, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        block_mask = create_block_mask(_visible(end), None, None, end.numel(), end.numel(), device=device)
+        block_mask = exact_block_mask(end)
         return call_flex(flex_kernel(device, q.shape[1], k.shape[1], q.shape[2]), block_mask, q, k, v)
 
     return attend
+
+
+def leaf_by_leaf(forest: Forest, sdpa: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    """The leaves [L] one after the other, nothing padded; `sdpa` takes [1, H, N, D]."""
+    lengths = forest.leaf_offsets.diff().tolist()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        leaves = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([sdpa(*map(heads_first, leaf))[0].transpose(0, 1) for leaf in leaves])
+
+    return attend
+
+
+def chain_ours(forest: Forest, device: torch.device, backend: str) -> Attend:
+    """The leaves [L] as so many trees of one branch: what our kernel does without anything to share."""
+    ends = forest.leaf_offsets[1:].repeat_interleave(forest.leaf_offsets.diff())
+    plan = tk.TreePlan.build(ends, device=device)
+    return lambda q, k, v: tk.tree_attention(q, k, v, plan, backend=backend)
 
 
 def padded_causal(forest: Forest, sdpa: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
@@ -300,11 +320,14 @@ def padded_causal(forest: Forest, sdpa: Callable[[Tensor, Tensor, Tensor], Tenso
     return attend
 
 
-def _cudnn(forest: Forest, device: torch.device) -> Attend:
-    reason = cudnn_fault(device)
-    if reason is not None:
-        NOTES["chain_cudnn"] = f"K and V repeated per query head: {reason}"
-    return padded_causal(forest, lambda q, k, v: cudnn_sdpa(q, k, v, grouped=reason is None))
+def _on_cudnn(name: str, method: Callable[[Forest, Callable], Attend]) -> Callable[[Forest, torch.device], Attend]:
+    def prepare(forest: Forest, device: torch.device) -> Attend:
+        reason = cudnn_fault(device)
+        if reason is not None:
+            NOTES[name] = f"K and V repeated per query head: {reason}"
+        return method(forest, lambda q, k, v: cudnn_sdpa(q, k, v, grouped=reason is None))
+
+    return prepare
 
 
 def _padded_unsupported(request: Request) -> str | None:
@@ -312,6 +335,20 @@ def _padded_unsupported(request: Request) -> str | None:
     padded = int(lengths.max()) * lengths.numel()
     too_many = f"{padded} padded tokens: more than {MAX_PADDED_TOKENS} are left out"
     return _needs_gpu(request) or (too_many if padded > MAX_PADDED_TOKENS else None)
+
+
+def _leaves_unsupported(request: Request) -> str | None:
+    num_leaves = request.forest.leaf_offsets.numel() - 1
+    if num_leaves == 1:
+        return "one chain is one call: see chain_cudnn"
+    too_many = f"{num_leaves} leaves, a kernel each: more than {MAX_LEAVES_ONE_BY_ONE} are left out"
+    return _needs_gpu(request) or (too_many if num_leaves > MAX_LEAVES_ONE_BY_ONE else None)
+
+
+def _chain_ours_unsupported(request: Request) -> str | None:
+    if request.forest.leaf_offsets.numel() == 2:
+        return f"one chain is a tree: see {OURS}"
+    return tree_backend("triton").unsupported(request)
 
 
 def _dense_mask_unsupported(request: Request) -> str | None:
@@ -384,7 +421,9 @@ CONTENDERS: dict[str, Contender] = {
         Contender("flex", "blocks", _needs_gpu, _flex),
         Contender("gather_varlen", "tree", _torch_kernel, _on_torch_varlen("gather_varlen", gathered)),
         Contender("chain_varlen", "leaf", _torch_kernel, _on_torch_varlen("chain_varlen", chain_varlen)),
-        Contender("chain_cudnn", "padded", _padded_unsupported, _cudnn),
+        Contender("chain_cudnn", "padded", _padded_unsupported, _on_cudnn("chain_cudnn", padded_causal)),
+        Contender("chain_cudnn_leaves", "leaf", _leaves_unsupported, _on_cudnn("chain_cudnn_leaves", leaf_by_leaf)),
+        Contender("chain_triton", "leaf", _chain_ours_unsupported, lambda f, device: chain_ours(f, device, "triton")),
         Contender("flex_and_mask", "blocks", _needs_gpu, _flex_and_mask),
         Contender("prefix_grouping", "tree", _prefix_unsupported, _on_torch_varlen("prefix_grouping", prefix_grouped)),
         Contender(

@@ -12,7 +12,7 @@ from typing import Any
 Row = dict[str, Any]
 OURS = ("tree_triton", "tree_cpu")
 PASSES = ("forward", "backward", "forward_backward")
-CHAINS = ("chain_varlen", "chain_cudnn", "chain_flash_attn")
+CHAINS = ("chain_triton", "chain_varlen", "chain_cudnn", "chain_cudnn_leaves", "chain_flash_attn")
 LABELS = {
     "tree_triton": "ours",
     "tree_cpu": "ours (CPU)",
@@ -23,8 +23,10 @@ LABELS = {
     "gather_flash_attn": "gathered, flash-attn",
     "trl_flash3": "TRL, FA3",
     "prefix_grouping": "prefix grouping",
+    "chain_triton": "chains, ours",
     "chain_varlen": "chains, varlen FA2",
-    "chain_cudnn": "chains, cuDNN",
+    "chain_cudnn": "chains, cuDNN, padded",
+    "chain_cudnn_leaves": "chains, cuDNN, one by one",
     "chain_flash_attn": "chains, flash-attn",
     "sdpa_dense_mask": "dense mask",
 }
@@ -133,6 +135,7 @@ def short(rows: list[Row]) -> list[str]:
     shown = [name for name in contenders_of(rows) if name not in OURS]
     names = {"flex": "flex", "flex_and_mask": "flex+m", "gather_varlen": "gather", "prefix_grouping": "prefix"}
     names |= {"chain_varlen": "varlen", "chain_cudnn": "cudnn", "sdpa_dense_mask": "dense", "tree_cuda": "cuda"}
+    names |= {"chain_triton": "ours,chain", "chain_cudnn_leaves": "cudnn,each"}
     lines = []
     for passes in PASSES:
         cells = by_cell(rows, passes)

@@ -12,10 +12,12 @@ from bench.baselines import Contender, heads_first, tree_backend
 from bench.gpu_baselines import (
     FLEX_BLOCK,
     call_flex,
+    chain_ours,
     chain_varlen,
     compile_flex,
     exact_block_mask,
     gathered,
+    leaf_by_leaf,
     one_level,
     padded_causal,
     padded_end,
@@ -57,6 +59,8 @@ METHODS = {
         tree_backend("cpu"),
         Contender("chain_varlen", "leaf", always, lambda f, d: chain_varlen(f, d, plain_varlen)),
         Contender("chain_padded", "padded", always, lambda f, d: padded_causal(f, plain_sdpa)),
+        Contender("chain_leaves", "leaf", always, lambda f, d: leaf_by_leaf(f, plain_sdpa)),
+        Contender("chain_cpu", "leaf", always, lambda f, d: chain_ours(f, d, "cpu")),
         Contender("gather", "tree", always, lambda f, d: gathered(f, d, plain_varlen)),
         Contender("prefix", "tree", always, lambda f, d: prefix_grouped(f, d, plain_varlen)),
         Contender("dense_mask", "tree", always, gpu_baselines._dense_mask),
@@ -81,7 +85,8 @@ def test_every_method_passes_the_gate_and_a_wrong_one_does_not():
 
 @pytest.mark.parametrize("workload", ["search_2_6_16k", "binary_32k", "tau_calls_32k"])
 def test_methods_on_many_levels(workload):
-    methods = {name: METHODS[name] for name in ("tree_cpu", "chain_varlen", "chain_padded", "gather")}
+    names = ("tree_cpu", "chain_varlen", "chain_padded", "chain_leaves", "chain_cpu", "gather")
+    methods = {name: METHODS[name] for name in names}
     try:
         problem = problem_of(workload)
     except workloads.Unavailable as absent:
