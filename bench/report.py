@@ -167,7 +167,8 @@ def real_head_table(rows: list[Row]) -> str:
 def short_heads(rows: list[Row]) -> list[str]:
     return [
         f"head {row['head_rows']:>6} x {row.get('hidden', OLD_HIDDEN):>4} {row['contender']:<12}"
-        f" {seconds(row['median_s']):>8} {row['flops'] / row['median_s'] / 1e12:>4.0f} TFLOP/s, plain / this {times(row['time_ratio'])}"
+        f" {seconds(row['median_s']):>8} {row['flops'] / row['median_s'] / 1e12:>4.0f} TFLOP/s,"
+        f" plain / this {times(row['time_ratio'])}"
         for row in rows
         if row["suite"] == "real_head"
     ]
