@@ -93,7 +93,7 @@ format: $(BUILT)
 	$(PY) -m ruff format .
 
 aot: $(BUILT)
-	@echo "== Triton kernels compiled ahead of time for sm_80 and sm_90: no spills, shared memory within limits"
+	@echo "== Triton kernels compiled ahead of time for sm_80, sm_90, sm_100 and sm_120: no spills, shared memory within limits"
 	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot
 
 ctest: $(BUILT)

@@ -1,10 +1,10 @@
 """Runs the Hopper kernels' own source on the CPU: Gluon's operations in torch, one thread a warp-specialised partition.
 
 What is emulated is what the kernels rely on: shared memory that starts as NaN, mbarriers with arrivals, expected bytes
-and phases, TMA boxes that read zeros outside, and products that read shared memory as late as their wait allows. Only
-one partition runs at a time; at every barrier and copy a seeded draw decides who goes on, so that a buffer released too
-early is overwritten before it is read, and partitions that wait for each other are found. Layouts, registers and what
-ptxas makes of it all are not emulated.
+and phases, TMA boxes that read zeros outside, products and stores that read shared memory as late as their wait allows.
+Only one partition runs at a time; at every barrier and copy a seeded draw decides who goes on, so that a buffer
+released too early is overwritten before it is read, and partitions that wait for each other are found. Layouts,
+registers and what ptxas makes of it all are not emulated.
 """
 
 from __future__ import annotations
@@ -164,11 +164,12 @@ class Scheduler:
             raise self.failure
 
     def _partition(self, number: int, function: Any, args: tuple) -> None:
-        self.local.number, self.local.products = number, deque()
+        self.local.number, self.local.products, self.local.stores = number, deque(), deque()
         try:
             with self.turn:
                 self._await_turn()
             function(*args)
+            assert not self.local.stores, "shared memory is left before it is stored"
         except BaseException as error:
             self.failure = self.failure or error
         with self.turn:
@@ -237,24 +238,26 @@ class mbarrier:
         scheduler.wait(lambda: bar.phase % 2 != parity)
 
 
+def load_box(source: Descriptor, corner: list[Any], bar: Barrier, into: Shared) -> None:
+    scheduler.may_switch()
+    part, rows = source.part(corner)
+    into.memory.zero_()
+    into.memory[:rows] = part
+    bar.bytes -= source.block_type.nbytes
+    bar.settle()
+
+
+def store_box(target: Descriptor, corner: list[Any], source: Shared) -> None:
+    scheduler.local.stores.append((*target.part(corner), source))
+
+
 class tma:
     @staticmethod
-    def async_copy_global_to_shared(source: Descriptor, corner: list[Any], bar: Barrier, into: Shared) -> None:
-        scheduler.may_switch()
-        part, rows = source.part(corner)
-        into.memory.zero_()
-        into.memory[:rows] = part
-        bar.bytes -= source.block_type.nbytes
-        bar.settle()
-
-    @staticmethod
-    def async_copy_shared_to_global(target: Descriptor, corner: list[Any], source: Shared) -> None:
-        part, rows = target.part(corner)
-        part.copy_(source.memory[:rows])
-
-    @staticmethod
     def store_wait(pending: int) -> None:
-        pass
+        scheduler.may_switch()
+        while len(scheduler.local.stores) > pending:
+            part, rows, source = scheduler.local.stores.popleft()
+            part.copy_(source.memory[:rows])
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
@@ -318,6 +321,8 @@ gl = SimpleNamespace(
 REPLACED = dict(
     gl=gl,
     mbarrier=mbarrier,
+    load_box=load_box,
+    store_box=store_box,
     tma=tma,
     warpgroup_mma=warpgroup_mma,
     warpgroup_mma_wait=warpgroup_mma_wait,

@@ -40,6 +40,14 @@ def test_says_what_it_leaves_to_the_plain_kernels(shapes, options, arch, why):
     assert why in hopper.refusal(*inputs(**shapes), *asked.values(), arch)
 
 
+def test_a_triton_they_were_never_compiled_with_gets_the_plain_kernels(monkeypatch):
+    arguments = (*inputs(), 0, 0.0, None, 0.1, 90)
+    for release, known in {"3.6.0": True, "3.9.1": True, "3.10.0": False, "4.0.0": False, "3.5.1": False}.items():
+        monkeypatch.setattr(hopper.triton, "__version__", release)
+        assert (hopper.refusal(*arguments) is None) == known, release
+    assert hopper.refusal(*arguments) == "Triton 3.5.1 (they know 3.6.x to 3.9.x)"
+
+
 def test_inputs_are_copied_only_where_tma_cannot_read_them():
     row = torch.zeros(5, 12, 64, dtype=BF16)
     q, k, v = row.split([8, 2, 2], dim=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # in a process of its own: kernels compile there, which the interpreter of the other tests does not
 COMPARED = """
@@ -78,6 +78,10 @@ assert prepared.prepare(fake, first.grid, first.args, NAMES) is None
 """
 
 
+@pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."),
+    reason="Triton's launcher is known for 3.6; other releases launch their way",
+)
 def test_the_kernel_gets_what_tritons_launcher_would_pass(tmp_path):
     root = Path(__file__).resolve().parent.parent
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -149,7 +149,7 @@ def test_loads_through_tensor_descriptors(dtype, pinned, name, poisoned_empty):
 def test_what_tensor_descriptors_cannot_take():
     x = torch.zeros(6, 4, 64, dtype=torch.bfloat16, device=DEVICE)
     assert tma_fits(90, x) and tma_fits(100, x, x[1:, 1:3]) and tma_fits(90, x[:1]) and tma_fits(90, x[:, :1])
-    assert not tma_fits(80, x) and not tma_fits(89, x)
+    assert not tma_fits(80, x) and not tma_fits(89, x) and not tma_fits(120, x)
     wrong = (
         x.float(),
         x[..., :32],

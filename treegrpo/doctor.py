@@ -182,8 +182,16 @@ def _usable(name: str) -> str:
         case "triton":
             import torch
 
-            hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-            return "usable" + (", with Hopper kernels for bf16 and fp16 heads of 64 and 128" if hopper else "")
+            if not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9):
+                return "usable"
+            from treegrpo_kernels.triton import hopper
+
+            unknown = hopper.unknown_release()
+            return "usable, " + (
+                f"but without its Hopper kernels, which do not serve {unknown}: install one of those releases"
+                if unknown
+                else "with Hopper kernels for bf16 and fp16 heads of 64 and 128"
+            )
         case "cuda":
             import torch
 

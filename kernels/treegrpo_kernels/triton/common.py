@@ -22,6 +22,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 
+# a product and a sum are one operation: Triton's default, which it means to change and warns of from 3.9 on
+FUSED = {"enable_fp_fusion": True}
+
 # Triton 3.6's interpreter multiplies bf16 as raw integers and truncates to it; dot() and narrow() step around both
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -57,7 +60,7 @@ class Launch:
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told beside the arguments."""
-        return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        return {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages, **FUSED}
 
     def run(self) -> Any:
         """Launch on the current stream of the tensors' device; returns the compiled kernel."""
@@ -129,9 +132,10 @@ def strides(x: Tensor) -> tuple[int, int]:
 def tma_fits(arch: int, *tensors: Tensor) -> bool:
     """Whether kernels on ``arch`` can load these [T, H, D] tensors through tensor descriptors (TMA, from sm_90 on).
 
-    They are described as [T, H * D], for Triton 3.6 moves a tile of a three-dimensional one through registers.
+    They are described as [T, H * D], for Triton 3.6 moves a tile of a three-dimensional one through registers. Not on
+    sm_120, whose products read registers: there it does so with every tile, and at D 128 spills up to 5 KB of them.
     """
-    return (arch == 0 or arch >= 90) and all(
+    return (arch == 0 or 90 <= arch < 120) and all(
         x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[2] in (64, 128, 256)
         and x.data_ptr() % 16 == 0

@@ -13,10 +13,11 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import triton
 from torch import Tensor
 
 from .. import work
-from ..hopper import refusal as refusal
+from ..hopper import refusal as refused_arguments
 from .backward import delta_launch
 from .common import Launch, cdiv
 from .hopper_backward_dkv import dkv_launch, new_partials
@@ -46,11 +47,27 @@ class HopperConfig:
     """Part key tiles whose query ranges are longer than a multiprocessor's share of dK/dV; see work.py."""
 
 
+# Gluon is experimental: each of 3.8 and 3.9 took names away. Compiled with 3.6 to 3.9, run on an H200 with 3.6
+KNOWN_RELEASES = ("3.6.", "3.7.", "3.8.", "3.9.")
+
 # measured on an H200, see NOTES.md; two stages of dq and dkv wait for memory, four gain nothing over three
 _CONFIGS = {
     64: HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 4), dkv=HopperTile(64, 128, 4)),
     128: HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 3), dkv=HopperTile(64, 128, 3)),
 }
+
+
+def refusal(
+    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float, arch: int
+) -> str | None:
+    """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words."""
+    return unknown_release() or refused_arguments(q, k, v, window, softcap, sinks, scale, arch)
+
+
+def unknown_release() -> str | None:
+    """This Triton, where the kernels were never compiled with it; None where they were."""
+    known = triton.__version__.startswith(KNOWN_RELEASES)
+    return None if known else f"Triton {triton.__version__} (they know {KNOWN_RELEASES[0]}x to {KNOWN_RELEASES[-1]}x)"
 
 
 def config(head_dim: int) -> HopperConfig:

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import LOG2E, cdiv
-from .hopper_common import HopperLaunch, HopperTile, descriptor, visible
+from .hopper_common import HopperLaunch, HopperTile, descriptor, load_box, store_box, visible
 
 
 @gluon.jit
@@ -196,8 +196,8 @@ def _store_whole(b_dk, b_dv, s_k, s_v, dk_desc, dv_desc, row, column, scale):
     s_k.store((b_dk * scale).to(s_k.dtype))
     s_v.store(b_dv.to(s_v.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(dk_desc, [row, column], s_k)
-    tma.async_copy_shared_to_global(dv_desc, [row, column], s_v)
+    store_box(dk_desc, [row, column], s_k)
+    store_box(dv_desc, [row, column], s_v)
     tma.store_wait(0)
 
 
@@ -238,8 +238,8 @@ def _fill(
     slot = ring % STAGES
     mbarrier.wait(bars_q_free.index(slot), ((ring // STAGES) & 1) ^ 1)
     mbarrier.expect(bars_q.index(slot), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(q_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_q.index(slot))
-    tma.async_copy_global_to_shared(dout_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_dout.index(slot))
+    load_box(q_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_q.index(slot))
+    load_box(dout_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_dout.index(slot))
     s_lse.index(slot).store(b_lse)
     s_delta.index(slot).store(b_delta)
     s_row.index(slot).store(i_m * BM + o_row)
@@ -283,8 +283,8 @@ def _producer(
     for i_wg in gl.static_range(2):
         bar = bars_kv.index(i_wg)
         mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_k.index(i_wg))
-        tma.async_copy_global_to_shared(v_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_v.index(i_wg))
+        load_box(k_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_k.index(i_wg))
+        load_box(v_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_v.index(i_wg))
     # fmt: off
     for i_g in range(GROUP):
         for i_m in range(a, b):

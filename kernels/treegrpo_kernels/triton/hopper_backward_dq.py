@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import LOG2E, cdiv
-from .hopper_common import HopperLaunch, HopperTile, descriptor, num_rounds, visible, work_of
+from .hopper_common import HopperLaunch, HopperTile, descriptor, load_box, num_rounds, store_box, visible, work_of
 
 
 @gluon.jit
@@ -171,7 +171,7 @@ def _consumer(
         # every product has read Q by now: its buffer carries the result out
         s_q_own.store((b_dq * scale).to(s_q.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(dq_desc, [i_m * BM + I_WG * ROWS, i_h * D], s_q_own)
+        store_box(dq_desc, [i_m * BM + I_WG * ROWS, i_h * D], s_q_own)
         tma.store_wait(0)
         mbarrier.arrive(bars_q_free.index(I_WG), count=1)
 
@@ -215,8 +215,8 @@ def _producer(
             bar = bars_q.index(i_wg)
             mbarrier.wait(bars_q_free.index(i_wg), (item & 1) ^ 1)
             mbarrier.expect(bar, q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_q.index(i_wg))
-            tma.async_copy_global_to_shared(dout_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_dout.index(i_wg))
+            load_box(q_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_q.index(i_wg))
+            load_box(dout_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_dout.index(i_wg))
         for j in range(num_tiles):
             # the partial tiles, behind the full ones in the list, come first
             e = gl.where(j < num_tiles - num_full, lo + num_full + j, lo + j - (num_tiles - num_full))
@@ -225,10 +225,10 @@ def _producer(
             free = ((ring // STAGES) & 1) ^ 1
             mbarrier.wait(bars_k_free.index(slot), free)
             mbarrier.expect(bars_k.index(slot), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [n0, i_kv * D], bars_k.index(slot), s_k.index(slot))
+            load_box(k_desc, [n0, i_kv * D], bars_k.index(slot), s_k.index(slot))
             mbarrier.wait(bars_v_free.index(slot), free)
             mbarrier.expect(bars_v.index(slot), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [n0, i_kv * D], bars_v.index(slot), s_v.index(slot))
+            load_box(v_desc, [n0, i_kv * D], bars_v.index(slot), s_v.index(slot))
             ring += 1
 
 

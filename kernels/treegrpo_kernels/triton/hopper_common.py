@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .common import FUSED
 
 # 12 warps a block, the four of the producer's warpgroup included: 384 * 168 registers fill an SM's 65,536
 NUM_WARPS, MAX_REGISTERS = 4, 168
+# Triton 3.8 renamed these two, 3.9 took the old names away
+load_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_box = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
@@ -44,7 +50,7 @@ class HopperLaunch:
     @property
     def options(self) -> dict[str, int]:
         """What the compiler is told beside the arguments."""
-        return {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS}
+        return {"num_warps": NUM_WARPS, "maxnreg": MAX_REGISTERS, **FUSED}
 
     def run(self) -> Any:
         """Launch on the current stream of the tensors' device; returns the compiled kernel."""

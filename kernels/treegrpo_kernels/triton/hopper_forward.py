@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import LOG2E, cdiv
-from .hopper_common import HopperLaunch, HopperTile, descriptor, num_rounds, visible, work_of
+from .hopper_common import HopperLaunch, HopperTile, descriptor, load_box, num_rounds, store_box, visible, work_of
 
 LN2 = gl.constexpr(0.6931471805599453)
 NEG_INF = gl.constexpr(float("-inf"))
@@ -187,7 +187,7 @@ def _consumer(
         b_r = gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
         s_own.store((b_acc * b_r[:, None]).to(s_v.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [i_m * BM + I_WG * ROWS, i_h * D], s_own)
+        store_box(out_desc, [i_m * BM + I_WG * ROWS, i_h * D], s_own)
         gl.store(lse + o_q * num_heads + i_h, (b_m + gl.log2(b_l)) * LN2, mask=o_q < num_tokens)
     tma.store_wait(0)
 
@@ -230,7 +230,7 @@ def _producer(
             bar = bars_q.index(place)
             mbarrier.wait(bars_q_free.index(place), ((item // 2) & 1) ^ 1)
             mbarrier.expect(bar, q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_q.index(place))
+            load_box(q_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_q.index(place))
         for j in range(num_tiles):
             # the partial tiles, behind the full ones in the list, come first
             e = gl.where(j < num_tiles - num_full, lo + num_full + j, lo + j - (num_tiles - num_full))
@@ -239,10 +239,10 @@ def _producer(
             free = ((ring // STAGES) & 1) ^ 1
             mbarrier.wait(bars_k_free.index(slot), free)
             mbarrier.expect(bars_k.index(slot), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [n0, i_kv * D], bars_k.index(slot), s_k.index(slot))
+            load_box(k_desc, [n0, i_kv * D], bars_k.index(slot), s_k.index(slot))
             mbarrier.wait(bars_v_free.index(slot), free)
             mbarrier.expect(bars_v.index(slot), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [n0, i_kv * D], bars_v.index(slot), s_v.index(slot))
+            load_box(v_desc, [n0, i_kv * D], bars_v.index(slot), s_v.index(slot))
             ring += 1
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv
+from .common import FUSED, cdiv
 
 _TOKENS, _TILES, _RANKED = 1024, 512, 64
 # int32 words that two int64 sums take; they share a buffer with the counters, which one launch sets to zero
@@ -231,9 +231,9 @@ def positions(subtree_end: Tensor) -> tuple[Tensor, Tensor, int, int]:
     end32, position = (torch.empty(num_tokens, dtype=torch.int32, device=device) for _ in range(2))
     grid = (cdiv(num_tokens, _TOKENS),)
     with torch.cuda.device_of(subtree_end):
-        plan_closing_kernel[grid](subtree_end, end32, closing, sums, num_tokens, BLOCK=_TOKENS)
+        plan_closing_kernel[grid](subtree_end, end32, closing, sums, num_tokens, BLOCK=_TOKENS, **FUSED)
         closed = torch.cumsum(closing, 0, dtype=torch.int32)
-        plan_position_kernel[grid](end32, closed, position, sums, num_tokens, BLOCK=_TOKENS)
+        plan_position_kernel[grid](end32, closed, position, sums, num_tokens, BLOCK=_TOKENS, **FUSED)
     violations, num_pairs = sums.tolist()
     return end32, position, violations, num_pairs
 
@@ -254,13 +254,13 @@ def tile_lists(subtree_end: Tensor, position: Tensor, block_m: int, block_n: int
     made["q_offsets"] = torch.zeros(num_q + 1, dtype=torch.int32, device=device)
     with torch.cuda.device_of(subtree_end):
         widest = triton.next_power_of_2(max(block_m, block_n))
-        plan_tile_ranges_kernel[(num_kv + num_q,)](subtree_end, position, *ranges, *sizes, BLOCK=widest)
-        plan_count_kernel[(num_q,)](*ranges, q_count, made["q_full"], *sizes, window, BLOCK=_TILES)
+        plan_tile_ranges_kernel[(num_kv + num_q,)](subtree_end, position, *ranges, *sizes, BLOCK=widest, **FUSED)
+        plan_count_kernel[(num_q,)](*ranges, q_count, made["q_full"], *sizes, window, BLOCK=_TILES, **FUSED)
         torch.cumsum(q_count, 0, dtype=torch.int32, out=made["q_offsets"][1:])
         orders = (q_count, made["kv_max"], made["q_order"], made["kv_order"])
         grid = (cdiv(num_q, _RANKED) + cdiv(num_kv, _RANKED),)
-        plan_order_kernel[grid](*orders, num_q, num_kv, block_n, BLOCK=_RANKED)
+        plan_order_kernel[grid](*orders, num_q, num_kv, block_n, BLOCK=_RANKED, **FUSED)
         made["q_indices"] = empty(int(made["q_offsets"][-1]))
         lists = (made["q_offsets"], made["q_full"], made["q_indices"])
-        plan_fill_kernel[(num_q,)](*ranges, *lists, *sizes, window, BLOCK=_TILES)
+        plan_fill_kernel[(num_q,)](*ranges, *lists, *sizes, window, BLOCK=_TILES, **FUSED)
     return made
