@@ -25,7 +25,7 @@ LABELS = {
     "prefix_grouping": "prefix grouping",
     "chain_triton": "chains, ours",
     "chain_varlen": "chains, varlen FA2",
-    "chain_cudnn": "chains, cuDNN, padded",
+    "chain_cudnn": "chains, cuDNN",
     "chain_cudnn_leaves": "chains, cuDNN, one by one",
     "chain_flash_attn": "chains, flash-attn",
     "sdpa_dense_mask": "dense mask",

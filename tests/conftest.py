@@ -1,5 +1,7 @@
 """Shared set-up: Triton's interpreter where there is no GPU, repeatable hypothesis, NaN-poisoned memory on request."""
 
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -23,7 +25,20 @@ settings.register_profile("nightly", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot run the kernels here; None if it can, or need not."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "0" or importlib.util.find_spec("triton") is None:
+        return None
+    releases = [importlib.metadata.version(name) for name in ("triton", "numpy")]
+    if releases[0].startswith("3.6.") and tuple(map(int, releases[1].split(".")[:2])) >= (2, 4):
+        return f"Triton {releases[0]}'s interpreter fails under numpy {releases[1]}: pip install 'numpy<2.4'"
+    return None
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    fault = interpreter_fault()
+    if fault is not None:
+        raise pytest.UsageError(fault)
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "cuda_kernels: launches kernels of csrc/cuda, on Hopper those of sm90")

@@ -112,6 +112,19 @@ def test_convert_reads_messages_and_writes_tokens(tmp_path, capsys):
     assert "line 3: not valid JSON" in capsys.readouterr().err and not again.exists()
 
 
+def test_doctor_says_which_triton_has_the_hopper_kernels(monkeypatch):
+    triton = pytest.importorskip("triton")
+    from treegrpo import doctor
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
+    assert doctor._usable("triton") == "usable, with Hopper kernels for bf16 and fp16 heads of 64 and 128"
+    monkeypatch.setattr(triton, "__version__", "3.10.0")
+    assert "without its Hopper kernels, which do not serve Triton 3.10.0" in doctor._usable("triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (8, 0))
+    assert doctor._usable("triton") == "usable"
+
+
 def test_doctor_names_every_backend(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
