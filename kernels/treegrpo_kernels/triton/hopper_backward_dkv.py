@@ -390,7 +390,7 @@ def dkv_launch(
     """
     num_tokens, num_kv_heads, head_dim = k.shape
     rows = tile.block_n // 2
-    partial_dk, partial_dv = partials or (delta, delta)
+    partial_dk, partial_dv = partials or (None, None)
     args = dict(
         zip(("kv_max", "kv_min", "work", "span"), lists, strict=True),
         q_desc=descriptor(q, tile.block_m),

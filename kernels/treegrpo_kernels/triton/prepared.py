@@ -14,10 +14,11 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-# the argument list of Triton's compiled launcher is its own affair: known for this release, others launch its way
-KNOWN_RELEASE = "3.6."
-# grid (3), stream, function, cooperative, dependent, two scratch buffers, metadata (2), hooks (2)
-_STREAM, _FIXED = 3, 13
+# the argument list of Triton's compiled launcher is its own affair: known for these, other releases launch their way
+FLAT_RELEASES = ("3.6.",)
+# one launcher for all kernels, which is told how to read the kernel's arguments
+NESTED_RELEASES = ("3.7.", "3.8.", "3.9.")
+_STREAM = 3
 # encoded descriptors kept per argument: a training step meets a few per layer
 MAX_ENCODED = 4096
 
@@ -26,12 +27,15 @@ class PreparedLaunch:
     """One compiled kernel with all its arguments but the addresses (and token strides) of ``changing``."""
 
     def __init__(self, raw: Any, compiled: Any, grid: tuple[int, ...], args: dict[str, Any], changing: tuple[str, ...]):
-        grid = (*grid, 1, 1)[:3]
         launcher = compiled.run
-        options = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-        self._launch = raw
-        self._args = [*grid, 0, compiled.function, *options, None, None, compiled.packed_metadata, None, None, None]
-        assert len(self._args) == _FIXED
+        self._launch, self._nested = raw, triton.__version__.startswith(NESTED_RELEASES)
+        self._head = [*(*grid, 1, 1)[:3], 0, compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl]
+        scratch, metadata, hooks = (None, None), (compiled.packed_metadata, None), (None, None)
+        if self._nested:
+            self._head += [*metadata, *hooks, *scratch, launcher.arg_annotations, launcher.kernel_signature]
+        else:
+            self._head += [*scratch, *metadata, *hooks]
+        self._args: list[Any] = []
         layouts = iter(compiled.metadata.tensordesc_meta or ())
         places: dict[str, tuple] = {}
         for name in compiled.src.fn.arg_names:
@@ -50,8 +54,8 @@ class PreparedLaunch:
 
     def __call__(self, stream: int, *tensors: tuple[int, int]) -> None:
         """Launch with (address, token stride) of each changing argument; a pointer's stride is not looked at."""
-        args = self._args.copy()
-        args[_STREAM] = stream
+        head, args = self._head.copy(), self._args.copy()
+        head[_STREAM] = stream
         for (place, described, encoded), tensor in zip(self._places, tensors, strict=True):
             if described is None:
                 args[place] = tensor[0]
@@ -63,13 +67,16 @@ class PreparedLaunch:
                 found = encoded[tensor] = encode(*described, *tensor)
             args[place] = found
             args[place + 3] = tensor[1]
-        self._launch(*args)
+        if self._nested:
+            self._launch(*head, args)
+        else:
+            self._launch(*head, *args)
 
 
 def prepare(
     compiled: Any, grid: tuple[int, ...], args: dict[str, Any], changing: tuple[str, ...]
 ) -> PreparedLaunch | None:
-    """``compiled`` as a prepared launch, or None where Triton's launcher is not of the release known here."""
+    """``compiled`` as a prepared launch, or None where Triton's launcher is not of a release known here."""
     raw = _raw_launcher(compiled)
     return None if raw is None else PreparedLaunch(raw, compiled, grid, args, changing)
 
@@ -78,7 +85,9 @@ def encode(shape: tuple[int, int], layout: dict[str, Any], address: int, stride:
     """The TMA descriptor of the matrix at ``address``; ``layout`` is the compiled kernel's account of the box."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
-    return driver.active.utils.fill_tma_descriptor(
+    utils = driver.active.utils
+    fill = utils.fill_tma_descriptor_tiled if hasattr(utils, "fill_tma_descriptor_tiled") else utils.fill_tma_descriptor
+    return fill(
         address,
         layout["swizzle"],
         layout["elem_size"],
@@ -102,10 +111,12 @@ def hooked() -> bool:
 
 
 def _raw_launcher(compiled: Any) -> Any:
-    if not triton.__version__.startswith(KNOWN_RELEASE):
-        return None
     launcher = compiled.run
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        return None
+    if triton.__version__.startswith(NESTED_RELEASES):
+        return driver.active.utils.launch
+    if not triton.__version__.startswith(FLAT_RELEASES):
         return None
     launch = launcher.launch
     # around the C function lies one in Python that encodes descriptors, if the kernel takes any
