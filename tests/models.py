@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -110,11 +112,13 @@ WRONG: dict[str, dict[str, Any]] = {
     "bloom": {"n_head": 4, "n_layer": 2},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "head_dim": None},
-    "gptj": {**GPT2, "rotary_dim": 4},
     "stablelm": {},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2},
     "llama4_text": {**EXPERTS, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48},
 }
+
+# its attention became replaceable in 5.24
+(EXACT if Version(transformers.__version__) >= Version("5.24") else WRONG)["gptj"] = {**GPT2, "rotary_dim": 4}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

@@ -366,7 +366,7 @@ ok = aot.compile_case(aot.Case("fwd", 90, 64, "bf16", "plain"))
 assert ok.error is None and ok.wgmma, ok
 aot.SHARED_LIMIT[90] = 1024
 wide = common.TileConfig(128, 128, 4, 3)
-bad = aot.compile_case(aot.Case("fwd", 90, 64, "bf16", "plain"), common.Config(wide, wide, wide))
+bad = aot.compile_case(aot.Case("fwd", 90, 128, "bf16", "plain"), common.Config(wide, wide, wide))
 assert "spills" in bad.error and "shared" in bad.error, bad
 """
 
