@@ -34,9 +34,12 @@ KERNELS = {
 
 def of(names):
     """Parameters from the table, skipped with the reason where the backend does not run."""
-    for name in names:
+
+    def param(name):
         reason = REASONS[KERNELS[name][0]]
-        yield pytest.param(*KERNELS[name], id=name, marks=pytest.mark.skipif(reason is not None, reason=f"{reason}"))
+        return pytest.param(*KERNELS[name], id=name, marks=pytest.mark.skipif(reason is not None, reason=f"{reason}"))
+
+    return [param(name) for name in names]
 
 
 def plan_of(subtree_end):

@@ -36,7 +36,7 @@ def tile_classes(mask: np.ndarray, block_m: int, block_n: int) -> dict[tuple[int
     return classes
 
 
-@pytest.mark.parametrize("subtree_end", forests())
+@pytest.mark.parametrize("subtree_end", list(forests()))
 def test_mask_positions_and_pairs_are_those_of_the_ancestor_walk(subtree_end):
     mask = cases.ancestor_mask(subtree_end)
     plan = TreePlan.build(torch.from_numpy(subtree_end))

@@ -131,7 +131,7 @@ class HFEngine:
         self.max_context_length = kv.context_length(self._model, max_context_length)
         self._window = kv.check_layers(self._model, self.max_context_length)
         self._shape = kv.probe_shape(self._model)
-        self._keep = kv.last_logits_keyword(self._model)
+        self._keep, self._cache_name = kv.keywords(self._model)
         self._end_ids = _end_ids(self._model, tokenizer)
         self._stop_text = StopText(tokenizer)
         self._sessions: dict[str, kv.PrefixTree] = {}
@@ -190,7 +190,8 @@ class HFEngine:
             self._model.load_state_dict(source.state_dict())
         elif source is not self._model:
             self._window, self._shape = kv.check_layers(source, self.max_context_length), kv.probe_shape(source)
-            self._model, self._keep, self._batch = source, kv.last_logits_keyword(source), kv.KVBatch(self._shape)
+            self._model, self._batch = source, kv.KVBatch(self._shape)
+            self._keep, self._cache_name = kv.keywords(source)
 
     def close(self) -> None:
         """Frees caches and the thread; what is still being generated is cancelled."""
@@ -404,8 +405,8 @@ class HFEngine:
             input_ids=ids,
             position_ids=positions,
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
             **self._keep,
         )
         return out.logits[:, -1]

@@ -244,14 +244,18 @@ def check_layers(model: nn.Module, max_context_length: int) -> int | None:
     return window
 
 
-def last_logits_keyword(model: nn.Module) -> dict[str, int]:
-    """The keyword that has logits of the last position alone computed, where the model takes it."""
+def keywords(model: nn.Module) -> tuple[dict[str, int], str]:
+    """What has logits of the last position alone computed, where the model takes it; and the name of its cache.
+
+    transformers 5.24 calls the cache ``cache`` and means to drop ``past_key_values`` in 5.40.
+    """
     parameters = inspect.signature(model.forward).parameters
     if "position_ids" not in parameters:
         raise ValueError(
             f"{type(model).__name__} takes no position_ids, which left-padded rows need: use another engine"
         )
-    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    return keep, "cache" if "cache" in parameters else "past_key_values"
 
 
 def probe_shape(model: nn.Module) -> KVShape:
@@ -264,7 +268,7 @@ def probe_shape(model: nn.Module) -> KVShape:
     model.eval()
     try:
         with torch.no_grad():
-            model(input_ids=token, position_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, position_ids=token, use_cache=True, **{keywords(model)[1]: cache})
     finally:
         for module in training:
             module.training = True
