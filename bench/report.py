@@ -18,6 +18,8 @@ from bench.draw import pairs_of_contenders
 Row = dict[str, Any]
 # of head rows that do not name theirs: results before 2026-11-27
 OLD_HIDDEN = 1536
+# of these a CPU runs tiny siblings, to see that they work: no result
+GPU_SUITES = ("real_step", "real_head")
 SUITES = (
     "race",
     "host",
@@ -37,6 +39,8 @@ SUITES = (
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """(machine and commit, rows) of a result file; rows carry extra_info plus `median_s` and `rounds`.
 
+    What a CPU only tried out is left out.
+
     Raises ValueError if the file is not pytest-benchmark's JSON.
     """
     try:
@@ -47,7 +51,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     rows: list[Row] = []
     for entry in benchmarks:
         info = entry["extra_info"]
-        if info.get("oracle") == "passed":
+        if info.get("oracle") == "passed" and not (info.get("suite") in GPU_SUITES and info.get("device") == "cpu"):
             # a row that was timed elsewhere says its own median
             row = {"median_s": entry["stats"]["median"], "rounds": entry["stats"]["rounds"]} | info
             rows += race_report.expand(row) if info.get("suite") == "race" else [row]

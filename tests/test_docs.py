@@ -347,6 +347,28 @@ def test_attention_table_is_the_committed_one():
         assert cells == [both["D"], both["tokens"], both["pairs"], *ours, " / ".join(flex), *rivals], name
 
 
+STEPS = ("grpo_star", "search_agent", "binary", "branching", "tau_whole", "tau_calls")
+
+
+@whole
+def test_cpu_numbers_are_the_committed_ones():
+    from bench.report import load
+
+    folder = re.search(r"`bench/results/(x86[\w-]+)/` has every row", README)[1]
+    machine, rows = load(ROOT / "bench" / "results" / folder / "bench.json")
+    assert machine["commit"].startswith(folder.rpartition("-")[2]) and "changes" not in machine["commit"]
+    shown = README[README.index("### On a CPU") :]
+    cells = [row[2:] for row in table_rows(shown) if row[1].startswith("forward")]
+    rates = [row for row in rows if row["suite"] == "rate"]
+    assert len(cells) == len(rates)
+    for cell, row in zip(cells, rates, strict=True):
+        speeds = f"{row['gflops_per_s']:.0f}", f"{row['baseline_gflops_per_s']:.0f}", f"{row['gflops_ratio']:.2f}x"
+        assert cell == [*speeds, f"{row['iqr_s'] / row['median_s']:.0%}"]
+    ratios = {row["workload"]: row["time_ratio"] for row in rows if row["suite"] == "step" and row.get("time_ratio")}
+    sentence = shown[shown.index("One training step") : shown.index("as fast.")]
+    assert re.findall(r"[\d.]+x", sentence) == [f"{ratios[name]:.2f}x" for name in STEPS]
+
+
 def over_ours(cell: str) -> str:
     return re.search(r"\((.*)\)", cell)[1]
 
