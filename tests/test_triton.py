@@ -116,6 +116,20 @@ def test_features(name, poisoned_empty):
     check(subtree_end, *args, sinks if "sinks" in options else None, pinned=pinned, **rest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("window", [50, 100])
+def test_windows_that_hold_whole_tiles(window, dtype, poisoned_empty):
+    """Some query tiles see a key tile in full, others in part; several heads, branches, a ragged last tile."""
+    subtree_end = cases.random_subtree_end(150, 3, branch=0.02)
+    plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+    offsets = query_lists(plan, WIDE.dkv, window)[0]
+    sizes = offsets.diff().view(-1, 2)
+    assert (sizes > 0).all(1).any() and subtree_end[1:].tolist() != [150] * 149
+    d = 16 if dtype == torch.float32 else 64
+    args = inputs(150, hq=4, hkv=2, d=d, dv=d, dtype=dtype)[:4]
+    check(subtree_end, *args, pinned=WIDE, window=window)
+
+
 def test_eight_query_heads_share_a_key_head(poisoned_empty):
     subtree_end = cases.random_subtree_end(35, 1, branch=0.1)
     check(subtree_end, *inputs(35, hq=8)[:4])
@@ -193,20 +207,28 @@ def test_long_key_tiles_are_parted(num_tokens, pinned, poisoned_empty):
     assert all(map(torch.equal, *(kernels(subtree_end, *args, pinned=pinned) for _ in range(2))))
 
 
+@pytest.mark.parametrize("num_tokens", [150, 160])
 @pytest.mark.parametrize("window", [1, 9, 40])
-def test_query_lists_against_brute_force(window):
-    """Under a window every visible (query tile, key tile) is listed once."""
-    subtree_end = cases.random_subtree_end(150, 5, branch=0.05)
+def test_query_lists_against_brute_force(window, num_tokens):
+    """Under a window every visible (query tile, key tile) is listed once, those seen in full apart."""
+    subtree_end = cases.random_subtree_end(num_tokens, 5, branch=0.05)
     plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
-    tile = WIDE.dkv
+    tile = TileConfig(8, 8, 4, 1)
     offsets, indices = (x.tolist() for x in query_lists(plan, tile, window))
     mask = reference.dense_mask(plan.subtree_end, window).cpu()
-    for i_n in range(len(offsets) - 1):
-        listed = indices[offsets[i_n] : offsets[i_n + 1]]
-        assert listed == sorted(set(listed))
-        columns = mask[:, i_n * tile.block_n : (i_n + 1) * tile.block_n].any(1)
-        seen = {int(row) // tile.block_m for row in columns.nonzero()}
-        assert seen <= set(listed)
+    assert len(offsets) == 2 * -(-num_tokens // tile.block_n) + 1
+    num_full = 0
+    for i_n in range(len(offsets) // 2):
+        full, partial = (indices[offsets[i] : offsets[i + 1]] for i in (2 * i_n, 2 * i_n + 1))
+        assert full == sorted(set(full)) and partial == sorted(set(partial)) and not set(full) & set(partial)
+        columns = mask[:, i_n * tile.block_n : (i_n + 1) * tile.block_n]
+        tiles = [columns[m : m + tile.block_m] for m in range(0, num_tokens, tile.block_m)]
+        seen = {i_m for i_m, part in enumerate(tiles) if part.any()}
+        whole = {i_m for i_m, part in enumerate(tiles) if part.all() and part.numel() == tile.block_m * tile.block_n}
+        assert set(full) <= whole and seen <= {*full, *partial}
+        num_full += len(full)
+    # a window of 40 holds whole tiles of 8
+    assert (num_full > 0) == (window == 40)
 
 
 @pytest.mark.parametrize("d", [16, 20, 64])

@@ -90,9 +90,11 @@ def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tens
 
 
 def query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
-    """[kv_offsets [NK+1], kv_indices [nnz]] int32: the query tiles of each key tile under a window, ascending.
+    """[kv_offsets [2 NK + 1], kv_indices [nnz]] int32: the query tiles of each key tile under a window.
 
-    Empty without a window, where they are a range. Made once a plan.
+    Those of key tile n lie in kv_indices from kv_offsets[2n] on, those that see it in full first, the others from
+    kv_offsets[2n + 1] on; each class ascending. A query tile that reaches past T counts with the others. Both are empty
+    without a window, where the query tiles are ranges. Made once a plan.
     """
     if not window:
         return [torch.empty(0, dtype=torch.int32, device=plan.device) for _ in range(2)]
@@ -102,10 +104,15 @@ def query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
 
 def _make_query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
     lists = plan.tile_lists(tile.block_m, tile.block_n, window)
-    num_q, num_kv = len(lists.q_full), len(lists.kv_max)
-    q_tile = torch.repeat_interleave(torch.arange(num_q, device=plan.device), lists.q_offsets.diff())
-    kv_tile = lists.q_indices.long()
-    offsets = torch.zeros(num_kv + 1, dtype=torch.int64, device=plan.device)
-    torch.cumsum(torch.bincount(kv_tile, minlength=num_kv), 0, out=offsets[1:])
-    ordered = q_tile[torch.argsort(kv_tile * num_q + q_tile)]
+    device, num_q, num_kv = plan.device, len(lists.q_full), len(lists.kv_max)
+    counts = lists.q_offsets.diff()
+    q_tile = torch.repeat_interleave(torch.arange(num_q, device=device), counts)
+    # a query tile's list has its full key tiles first
+    place = torch.arange(len(q_tile), device=device) - lists.q_offsets[:-1].long()[q_tile]
+    is_whole = (q_tile + 1) * tile.block_m <= plan.num_tokens
+    is_partial = (place >= lists.q_full.long()[q_tile]) | ~is_whole
+    part = 2 * lists.q_indices.long() + is_partial
+    offsets = torch.zeros(2 * num_kv + 1, dtype=torch.int64, device=device)
+    torch.cumsum(torch.bincount(part, minlength=2 * num_kv), 0, out=offsets[1:])
+    ordered = q_tile[torch.argsort(part * num_q + q_tile)]
     return [x.to(torch.int32) for x in (offsets, ordered)]

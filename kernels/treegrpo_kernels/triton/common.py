@@ -80,7 +80,7 @@ def config(head_dim: int, value_dim: int, dtype: torch.dtype, arch: int) -> Conf
         tile = TileConfig(32, 32, 8, 1) if width <= 64 else TileConfig(16, 16, 8 if width > 128 else 4, 1)
         return Config(fwd=tile, dq=tile, dkv=tile)
     # sm_120 has the 99 KiB of shared memory of sm_86 and sm_89; the tiles for sm_80 stay below that
-    return _sm90(width, head_dim == value_dim == width) if 90 <= arch < 120 else _sm80(width)
+    return _sm90(width, head_dim == value_dim == width) if 90 <= arch < 120 else _sm80(width, arch)
 
 
 # from aot.py's table: large tiles that leave no register spill with any feature on (D <= 128); not yet timed on a GPU
@@ -96,10 +96,12 @@ def _sm90(width: int, exact: bool) -> Config:
     return Config(fwd=TileConfig(128, 32, 8, 2), dq=TileConfig(128, 32, 8, 2), dkv=dkv)
 
 
-def _sm80(width: int) -> Config:
+def _sm80(width: int, arch: int) -> Config:
     if width <= 64:
+        # dkv: at sm_120 three stages spill under a window
+        dkv = TileConfig(32, 128, 8, 3 if arch < 120 else 2)
         # fwd: two blocks of 4 warps share an SM and hide each other's softmax
-        return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(128, 64, 8, 2), dkv=TileConfig(32, 128, 8, 3))
+        return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(128, 64, 8, 2), dkv=dkv)
     if width <= 128:
         return Config(fwd=TileConfig(64, 64, 4, 2), dq=TileConfig(64, 64, 8, 2), dkv=TileConfig(64, 64, 8, 2))
     return Config(fwd=TileConfig(64, 32, 8, 2), dq=TileConfig(32, 32, 4, 2), dkv=TileConfig(32, 32, 8, 1))
