@@ -48,6 +48,21 @@ def test_mask_positions_and_pairs_are_those_of_the_ancestor_walk(subtree_end):
         assert plan.count_pairs(window) == near.sum()
 
 
+@pytest.mark.parametrize("subtree_end", list(forests()))
+def test_the_key_side_of_lists_depends_on_block_n_alone(subtree_end):
+    end = torch.as_tensor(subtree_end)
+    plan, other = TreePlan.build(end), TreePlan.build(end)
+    made = plan.tile_lists(16, 8, 3)
+    assert plan.key_lists(4, 8) is made
+    wanted = other.tile_lists(4, 8)
+    for name in ("kv_max", "kv_min", "kv_order", "kv_pos_min", "kv_pos_max"):
+        assert torch.equal(getattr(made, name), getattr(wanted, name)), name
+    assert plan.key_lists(4, 16) is plan.tile_lists(4, 16)
+    # every query tile in a key tile's range sees it: work.py counts visible tiles so
+    ranges = -(-made.kv_max // 4) - torch.arange(len(made.kv_max)) * 8 // 4
+    assert int(ranges.sum()) == len(wanted.q_indices)
+
+
 @pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 def test_tile_lists_cover_exactly_the_visible_tiles(block_m, block_n, window):

@@ -64,7 +64,8 @@ def tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:
 
 def _make_tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:
     span = work.span(plan, _PADDING)
-    fwd, dq, dkv = (plan.tile_lists(t.block_m, t.block_n) for t in (_FWD_TILE, _DQ_TILE, _DKV_TILE))
+    fwd, dq = (plan.tile_lists(t.block_m, t.block_n) for t in (_FWD_TILE, _DQ_TILE))
+    dkv = plan.key_lists(_DKV_TILE.block_m, _DKV_TILE.block_n)
     ends = [fwd.kv_min, fwd.kv_max]
     # a key tile has two halves, the last one too
     odd = len(dq.kv_min) % 2

@@ -129,6 +129,12 @@ class TreePlan:
             lists = self._tile_lists[key] = TileLists(*key, **build(self.subtree_end, self.position, *key))
         return lists
 
+    def key_lists(self, block_m: int, block_n: int) -> TileLists:
+        """Lists whose key side fits tiles of ``block_n`` keys, which block_m and window have no part in: some that are
+        made already, else those of (block_m, block_n). Of what is returned only the tensors ``kv_*`` are meant."""
+        made = (lists for lists in self._tile_lists.values() if lists.block_n == block_n)
+        return next(made, None) or self.tile_lists(block_m, block_n)
+
     def __repr__(self) -> str:
         return f"TreePlan(num_tokens={self.num_tokens}, num_pairs={self.num_pairs}, device={str(self.device)!r})"
 

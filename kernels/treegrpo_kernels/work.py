@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,29 +65,35 @@ def _made_once(plan: TreePlan, key: tuple, make: Callable[[], list[Tensor]]) -> 
 
 
 def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tensor]:
-    lists = plan.tile_lists(tile.block_m, tile.block_n)
-    device, num_kv = plan.device, len(lists.kv_max)
-    nothing = [torch.empty((0, n), dtype=torch.int32, device=device) for n in (4, 3)]
-    # the entries of the lists are the visible tiles, so that their number is known without asking the device
-    share = max(SHORTEST_PIECE, lists.q_indices.shape[0] * num_kv_heads / multiprocessors(device))
-    if -(-plan.num_tokens // tile.block_m) <= share:
+    """Waits for the device once at most: there are few key tiles, and the host is done with them sooner than a dozen
+    operations on the device."""
+    block_m, block_n = tile.block_m, tile.block_n
+    nothing = [torch.empty((0, n), dtype=torch.int32, device=plan.device) for n in (4, 3)]
+
+    def share_of(num_tiles: float) -> float:
+        return max(SHORTEST_PIECE, num_tiles * num_kv_heads / multiprocessors(plan.device))
+
+    # the visible tiles hold all visible pairs, so that there are as many at least
+    if -(-plan.num_tokens // block_m) <= share_of(plan.num_pairs / (block_m * block_n)):
         return nothing
-    low = torch.arange(num_kv, device=device) * tile.block_n // tile.block_m
-    length = -(-lists.kv_max.long() // tile.block_m) - low
-    pieces = torch.where(length > share, -(-length // max(SHORTEST_PIECE, int(share / 2))), 1)
-    parted = torch.nonzero(pieces > 1).squeeze(1)
-    if parted.numel() == 0:
+    kv_max = plan.key_lists(block_m, block_n).kv_max.cpu().numpy().astype(np.int64)
+    low = np.arange(len(kv_max)) * block_n // block_m
+    # of the range of query tiles that see a key tile every one does
+    length = -(-kv_max // block_m) - low
+    share = share_of(int(length.sum()))
+    pieces = np.where(length > share, -(-length // max(SHORTEST_PIECE, int(share / 2))), 1)
+    parted = np.flatnonzero(pieces > 1)
+    if parted.size == 0:
         return nothing
-    kv_tile = torch.repeat_interleave(torch.arange(num_kv, device=device), pieces)
-    place = torch.arange(len(kv_tile), device=device) - (pieces.cumsum(0) - pieces)[kv_tile]
+    kv_tile = np.repeat(np.arange(len(kv_max)), pieces)
+    place = np.arange(len(kv_tile)) - (pieces.cumsum() - pieces)[kv_tile]
+    counts = pieces[parted]
     length, low, pieces = length[kv_tile], low[kv_tile], pieces[kv_tile]
     start, stop = low + place * length // pieces, low + (place + 1) * length // pieces
-    slot = torch.where(pieces > 1, (pieces > 1).cumsum(0) - 1, -1)
-    items = torch.stack([kv_tile, start, stop, slot], 1)
-    items = items[torch.argsort(stop - start, descending=True, stable=True)]
-    counts = torch.bincount(kv_tile, minlength=num_kv)[parted]
-    sums = torch.stack([parted, counts.cumsum(0) - counts, counts], 1)
-    return [x.to(torch.int32).contiguous() for x in (items, sums)]
+    slot = np.where(pieces > 1, (pieces > 1).cumsum() - 1, -1)
+    items = np.stack([kv_tile, start, stop, slot], 1)[np.argsort(start - stop, kind="stable")]
+    sums = np.stack([parted, counts.cumsum() - counts, counts], 1)
+    return [torch.from_numpy(x.astype(np.int32)).to(plan.device, non_blocking=True) for x in (items, sums)]
 
 
 def query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:

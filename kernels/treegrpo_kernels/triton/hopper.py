@@ -95,7 +95,7 @@ def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) 
     for tile in (config.fwd, config.dq):
         lists = plan.tile_lists(tile.block_m, tile.block_n)
         tensors += [_shape_of(tile, span), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order, span]
-    lists = plan.tile_lists(config.dkv.block_m, config.dkv.block_n)
+    lists = plan.key_lists(config.dkv.block_m, config.dkv.block_n)
     tensors += [_shape_of(config.dkv, span), lists.kv_max, lists.kv_min, lists.kv_order, span]
     nothing = [span.new_empty((0, n)) for n in (4, 3)]
     return tensors + (work.work_items(plan, config.dkv, num_kv_heads) if config.split else nothing)
