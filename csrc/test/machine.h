@@ -65,7 +65,8 @@ struct TensorMap {
 class Multiprocessor {
  public:
   static constexpr int kThreads = sm90::kThreads, kGroups = kThreads / sm90::kWarpgroup;
-  static constexpr int kLaunchRegisters = (64 << 10) / kThreads / 8 * 8;  // of a thread: what a launch of one block a multiprocessor gives
+  // of a thread, where one block has the multiprocessor to itself
+  static constexpr int kLaunchRegisters = (64 << 10) / kThreads / 8 * 8;
 
   Multiprocessor(int num_bytes, int block, int num_blocks, unsigned seed)
       : block_(block), num_blocks_(num_blocks), random_(seed), eager_(seed % 3), plain_(num_bytes, 0xff), async_(num_bytes, 0xff) {}
