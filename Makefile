@@ -18,11 +18,11 @@ endif
 BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test test-trl test-verl demo bench bench-smoke lint format aot ctest cuda docs doctor clean
+.PHONY: help setup test test-trl test-verl test-tritons demo bench bench-smoke lint format aot ctest cuda docs doctor clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
-	@echo "also: setup test-trl test-verl bench bench-smoke lint format aot ctest cuda docs doctor clean"
+	@echo "also: setup test-trl test-verl test-tritons bench bench-smoke lint format aot ctest cuda docs doctor clean"
 
 setup: $(BUILT)
 
@@ -95,6 +95,16 @@ format: $(BUILT)
 aot: $(BUILT)
 	@echo "== Triton kernels compiled ahead of time for sm_80, sm_90, sm_100 and sm_120: no spills, shared memory within limits"
 	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot
+
+# the kernels and their launches with other releases of Triton, each before the environment's own
+TRITONS := 3.7.1 3.8.0 3.9.0
+test-tritons: $(BUILT)
+	for release in $(TRITONS); do \
+	  echo "== Triton $$release"; folder=$(CURDIR)/.triton/$$release; \
+	  test -d $$folder || $(PY) -m pip install -q --no-deps --target $$folder triton==$$release || exit 1; \
+	  PYTHONPATH=$$folder TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot || exit 1; \
+	  PYTHONPATH=$$folder $(PY) -m pytest -q tests/test_prepared.py tests/test_hopper.py tests/test_hopper_emulated.py tests/test_triton.py || exit 1; \
+	done
 
 ctest: $(BUILT)
 	@echo "== csrc without torch: CMake and ctest"

@@ -396,7 +396,8 @@ assert "spills" in bad.error and "shared" in bad.error, bad
 def test_compiles_without_a_gpu_once_for_all_lengths(tmp_path):
     root = Path(__file__).resolve().parent.parent
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root / "kernels"), "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join([str(root / "kernels"), *filter(None, [env.get("PYTHONPATH")])])
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
