@@ -23,38 +23,11 @@
 #include "../cuda/sm90/operands.h"
 #include "../cuda/sm90/params.h"
 #include "forest.h"
+#include "half.h"
 
 namespace treegrpo::test {
 
 using sm90::Major;
-
-inline uint16_t narrow(sm90::Half type, float x) {
-  if (type == sm90::Half::kBFloat16) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-  const float size = std::abs(x);
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  if (!(size < 65520)) return sign | (std::isnan(x) ? 0x7e00 : 0x7c00);
-  if (size == 0) return sign;
-  const int exponent = std::max(std::ilogb(size), -14);
-  return sign + static_cast<uint16_t>((exponent + 14) * 1024 + std::lrint(std::ldexp(size, 10 - exponent)));
-}
-
-inline float widen(sm90::Half type, uint16_t x) {
-  if (type == sm90::Half::kBFloat16) {
-    const uint32_t bits = uint32_t{x} << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-  }
-  const int exponent = x >> 10 & 31, fraction = x & 1023;
-  const float size = exponent == 31   ? (fraction ? NAN : INFINITY)
-                     : exponent == 0 ? std::ldexp(fraction, -24)
-                                     : std::ldexp(1024 + fraction, exponent - 25);
-  return x & 0x8000 ? -size : size;
-}
 
 // A matrix of 16-bit values that TMA reads and writes in boxes of 64 columns; reads past its end give zeros.
 struct TensorMap {

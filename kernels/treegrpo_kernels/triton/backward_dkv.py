@@ -123,71 +123,6 @@ def _dkv_tile(
     return b_dk, b_dv
 
 
-@triton.jit
-def _dkv_listed(
-    b_dk,
-    b_dv,
-    b_k,
-    b_v,
-    kv_indices,
-    first,
-    last,
-    i_q,
-    q,
-    dout,
-    lse2,
-    delta,
-    dq,
-    dq_step,
-    position,
-    o_n,
-    b_end,
-    b_pos_k,
-    q_strides,
-    dout_strides,
-    num_tokens,
-    num_padded,
-    qk_scale,
-    cap,
-    window,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BD: tl.constexpr,
-    BDV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    FULL: tl.constexpr,
-    STAGES: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Loop over one class of query tiles under a window, the entries [first, last) of the list, for each query head."""
-    e = first
-    i_next = first
-    if TMA:
-        # read ahead as in the forward
-        i_next = tl.load(kv_indices + first, mask=first < last, other=0)
-    for _ in tl.range(0, GROUP * (last - first), num_stages=STAGES):
-        i_m = i_next
-        if not TMA:
-            i_m = tl.load(kv_indices + e)
-        i_now = i_q
-        e += 1
-        i_q = tl.where(e == last, i_q + 1, i_q)
-        e = tl.where(e == last, first, e)
-        if TMA:
-            i_next = tl.load(kv_indices + e)
-        # fmt: off
-        b_dk, b_dv = _dkv_tile(
-            b_dk, b_dv, b_k, b_v, i_m, i_now, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
-            q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
-            HAS_CAP, True, FULL, TMA,
-        )
-        # fmt: on
-    return b_dk, b_dv
-
-
 @triton.jit(do_not_specialize=["num_tokens", "num_kv_heads", "window"])
 def tree_attention_bwd_dkv_kernel(
     q,
@@ -275,21 +210,34 @@ def tree_attention_bwd_dkv_kernel(
     i_q = i_kv * GROUP
     # fmt: off
     if HAS_WINDOW:
-        # a window cuts by position, which is not monotone over branches: here the query tiles are lists
+        # a window cuts by position, which is not monotone over branches: here the query tiles are lists, those seen in
+        # full first; all three offsets are loaded here, for class by class they cost registers
         p_list = kv_offsets + 2 * i_n
-        first = tl.load(p_list)
-        middle = tl.load(p_list + 1)
-        last = tl.load(p_list + 2)
-        b_dk, b_dv = _dkv_listed(
-            b_dk, b_dv, b_k, b_v, kv_indices, first, middle, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n,
-            b_end, b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, GROUP, D, DV, BD,
-            BDV, BM, BN, HAS_CAP, True, STAGES, TMA,
-        )
-        b_dk, b_dv = _dkv_listed(
-            b_dk, b_dv, b_k, b_v, kv_indices, middle, last, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n,
-            b_end, b_pos_k, q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, GROUP, D, DV, BD,
-            BDV, BM, BN, HAS_CAP, False, STAGES, TMA,
-        )
+        begin, middle, end = tl.load(p_list), tl.load(p_list + 1), tl.load(p_list + 2)
+        for i_class in tl.static_range(2):
+            first = begin if i_class == 0 else middle
+            last = middle if i_class == 0 else end
+            e = first
+            i_q = i_kv * GROUP
+            i_next = first
+            if TMA:
+                # read ahead as in the forward
+                i_next = tl.load(kv_indices + first, mask=first < last, other=0)
+            for _ in tl.range(0, GROUP * (last - first), num_stages=STAGES):
+                i_m = i_next
+                if not TMA:
+                    i_m = tl.load(kv_indices + e)
+                i_now = i_q
+                e += 1
+                i_q = tl.where(e == last, i_q + 1, i_q)
+                e = tl.where(e == last, first, e)
+                if TMA:
+                    i_next = tl.load(kv_indices + e)
+                b_dk, b_dv = _dkv_tile(
+                    b_dk, b_dv, b_k, b_v, i_m, i_now, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
+                    q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
+                    HAS_CAP, True, i_class == 0, TMA,
+                )
     else:
         i_m = a
         for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
