@@ -23,7 +23,7 @@ from treegrpo_kernels.triton.backward import delta_launch, dq_launch
 from treegrpo_kernels.triton.backward_dkv import dkv_launch, dkv_launches
 from treegrpo_kernels.triton.common import TileConfig
 from treegrpo_kernels.triton.forward import fwd_launch
-from treegrpo_kernels.work import query_lists, work_items
+from treegrpo_kernels.work import first_visible, query_lists, span, work_items
 
 # every query tile tried divides it
 ROW_MULTIPLE = 256
@@ -189,7 +189,7 @@ def _dq(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
 def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         at = problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
+        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
         return [dkv_launch(problem.tensors["dk"], problem.tensors["dv"], tile, lists, **_shared(problem, tma))]
 
     return build
@@ -198,7 +198,7 @@ def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
 def _dkv_split(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(problem.plan, tile, 0)]
+        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0)]
         lists += work_items(problem.plan, tile, t["k"].shape[1])
         return dkv_launches(t["dk"], t["dv"], tile, lists, **_shared(problem, tma))
 
@@ -212,7 +212,7 @@ class _AtomicDq:
         t, at = problem.tensors, problem.lists(tile)
         self.sum = torch.zeros_like(t["q"], dtype=torch.float32)
         self.dq, self.scale = t["dq"], problem.scale
-        lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
+        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
         self.launch = dkv_launch(t["dk"], t["dv"], tile, lists, dq=self.sum, **_shared(problem, tma))
         self.kernel, self.args, self.options = self.launch.kernel, self.launch.args, self.launch.options
 
@@ -232,16 +232,16 @@ def _delta(problem: Problem) -> list[Any]:
     return [delta_launch(t["dout"], t["out"], t["lse"], t["delta"], t["lse2"])]
 
 
-# (block_m, block_n, warps, stages[, registers]); the first of each list is what common.config chooses
+# (block_m, block_n, warps, stages); the first of each list is what common.config chooses
 _TRITON = {
     "fwd": [
         *[(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3)],
-        *[(64, 128, 4, 2), (128, 64, 4, 2), (128, 32, 8, 4), (64, 64, 4, 2, 168), (128, 128, 8, 3), (64, 128, 8, 2)],
-        *[(256, 64, 8, 2), (64, 32, 4, 3, 168)],
+        *[(64, 128, 4, 2), (128, 64, 4, 2), (128, 32, 8, 4), (128, 128, 8, 3), (64, 128, 8, 2)],
+        *[(256, 64, 8, 2)],
     ],
     "dq": [
         *[(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (64, 128, 4, 2)],
-        *[(128, 128, 8, 2), (64, 32, 4, 3), (64, 32, 4, 3, 168), (128, 32, 8, 4), (64, 128, 8, 2)],
+        *[(128, 128, 8, 2), (64, 32, 4, 3), (128, 32, 8, 4), (64, 128, 8, 2)],
     ],
     "dkv": [
         *[(32, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2)],
@@ -263,8 +263,8 @@ def _triton() -> list[Candidate]:
     found = [Candidate("delta", "ptr 64", _delta)]
     for kernel, tiles in _TRITON.items():
         for i, tile in enumerate(tiles):
-            m, n, warps, stages, *cap = tile
-            name = f"{m}x{n} w{warps} s{stages}" + (f" r{cap[0]}" if cap else "")
+            m, n, warps, stages = tile
+            name = f"{m}x{n} w{warps} s{stages}"
             found.append(Candidate(kernel, f"tma {name}", _BUILD[kernel](TileConfig(*tile), True)))
             if i < 1:
                 found.append(Candidate(kernel, f"ptr {name}", _BUILD[kernel](TileConfig(*tile), False)))
@@ -280,21 +280,25 @@ def _hopper() -> list[Candidate]:
     from treegrpo_kernels.triton import hopper, hopper_backward_dkv, hopper_backward_dq, hopper_forward
     from treegrpo_kernels.triton.hopper_common import HopperTile
 
+    def ends(problem: Problem) -> list[Tensor]:
+        return [span(problem.plan, hopper.LARGEST_TILE), first_visible(problem.plan, 0, hopper.LARGEST_TILE)]
+
     def fwd(problem: Problem, tile: HopperTile) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, hopper._span(problem.plan)]
-        args = (t[name] for name in ("q", "k", "v", "out", "lse"))
-        return [hopper_forward.fwd_launch(*args, tile, lists, problem.scale)]
+        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, *ends(problem)]
+        q, k, v, out, lse = (t[name] for name in ("q", "k", "v", "out", "lse"))
+        return [hopper_forward.fwd_launch(q, k, v, None, out, lse, tile, lists, problem.scale)]
 
     def dq(problem: Problem, tile: HopperTile) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, hopper._span(problem.plan)]
+        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, *ends(problem)]
         args = (t[name] for name in ("dout", "q", "k", "v", "dq", "lse2", "delta"))
         return [hopper_backward_dq.dq_launch(*args, tile, lists, problem.scale)]
 
     def dkv(problem: Problem, tile: HopperTile) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, at.kv_order, hopper._span(problem.plan)]
+        kv_order, *places = query_lists(problem.plan, tile, 0)
+        lists = [at.kv_max, at.kv_min, kv_order, *ends(problem), *places]
         args = (t[name] for name in ("dout", "q", "k", "v", "dk", "dv", "lse2", "delta"))
         return [hopper_backward_dkv.dkv_launch(*args, tile, lists, problem.scale)]
 

@@ -9,7 +9,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "0":
     pytest.skip("the tuner's own test runs in Triton's interpreter: set TRITON_INTERPRET=1", allow_module_level=True)
 
-from bench.candidates import Candidate, _atomic, _delta, _dkv, _dq, _fwd
+import torch
+
+from bench.candidates import Candidate, _atomic, _delta, _dkv, _dq, _fwd, candidates, make_problem
 from bench.tune import FORESTS, Setup, table, tune
 from treegrpo_kernels.triton.common import TileConfig
 
@@ -64,6 +66,15 @@ def test_one_bad_candidate_costs_its_own_row_only(capsys):
     for key in (("delta", "ptr"), ("fwd", "ptr"), ("fwd", "tma"), ("dq", "tma"), ("dkv", "tma"), ("one", "tma")):
         assert errors[key] is None and set(rows[key]["tflops"]) == set(FORESTS)
     assert table(found).count("\n") > 8
+
+
+def test_every_candidate_gives_its_kernel_all_arguments():
+    problem = make_problem(torch.full((300,), 300), 4, 2, 64, torch.device("cpu"), torch.bfloat16)
+    found = candidates(["fwd", "dq", "dkv", "one"])
+    assert len({(c.kernel, c.name) for c in found}) == len(found) > 50
+    for candidate in found:
+        for launch in candidate.build(problem):
+            assert set(launch.args) == set(launch.kernel.arg_names), (candidate.kernel, candidate.name)
 
 
 def test_what_was_not_tried_says_so():

@@ -14,7 +14,7 @@ from attention_checks import excess, inputs
 
 pytest.importorskip("triton")
 
-from treegrpo_kernels import work
+from treegrpo_kernels import reference, work
 from treegrpo_kernels.plan import TreePlan
 from treegrpo_kernels.triton import (
     hopper,
@@ -43,11 +43,11 @@ def emulated(monkeypatch, poisoned_empty):
     monkeypatch.setattr(hopper, "prepare", lambda *args: None)
 
 
-def results(subtree_end, q, k, v, dout, scale, config, seed):
+def results(subtree_end, q, k, v, dout, scale, config, seed, window=0, sinks=None):
     gluon_emulator.scheduler.draw.seed(seed)
     plan = TreePlan.build(torch.as_tensor(subtree_end))
-    tiles = hopper.tile_tensors(plan, config, k.shape[1])
-    out, lse = hopper.attn_fwd(q, k, v, tiles, scale)
+    tiles = hopper.tile_tensors(plan, config, k.shape[1], window)
+    out, lse = hopper.attn_fwd(q, k, v, sinks, tiles, scale)
     return [out, lse, *hopper.attn_bwd(dout, q, k, v, out, lse, tiles, scale)], tiles
 
 
@@ -78,6 +78,46 @@ def test_a_branch_may_start_anywhere_in_a_tile(residue, emulated):
     args = inputs(len(subtree_end), hq=1, hkv=1, d=64, dv=64, dtype=torch.bfloat16, seed=residue)[:4]
     found, _ = results(subtree_end, *args, 0.125, replace(hopper.config(64), split=residue % 2 == 1), residue)
     over = excess(found, subtree_end, *args, scale=0.125)
+    assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize("window", [1, 2, 63, 128, 129, 300])
+@pytest.mark.parametrize("name", [name for name in FORESTS if name != "one_token"])
+def test_windows(name, window, emulated):
+    subtree_end = FORESTS[name]
+    args = inputs(len(subtree_end), hq=2, hkv=1, d=64, dv=64, dtype=torch.bfloat16)[:4]
+    found, tiles = results(subtree_end, *args, 0.125, hopper.config(64), len(subtree_end), window)
+    assert len(tiles[-1]) == 0
+    over = excess(found, subtree_end, *args, scale=0.125, window=window)
+    if window == 1:
+        # who sees itself alone has scores without a gradient: roundings are all there is
+        over = {name: value for name, value in over.items() if name not in ("dq", "dk")}
+        assert max(x.abs().max() for x in found[2:4]) < 1e-2
+    assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks(window, dtype, emulated):
+    """One that outweighs every score by far, one that weighs nothing, and such as they are."""
+    subtree_end = FORESTS["root_of_all"]
+    args = inputs(len(subtree_end), hq=4, hkv=2, d=64, dv=64, dtype=torch.bfloat16)[:4]
+    sinks = torch.tensor([0.5, 200.0, float("-inf"), -2.0], dtype=dtype)
+    found, _ = results(subtree_end, *args, 0.125, hopper.config(64), 3, window, sinks)
+    exact = reference.tree_attention(
+        *(x.double() for x in args[:3]),
+        torch.as_tensor(subtree_end),
+        scale=0.125,
+        window=window or None,
+        sinks=sinks.double(),
+        return_lse=True,
+    )[1]
+    assert (found[1] - exact).abs().max() < 1e-4
+    assert found[0][:, 1].abs().max() < 1e-30
+    # the chain in bf16 knows no -inf and takes the largest row for its measure: the others apart
+    plain = torch.tensor([0.5, 1.5, -1.0, -2.0], dtype=dtype)
+    found, _ = results(subtree_end, *args, 0.125, hopper.config(64), 4, window, plain)
+    over = excess(found, subtree_end, *args, plain, scale=0.125, window=window)
     assert max(over.values()) <= 0, over
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treegrpo_kernels import TreePlan, reference
+from treegrpo_kernels import TreePlan, reference, work
 
 BLOCKS = [(1, 1), (4, 4), (8, 4), (4, 8), (5, 3), (16, 16), (64, 32)]
 
@@ -46,6 +46,19 @@ def test_mask_positions_and_pairs_are_those_of_the_ancestor_walk(subtree_end):
     for window in (1, 2, 5, 1000):
         near = mask & (plan.position[:, None] - plan.position[None, :] < window).numpy()
         assert plan.count_pairs(window) == near.sum()
+
+
+@pytest.mark.parametrize("subtree_end", list(forests()))
+def test_a_window_begins_at_the_oldest_token_in_sight(subtree_end):
+    mask = cases.ancestor_mask(subtree_end)
+    plan = TreePlan.build(torch.from_numpy(subtree_end))
+    index = torch.arange(plan.num_tokens)
+    for window in (1, 2, 5, plan.num_tokens - 1):
+        first = work.first_visible(plan, window, 16)
+        assert first.dtype == torch.int32 and len(first) % 16 == 0 and not first[plan.num_tokens :].any()
+        seen = torch.from_numpy(mask) & (index >= first[: plan.num_tokens, None])
+        assert torch.equal(seen, reference.dense_mask(plan.subtree_end, window))
+    assert work.first_visible(plan, 0, 16).shape == (0,)
 
 
 @pytest.mark.parametrize("subtree_end", list(forests()))

@@ -122,7 +122,7 @@ def test_windows_that_hold_whole_tiles(window, dtype, poisoned_empty):
     """Some query tiles see a key tile in full, others in part; several heads, branches, a ragged last tile."""
     subtree_end = cases.random_subtree_end(150, 3, branch=0.02)
     plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
-    offsets = query_lists(plan, WIDE.dkv, window)[0]
+    offsets = query_lists(plan, WIDE.dkv, window)[1]
     sizes = offsets.diff().view(-1, 2)
     assert (sizes > 0).all(1).any() and subtree_end[1:].tolist() != [150] * 149
     d = 16 if dtype == torch.float32 else 64
@@ -214,9 +214,11 @@ def test_query_lists_against_brute_force(window, num_tokens):
     subtree_end = cases.random_subtree_end(num_tokens, 5, branch=0.05)
     plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
     tile = TileConfig(8, 8, 4, 1)
-    offsets, indices = (x.tolist() for x in query_lists(plan, tile, window))
+    order, offsets, indices = (x.tolist() for x in query_lists(plan, tile, window))
     mask = reference.dense_mask(plan.subtree_end, window).cpu()
     assert len(offsets) == 2 * -(-num_tokens // tile.block_n) + 1
+    lengths = [offsets[2 * i_n + 2] - offsets[2 * i_n] for i_n in order]
+    assert lengths == sorted(lengths, reverse=True) and sorted(order) == list(range(len(offsets) // 2))
     num_full = 0
     for i_n in range(len(offsets) // 2):
         full, partial = (indices[offsets[i] : offsets[i + 1]] for i in (2 * i_n, 2 * i_n + 1))
@@ -243,7 +245,7 @@ def test_query_gradients_by_atomics(d, poisoned_empty):
     delta, lse2 = torch.empty(2, 4, 80, device=DEVICE).unbind()
     delta_launch(dout, out, lse, delta, lse2).run()
     at = plan.tile_lists(WIDE.dkv.block_m, WIDE.dkv.block_n)
-    lists = [at.kv_max, at.kv_min, at.kv_order, *query_lists(plan, WIDE.dkv, 0), at.kv_max.new_empty((0, 4))]
+    lists = [at.kv_max, at.kv_min, *query_lists(plan, WIDE.dkv, 0), at.kv_max.new_empty((0, 4))]
     shared = dict(dout=dout, q=q, k=k, v=v, delta=delta, lse2=lse2, subtree_end=plan.subtree_end)
     shared |= dict(
         position=plan.position, scale=0.3, window=0, softcap=0.0, tma=tma_fits(arch_of(q.device), q, k, v, dout)

@@ -141,10 +141,10 @@ def _prepare(
     if chosen is Backend.TRITON and q.shape[0]:
         from . import triton
 
-        config = triton.config_for(q, k, v, window, softcap, sinks, scale)
+        config = triton.config_for(q, k, v, softcap, scale)
         tiles = triton.tile_tensors(plan, q, v, window, config)
     elif chosen is Backend.CUDA and q.shape[0] and _parse(backend) is Backend.CUDA:
-        tiles = _hopper_cuda_tiles(q, k, v, plan, window, softcap, sinks, scale)
+        tiles = _hopper_cuda_tiles(q, k, v, plan, window, softcap, scale)
     # only the operator's FLOP formula reads the pairs; under a window they are counted on the device
     num_pairs = 0 if chosen in (Backend.REFERENCE, Backend.GATHER) else plan.count_pairs(window)
     return _Call(chosen, scale, window, softcap, tiles, num_pairs)
@@ -157,13 +157,12 @@ def _hopper_cuda_tiles(
     plan: TreePlan,
     window: int,
     softcap: float,
-    sinks: Tensor | None,
     scale: float,
 ) -> list[Tensor]:
     """Tile lists of the CUDA kernels for Hopper where they serve; empty for the plain CUDA kernels, which need none."""
     from . import hopper_cuda
 
-    refusal = hopper_cuda.refusal(q, k, v, window, softcap, sinks, scale)
+    refusal = hopper_cuda.refusal(q, k, v, window, softcap, scale)
     if not torch.compiler.is_compiling():
         _announce(Backend.CUDA, q, hopper_cuda.NOTE if refusal is None else f"plain kernels: {refusal}")
     return hopper_cuda.tile_tensors(plan, k.shape[1]) if refusal is None else []
@@ -264,7 +263,7 @@ def _choose(
         if candidate is Backend.TRITON:
             from . import triton
 
-            why += f"; {triton.kernels_for(q, k, v, window, softcap, sinks, scale)}"
+            why += f"; {triton.kernels_for(q, k, v, softcap, scale)}"
         _announce(candidate, q, why)
     return candidate
 

@@ -1,6 +1,6 @@
 """What the kernels for Hopper (sm_90) serve, those in Triton and those in CUDA.
 
-That is what a training step of a full-attention model asks for; everything else goes to the plain kernels of each.
+That is what most training steps ask for; everything else goes to the plain kernels of each.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float, arch: int
-) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float, arch: int) -> str | None:
     """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words.
 
     ``arch`` is the compute capability, 90 for 9.0.
@@ -22,6 +20,7 @@ def refusal(
         return f"{q.dtype}"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128):
         return f"head dims {q.shape[-1]} and {v.shape[-1]}"
-    asked = [name for name, on in (("window", window), ("softcap", softcap), ("sinks", sinks is not None)) if on]
+    if softcap:
+        return "softcap"
     # the kernels take row maxima before scaling, and -inf * 0 is no score
-    return ", ".join(asked) or (None if scale > 0 else f"scale {scale}")
+    return None if scale > 0 else f"scale {scale}"

@@ -40,11 +40,9 @@ class _Tile:
 _FWD_TILE, _DQ_TILE, _DKV_TILE = _Tile(128, 128), _Tile(128, 64), _Tile(64, 128)
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
-) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float) -> str | None:
     """None where the kernels serve these arguments of ``tree_attention`` on q's GPU, else why not, in a few words."""
-    return hopper_refusal(q, k, v, window, softcap, sinks, scale, _arch_of(q.device))
+    return hopper_refusal(q, k, v, softcap, scale, _arch_of(q.device)) or ("window" if window else None)
 
 
 @torch.compiler.assume_constant_result

@@ -97,16 +97,39 @@ def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tens
 
 
 def query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
-    """[kv_offsets [2 NK + 1], kv_indices [nnz]] int32: the query tiles of each key tile under a window.
+    """[kv_order [NK], kv_offsets [2 NK + 1], kv_indices [nnz]] int32: the query tiles of each key tile under a window.
 
     Those of key tile n lie in kv_indices from kv_offsets[2n] on, those that see it in full first, the others from
-    kv_offsets[2n + 1] on; each class ascending. A query tile that reaches past T counts with the others. Both are empty
-    without a window, where the query tiles are ranges. Made once a plan.
+    kv_offsets[2n + 1] on; each class ascending. A query tile that reaches past T counts with the others. kv_order are
+    the key tiles, longest list first. Without a window the query tiles are ranges: kv_order is the plan's and the other
+    two are empty. Made once a plan.
     """
     if not window:
-        return [torch.empty(0, dtype=torch.int32, device=plan.device) for _ in range(2)]
+        nothing = [torch.empty(0, dtype=torch.int32, device=plan.device) for _ in range(2)]
+        return [plan.key_lists(tile.block_m, tile.block_n).kv_order, *nothing]
     key = ("dkv query lists", tile.block_m, tile.block_n, window)
     return _made_once(plan, key, lambda: _make_query_lists(plan, tile, window))
+
+
+def first_visible(plan: TreePlan, window: int, multiple: int) -> Tensor:
+    """The oldest token that each query sees under a window, int32, padded with zeros to a multiple; empty without one.
+
+    Along a path indices grow with positions, so that a window is one comparison of indices, and positions are not
+    needed. An ancestor at some depth is the last token of that depth before. O(T log T).
+
+    Example: subtree_end = [6 6 5 4 5 6], position = [0 1 2 3 3 2] and a window of 2 give [0 0 1 2 2 1].
+    """
+    if not window:
+        return torch.empty(0, dtype=torch.int32, device=plan.device)
+    num_tokens = plan.num_tokens
+    index = torch.arange(num_tokens, device=plan.device)
+    position = plan.position.long()
+    by_depth = torch.sort(position * num_tokens + index).values
+    depth = position - (window - 1)
+    found = torch.searchsorted(by_depth, depth * num_tokens + index, right=True) - 1
+    # who is less deep than the window sees all of a path, the tokens before which are no ancestors anyway
+    first = torch.where(depth > 0, by_depth[found.clamp(min=0)] % num_tokens, 0)
+    return F.pad(first.to(torch.int32), (0, -num_tokens % multiple))
 
 
 def _make_query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
@@ -122,4 +145,5 @@ def _make_query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
     offsets = torch.zeros(2 * num_kv + 1, dtype=torch.int64, device=device)
     torch.cumsum(torch.bincount(part, minlength=2 * num_kv), 0, out=offsets[1:])
     ordered = q_tile[torch.argsort(part * num_q + q_tile)]
-    return [x.to(torch.int32) for x in (offsets, ordered)]
+    order = torch.argsort(offsets[::2].diff(), descending=True, stable=True)
+    return [x.to(torch.int32) for x in (order, offsets, ordered)]

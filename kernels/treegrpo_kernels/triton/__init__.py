@@ -54,9 +54,7 @@ def refusal(
     return None
 
 
-def config_for(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
-) -> Config | HopperConfig:
+def config_for(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float) -> Config | HopperConfig:
     """The tiles for these arguments of ``tree_attention``: those of the Hopper kernels where they serve them."""
     from .common import arch_of, config
 
@@ -64,14 +62,12 @@ def config_for(
     if 90 <= arch < 100:
         from . import hopper
 
-        if hopper.refusal(q, k, v, window, softcap, sinks, scale, arch) is None:
+        if hopper.refusal(q, k, v, softcap, scale, arch) is None:
             return hopper.config(q.shape[-1])
     return config(q.shape[-1], v.shape[-1], q.dtype, arch)
 
 
-def kernels_for(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
-) -> str:
+def kernels_for(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float) -> str:
     """Which of the two families :func:`config_for` takes, for the log."""
     from .common import arch_of
 
@@ -80,7 +76,7 @@ def kernels_for(
         return "plain kernels"
     from . import hopper
 
-    why = hopper.refusal(q, k, v, window, softcap, sinks, scale, arch)
+    why = hopper.refusal(q, k, v, softcap, scale, arch)
     return "Hopper kernels" if why is None else f"plain kernels, for the Hopper ones do not serve {why}"
 
 
@@ -100,7 +96,7 @@ def tile_tensors(
     if config is not None and not isinstance(config, Config):
         from . import hopper
 
-        return hopper.tile_tensors(plan, config, v.shape[1])
+        return hopper.tile_tensors(plan, config, v.shape[1], window)
     config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
     tensors = []
     for tile in (config.fwd, config.dq):
@@ -108,7 +104,7 @@ def tile_tensors(
         tensors += [_shape_of(tile, q), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order]
     tile = config.dkv
     lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
-    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, lists.kv_order, *query_lists(plan, tile, window)]
+    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, *query_lists(plan, tile, window)]
     # a window bounds the work of every key tile
     tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, v.shape[1])
     return tensors
@@ -134,7 +130,7 @@ def attn_fwd(
     if len(tiles) != _DKV.stop:
         from . import hopper
 
-        return hopper.attn_fwd(q, k, v, tiles, scale)
+        return hopper.attn_fwd(q, k, v, sinks, tiles, scale)
     from .forward import forward as run
 
     tile, *lists = tiles[_FWD]

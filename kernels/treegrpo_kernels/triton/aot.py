@@ -132,7 +132,9 @@ def launches(
     }
 
 
-def hopper_launches(head_dim: int, dtype: torch.dtype, *, num_tokens: int = 256) -> dict[str, HopperLaunch]:
+def hopper_launches(
+    head_dim: int, dtype: torch.dtype, *, num_tokens: int = 256, window: int = 0, sinks: bool = False
+) -> dict[str, HopperLaunch]:
     """The launch records of the Hopper kernels with the tiles they are launched with; nothing is launched."""
     num_heads, num_kv_heads, scale = 8, 2, head_dim**-0.5
     plan = TreePlan.build(torch.full((num_tokens,), num_tokens))
@@ -141,12 +143,14 @@ def hopper_launches(head_dim: int, dtype: torch.dtype, *, num_tokens: int = 256)
     lse = torch.empty(num_tokens, num_heads)
     delta, lse2 = torch.empty(2, num_heads, hopper.LARGEST_TILE * -(-num_tokens // hopper.LARGEST_TILE)).unbind()
     tiles = hopper.config(head_dim)
-    lists = hopper.tile_tensors(plan, tiles, num_kv_heads)
+    lists = hopper.tile_tensors(plan, tiles, num_kv_heads, window)
     fwd, dq_lists, dkv = (lists[part][1:] for part in (hopper._FWD, hopper._DQ, hopper._DKV))
-    whole, items = dkv[:4], [*dkv[:2], torch.zeros(5, 4, dtype=torch.int32), dkv[3]]
+    whole = dkv[:-2]
+    items = [*dkv[:2], torch.zeros(5, 4, dtype=torch.int32), *dkv[3:-2]]
+    sink = torch.empty(num_heads) if sinks else None
     partials = hopper.new_partials(k, tiles.dkv, 4)
     return {
-        "hopper_fwd": hopper.fwd_launch(q, k, v, out, lse, tiles.fwd, fwd, scale),
+        "hopper_fwd": hopper.fwd_launch(q, k, v, sink, out, lse, tiles.fwd, fwd, scale),
         "hopper_dq": hopper.dq_launch(dout, q, k, v, dq, lse2, delta, tiles.dq, dq_lists, scale),
         "hopper_dkv": hopper.dkv_launch(dout, q, k, v, dk, dv, lse2, delta, tiles.dkv, whole, scale),
         "hopper_dkv_split": hopper.dkv_launch(dout, q, k, v, dk, dv, lse2, delta, tiles.dkv, items, scale, partials),
@@ -207,7 +211,7 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     if case.head_dim == 0:
         launch = head.launches(dtype, entropy=case.features == "cap", cap=options.get("softcap", 0.0))[case.kernel]
     elif specialised:
-        launch = hopper_launches(case.head_dim, dtype)[case.kernel]
+        launch = hopper_launches(case.head_dim, dtype, **options)[case.kernel]
     else:
         launch = launches(case.head_dim, case.head_dim, dtype, tiles, tma=tma, **options)[case.kernel]
     start = time.perf_counter()

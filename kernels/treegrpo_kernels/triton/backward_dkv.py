@@ -289,8 +289,8 @@ def dkv_launch(
 ) -> Launch:
     """The dK/dV launch.
 
-    ``lists`` are kv_max, kv_min, kv_order of the tile sizes in ``tile``, the two of :func:`work.query_lists`, and the
-    work items of :func:`work.work_items`. With ``partials`` (:func:`new_partials`) the items are the work, else whole
+    ``lists`` are kv_max and kv_min of the tile sizes in ``tile``, the three of :func:`work.query_lists`, and the work
+    items of :func:`work.work_items`. With ``partials`` (:func:`new_partials`) the items are the work, else whole
     key tiles. With ``dq``, contiguous [T, Hq, D] fp32 zeros, dQ / scale is added there by atomics: not deterministic.
     """
     args = backward_args(tile=tile, **shared)

@@ -1,7 +1,7 @@
 """The Hopper kernels as one unit: what they take, their tiles, forward and backward.
 
-They need sm_90 and serve what a training step of a full-attention model asks for: bf16 or fp16, head dim 64 or 128, no
-window, softcap or sinks. Everything else goes to the plain Triton kernels.
+They need sm_90 and serve what most training steps ask for: bf16 or fp16, head dim 64 or 128, windows and sinks.
+Everything else, softcap among it, goes to the plain Triton kernels.
 
 Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and key/value heads, D head dim.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # spans are read in whole key tiles, the largest of which this is
 LARGEST_TILE = 256
 _DENSE = torch.contiguous_format
-_FWD, _DQ, _DKV = slice(0, 6), slice(6, 12), slice(12, 19)
+_FWD, _DQ, _DKV = slice(0, 7), slice(7, 14), slice(14, 24)
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,9 @@ _CONFIGS = {
 }
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float, arch: int
-) -> str | None:
+def refusal(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float, arch: int) -> str | None:
     """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words."""
-    return unknown_release() or refused_arguments(q, k, v, window, softcap, sinks, scale, arch)
+    return unknown_release() or refused_arguments(q, k, v, softcap, scale, arch)
 
 
 def unknown_release() -> str | None:
@@ -75,43 +73,54 @@ def config(head_dim: int) -> HopperConfig:
     return _CONFIGS[head_dim]
 
 
-def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) -> list[Tensor]:
+def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window: int = 0) -> list[Tensor]:
     """The tile lists of the three kernels as one flat list, for :func:`attn_fwd` and :func:`attn_bwd`.
 
     Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile), and whose attribute
-    ``launches`` holds the launches prepared for the part.
+    ``launches`` holds the launches prepared for the part. ``window`` is 0 for none.
     """
-    # only parting depends on the heads
-    key = config, num_kv_heads if config.split else 0
+    # a window bounds the work of every key tile: none is parted; and only parting depends on the heads
+    parts = config.split and not window
+    key = config, num_kv_heads if parts else 0, window
     made = plan.derived.get(key)
     if made is None:
-        made = plan.derived[key] = _make_tile_tensors(plan, config, num_kv_heads)
+        made = plan.derived[key] = _make_tile_tensors(plan, config, num_kv_heads, window, parts)
     return made
 
 
-def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int) -> list[Tensor]:
-    span = work.span(plan, LARGEST_TILE)
+def _make_tile_tensors(
+    plan: TreePlan, config: HopperConfig, num_kv_heads: int, window: int, parts: bool
+) -> list[Tensor]:
+    span, first = work.span(plan, LARGEST_TILE), work.first_visible(plan, window, LARGEST_TILE)
     tensors = []
     for tile in (config.fwd, config.dq):
-        lists = plan.tile_lists(tile.block_m, tile.block_n)
-        tensors += [_shape_of(tile, span), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order, span]
-    lists = plan.key_lists(config.dkv.block_m, config.dkv.block_n)
-    tensors += [_shape_of(config.dkv, span), lists.kv_max, lists.kv_min, lists.kv_order, span]
+        lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
+        tensors += [_shape_of(tile, span), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order, span, first]
+    tile = config.dkv
+    lists = plan.key_lists(tile.block_m, tile.block_n)
+    kv_order, *places = work.query_lists(plan, tile, window)
+    tensors += [_shape_of(tile, span), lists.kv_max, lists.kv_min, kv_order, span, first, *places]
     nothing = [span.new_empty((0, n)) for n in (4, 3)]
-    return tensors + (work.work_items(plan, config.dkv, num_kv_heads) if config.split else nothing)
+    return tensors + (work.work_items(plan, tile, num_kv_heads) if parts else nothing)
 
 
-def attn_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """q [T,Hq,D], k and v [T,Hkv,D] -> out [T,Hq,D] in q's dtype, lse [T,Hq] fp32 (natural log)."""
+def attn_fwd(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, tiles: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """q [T,Hq,D], k and v [T,Hkv,D], sinks [Hq] or None -> out [T,Hq,D] in q's dtype, lse [T,Hq] fp32 (natural log)."""
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
     q, k, v = _packed(q), _packed(k), _packed(v)
+    names, tensors = ("q_desc", "k_desc", "v_desc", "out_desc", "lse"), (q, k, v, out, lse)
+    if sinks is not None:
+        sinks = sinks if sinks.is_contiguous() and sinks.data_ptr() % 16 == 0 else sinks.clone(memory_format=_DENSE)
+        names, tensors = (*names, "sinks"), (*tensors, sinks)
 
     def make() -> HopperLaunch:
         tile, *lists = tiles[_FWD]
-        return fwd_launch(q, k, v, out, lse, _tile_of(tile), lists, scale)
+        return fwd_launch(q, k, v, sinks, out, lse, _tile_of(tile), lists, scale)
 
-    names = ("q_desc", "k_desc", "v_desc", "out_desc", "lse")
-    _launch(tiles[_FWD.start], (q.shape, k.shape, q.dtype, scale), make, names, (q, k, v, out, lse))
+    key = q.shape, k.shape, q.dtype, scale, None if sinks is None else sinks.dtype
+    _launch(tiles[_FWD.start], key, make, names, tensors)
     return out, lse
 
 
@@ -132,7 +141,7 @@ def attn_bwd(
         tile, *lists = tiles[_DQ]
         return dq_launch(dout, q, k, v, dq, lse2, delta, _tile_of(tile), lists, scale)
 
-    tile, kv_max, kv_min, kv_order, span, items, parted = tiles[_DKV]
+    tile, kv_max, kv_min, kv_order, *rest, items, parted = tiles[_DKV]
     num_parted = parted.shape[0]
     partials = []
     if num_parted:
@@ -141,7 +150,7 @@ def attn_bwd(
         partials = new_partials(k, _tile_of(tile), items.shape[0] - num_whole)
 
     def make_dkv() -> HopperLaunch:
-        lists = [kv_max, kv_min, items if partials else kv_order, span]
+        lists = [kv_max, kv_min, items if partials else kv_order, *rest]
         return dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(tile), lists, scale, partials or None)
 
     def make_sum() -> Launch:

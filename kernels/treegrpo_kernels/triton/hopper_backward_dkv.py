@@ -6,8 +6,8 @@
 A program is one key tile of one key/value head, or with SPLIT a piece of its query range (work.py): few key/value
 heads leave too few programs to even out a root's long ranges. Each consumer owns 64 of the keys and keeps their dK and
 dV in registers. Programs run longest query range first. The query rows that see a key tile are one contiguous range, so
-nothing is looked up: the producer counts through the range once for every query head of the group and streams Q, dO,
-lse and delta through a ring. Scores are held transposed, [keys, queries], as operands of the next product. Sums run in
+nothing is looked up (but under a window, which cuts it): the producer counts through the range once for every query head
+of the group and streams Q, dO, lse and delta through a ring. Scores are held transposed, [keys, queries], as operands of the next product. Sums run in
 a fixed order: the same inputs give the same bits.
 
 Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and key/value heads, D head dim, BM query rows
@@ -45,8 +45,20 @@ def _bounds(i_n, kv_max, kv_min, num_tokens, BM: gl.constexpr, BN: gl.constexpr)
 
 
 @gluon.jit
-def _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM: gl.constexpr, BN: gl.constexpr, SPLIT: gl.constexpr):
-    """This program's key tile and head, and the bounds of its query tiles.
+def _work(
+    kv_max,
+    kv_min,
+    work,
+    kv_offsets,
+    num_tokens,
+    num_kv_heads,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    SPLIT: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+):
+    """This program's key tile and head, and the bounds of its query tiles; under a window these are places in the key
+    tile's list, [lo, a) empty.
 
     ``work`` are the items of work.work_items, or without SPLIT key tiles in order.
     """
@@ -62,7 +74,13 @@ def _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM: gl.constexpr, BN: 
         b = gl.minimum(gl.maximum(b, a), hi)
     else:
         i_n = gl.load(work + program // num_kv_heads)
-        lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+        if HAS_WINDOW:
+            lo = gl.load(kv_offsets + 2 * i_n)
+            a = lo
+            b = gl.load(kv_offsets + 2 * i_n + 1)
+            hi = gl.load(kv_offsets + 2 * i_n + 2)
+        else:
+            lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
     return i_n, i_kv, lo, a, b, hi
 
 
@@ -77,6 +95,7 @@ def _step(
     s_lse,
     s_delta,
     s_row,
+    s_first,
     bars_q,
     bars_q_free,
     ring,
@@ -85,6 +104,7 @@ def _step(
     qk_scale,
     BM: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
     S_LAYOUT: gl.constexpr,
     P_LAYOUT: gl.constexpr,
     MASKED: gl.constexpr,
@@ -102,7 +122,11 @@ def _step(
     b_p = gl.exp2(b_s * qk_scale - b_lse[None, :])
     if MASKED:
         o_q = s_row.index(slot).load(COLUMN)
-        b_p = gl.where(visible(o_q[None, :], o_k[:, None], b_span[:, None]), b_p, 0.0)
+        b_first = o_q
+        if HAS_WINDOW:
+            b_first = s_first.index(slot).load(COLUMN)
+        m_seen = visible(o_q[None, :], o_k[:, None], b_span[:, None], b_first[None, :], HAS_WINDOW)
+        b_p = gl.where(m_seen, b_p, 0.0)
     b_p16 = gl.convert_layout(b_p.to(s_q.dtype), P_LAYOUT, assert_trivial=True)
     b_dv = warpgroup_mma(b_p16, s_dout.index(slot), b_dv, is_async=True)
     b_delta = s_delta.index(slot).load(COLUMN)
@@ -125,6 +149,7 @@ def _consumer(
     s_lse,
     s_delta,
     s_row,
+    s_first,
     bars,
     dk_desc,
     dv_desc,
@@ -134,6 +159,7 @@ def _consumer(
     kv_max,
     kv_min,
     work,
+    kv_offsets,
     num_tokens,
     num_kv_heads,
     scale,
@@ -144,6 +170,7 @@ def _consumer(
     D: gl.constexpr,
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
 ):
     """64 keys of a key tile."""
     bars_kv, bars_q, bars_q_free = bars
@@ -155,7 +182,9 @@ def _consumer(
     s_k_own = s_k.index(I_WG)
     s_v_own = s_v.index(I_WG)
     ring = 0
-    i_n, i_kv, lo, a, b, hi = _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM, BN, SPLIT)
+    i_n, i_kv, lo, a, b, hi = _work(
+        kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, BM, BN, SPLIT, HAS_WINDOW
+    )
     o_k = i_n * BN + o_row
     b_span = gl.load(span + o_k)
     b_dk = gl.zeros([ROWS, D], gl.float32, layout=O_LAYOUT)
@@ -164,14 +193,14 @@ def _consumer(
     # fmt: off
     for _ in range(GROUP * (b - a)):
         b_dk, b_dv = _step(
-            b_dk, b_dv, s_k_own, s_v_own, s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, ring, o_k,
-            b_span, qk_scale, BM, STAGES, S_LAYOUT, P_LAYOUT, False,
+            b_dk, b_dv, s_k_own, s_v_own, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, ring,
+            o_k, b_span, qk_scale, BM, STAGES, HAS_WINDOW, S_LAYOUT, P_LAYOUT, False,
         )
         ring += 1
     for _ in range(GROUP * (a - lo + hi - b)):
         b_dk, b_dv = _step(
-            b_dk, b_dv, s_k_own, s_v_own, s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, ring, o_k,
-            b_span, qk_scale, BM, STAGES, S_LAYOUT, P_LAYOUT, True,
+            b_dk, b_dv, s_k_own, s_v_own, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, ring,
+            o_k, b_span, qk_scale, BM, STAGES, HAS_WINDOW, S_LAYOUT, P_LAYOUT, True,
         )
         ring += 1
     # fmt: on
@@ -216,12 +245,15 @@ def _fill(
     s_lse,
     s_delta,
     s_row,
+    s_first,
     bars_q,
     bars_q_free,
     q_desc,
     dout_desc,
     lse2,
     delta,
+    first,
+    kv_indices,
     i_m,
     i_h,
     num_padded,
@@ -229,8 +261,11 @@ def _fill(
     BM: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
 ):
     """One query tile of one head into the ring."""
+    if HAS_WINDOW:
+        i_m = gl.load(kv_indices + i_m)
     o_row = gl.arange(0, BM, layout=gl.BlockedLayout([BM // 32], [32], [1], [0]))
     p_row = i_h.to(gl.int64) * num_padded + i_m * BM + o_row
     b_lse = gl.load(lse2 + p_row)
@@ -243,6 +278,8 @@ def _fill(
     s_lse.index(slot).store(b_lse)
     s_delta.index(slot).store(b_delta)
     s_row.index(slot).store(i_m * BM + o_row)
+    if HAS_WINDOW:
+        s_first.index(slot).store(gl.load(first + i_m * BM + o_row))
     mbarrier.arrive(bars_q.index(slot), count=1)
 
 
@@ -255,6 +292,7 @@ def _producer(
     s_lse,
     s_delta,
     s_row,
+    s_first,
     bars,
     q_desc,
     k_desc,
@@ -262,9 +300,12 @@ def _producer(
     dout_desc,
     lse2,
     delta,
+    first,
     kv_max,
     kv_min,
     work,
+    kv_offsets,
+    kv_indices,
     num_tokens,
     num_padded,
     num_kv_heads,
@@ -274,12 +315,15 @@ def _producer(
     D: gl.constexpr,
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
 ):
     """Streams K, V and the query tiles that see them, in the order in which the consumers read."""
     bars_kv, bars_q, bars_q_free = bars
     ROWS: gl.constexpr = BN // 2
     ring = 0
-    i_n, i_kv, lo, a, b, hi = _work(kv_max, kv_min, work, num_tokens, num_kv_heads, BM, BN, SPLIT)
+    i_n, i_kv, lo, a, b, hi = _work(
+        kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, BM, BN, SPLIT, HAS_WINDOW
+    )
     for i_wg in gl.static_range(2):
         bar = bars_kv.index(i_wg)
         mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -288,14 +332,14 @@ def _producer(
     # fmt: off
     for i_g in range(GROUP):
         for i_m in range(a, b):
-            _fill(s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta, i_m,
-                  i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES)
+            _fill(s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta,
+                  first, kv_indices, i_m, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
             ring += 1
     for i_g in range(GROUP):
         i_m = gl.where(lo == a, b, lo)
         for _ in range(a - lo + hi - b):
-            _fill(s_q, s_dout, s_lse, s_delta, s_row, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta, i_m,
-                  i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES)
+            _fill(s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta,
+                  first, kv_indices, i_m, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
             ring += 1
             i_m = _next_partial(i_m, lo, a, b, hi)
     # fmt: on
@@ -314,9 +358,12 @@ def tree_attention_bwd_dkv_hopper_kernel(
     lse2,
     delta,
     span,
+    first,
     kv_max,
     kv_min,
     work,
+    kv_offsets,
+    kv_indices,
     num_tokens,
     num_padded,
     num_kv_heads,
@@ -328,6 +375,7 @@ def tree_attention_bwd_dkv_hopper_kernel(
     D: gl.constexpr,
     STAGES: gl.constexpr,
     SPLIT: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
 ):
@@ -341,6 +389,9 @@ def tree_attention_bwd_dkv_hopper_kernel(
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROW)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROW)
     s_row = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROW)
+    s_first = s_row
+    if HAS_WINDOW:
+        s_first = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROW)
     bars_kv = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
     bars_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -354,15 +405,15 @@ def tree_attention_bwd_dkv_hopper_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consumer, (0, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, partial_dk,
-                         partial_dv, span, kv_max, kv_min, work, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM,
-                         BN, D, STAGES, SPLIT)),
-            (_consumer, (1, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, dk_desc, dv_desc, partial_dk,
-                         partial_dv, span, kv_max, kv_min, work, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM,
-                         BN, D, STAGES, SPLIT)),
-            (_producer, (s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, bars, q_desc, k_desc, v_desc, dout_desc, lse2,
-                         delta, kv_max, kv_min, work, num_tokens, num_padded, num_kv_heads, GROUP, BM, BN, D, STAGES,
-                         SPLIT)),
+            (_consumer, (0, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars, dk_desc, dv_desc, partial_dk,
+                         partial_dv, span, kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, scale, qk_scale,
+                         GROUP, BM, BN, D, STAGES, SPLIT, HAS_WINDOW)),
+            (_consumer, (1, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars, dk_desc, dv_desc, partial_dk,
+                         partial_dv, span, kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, scale, qk_scale,
+                         GROUP, BM, BN, D, STAGES, SPLIT, HAS_WINDOW)),
+            (_producer, (s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars, q_desc, k_desc, v_desc,
+                         dout_desc, lse2, delta, first, kv_max, kv_min, work, kv_offsets, kv_indices, num_tokens,
+                         num_padded, num_kv_heads, GROUP, BM, BN, D, STAGES, SPLIT, HAS_WINDOW)),
         ],
         [4, 1],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -384,15 +435,16 @@ def dkv_launch(
     scale: float,
     partials: list[Tensor] | None = None,
 ) -> HopperLaunch:
-    """The dK/dV launch; ``lists`` are kv_max, kv_min, work, span; lse2 (base 2) and delta are [Hq, Tp].
+    """The dK/dV launch; lse2 (base 2) and delta are [Hq, Tp].
 
+    ``lists`` are kv_max, kv_min, work, span, first, kv_offsets, kv_indices, the last three empty without a window.
     ``work`` are key tiles in order, or with ``partials`` (:func:`new_partials`) the items of work.work_items.
     """
     num_tokens, num_kv_heads, head_dim = k.shape
     rows = tile.block_n // 2
     partial_dk, partial_dv = partials or (None, None)
     args = dict(
-        zip(("kv_max", "kv_min", "work", "span"), lists, strict=True),
+        zip(("kv_max", "kv_min", "work", "span", "first", "kv_offsets", "kv_indices"), lists, strict=True),
         q_desc=descriptor(q, tile.block_m),
         k_desc=descriptor(k, rows),
         v_desc=descriptor(v, rows),
@@ -414,6 +466,7 @@ def dkv_launch(
         D=head_dim,
         STAGES=tile.num_stages,
         SPLIT=partials is not None,
+        HAS_WINDOW=lists[4].shape[0] > 0,
         CONSUMER_REGS=tile.consumer_regs,
         PRODUCER_REGS=tile.producer_regs,
     )

@@ -44,11 +44,13 @@ def _step(
     n0,
     ring,
     o_q,
+    b_first,
     b_lse,
     b_delta,
     qk_scale,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
     S_LAYOUT: gl.constexpr,
     P_LAYOUT: gl.constexpr,
     MASKED: gl.constexpr,
@@ -70,7 +72,8 @@ def _step(
     b_s = warpgroup_mma_wait(2, deps=[b_s])
     b_p = gl.exp2(b_s * qk_scale - b_lse[:, None])
     if MASKED:
-        b_p = gl.where(visible(o_q[:, None], o_k[None, :], b_span[None, :]), b_p, 0.0)
+        m_seen = visible(o_q[:, None], o_k[None, :], b_span[None, :], b_first[:, None], HAS_WINDOW)
+        b_p = gl.where(m_seen, b_p, 0.0)
     b_dp = warpgroup_mma_wait(1, deps=[b_dp])
     mbarrier.arrive(bars_v_free.index(slot), count=1)
     b_ds32 = b_p * (b_dp - b_delta[:, None])
@@ -93,6 +96,7 @@ def _consumer(
     lse2,
     delta,
     span,
+    first,
     q_offsets,
     q_indices,
     q_full,
@@ -106,6 +110,7 @@ def _consumer(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
 ):
     """64 query rows of every work item of this program."""
     bars_q, bars_q_free, bars_k, bars_k_free, bars_v, bars_v_free = bars
@@ -125,6 +130,9 @@ def _consumer(
         hi = gl.load(q_offsets + i_m + 1)
         mid = lo + gl.load(q_full + i_m)
         o_q = i_m * BM + o_row
+        b_first = o_q
+        if HAS_WINDOW:
+            b_first = gl.load(first + o_q)
         p_row = i_h.to(gl.int64) * num_padded + o_q
         b_lse = gl.load(lse2 + p_row)
         b_delta = gl.load(delta + p_row)
@@ -144,7 +152,8 @@ def _consumer(
         b_s, b_dp = warpgroup_mma_wait(0, deps=[b_s, b_dp])
         mbarrier.arrive(bars_v_free.index(slot), count=1)
         b_p = gl.exp2(b_s * qk_scale - b_lse[:, None])
-        b_p = gl.where(visible(o_q[:, None], o_k[None, :], b_span[None, :]), b_p, 0.0)
+        m_seen = visible(o_q[:, None], o_k[None, :], b_span[None, :], b_first[:, None], HAS_WINDOW)
+        b_p = gl.where(m_seen, b_p, 0.0)
         b_ds32 = b_p * (b_dp - b_delta[:, None])
         b_ds = gl.convert_layout(b_ds32.to(s_k.dtype), P_LAYOUT, assert_trivial=True)
         ring += 1
@@ -153,14 +162,14 @@ def _consumer(
             n0_next = gl.load(q_indices + gl.minimum(e + 1, hi - 1)) * BN
             b_dq, b_ds = _step(
                 b_dq, b_ds, s_q_own, s_dout_own, s_k, s_v, bars_k, bars_v, bars_k_free, bars_v_free, span, n0, ring,
-                o_q, b_lse, b_delta, qk_scale, BN, STAGES, S_LAYOUT, P_LAYOUT, True,
+                o_q, b_first, b_lse, b_delta, qk_scale, BN, STAGES, HAS_WINDOW, S_LAYOUT, P_LAYOUT, True,
             )
             n0 = n0_next
             ring += 1
         for _ in range(lo, mid):
             b_dq, b_ds = _step(
                 b_dq, b_ds, s_q_own, s_dout_own, s_k, s_v, bars_k, bars_v, bars_k_free, bars_v_free, span, n0, ring,
-                o_q, b_lse, b_delta, qk_scale, BN, STAGES, S_LAYOUT, P_LAYOUT, False,
+                o_q, b_first, b_lse, b_delta, qk_scale, BN, STAGES, HAS_WINDOW, S_LAYOUT, P_LAYOUT, False,
             )
             ring += 1
         # fmt: on
@@ -242,6 +251,7 @@ def tree_attention_bwd_dq_hopper_kernel(
     lse2,
     delta,
     span,
+    first,
     q_offsets,
     q_indices,
     q_full,
@@ -256,6 +266,7 @@ def tree_attention_bwd_dq_hopper_kernel(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
 ):
@@ -285,10 +296,12 @@ def tree_attention_bwd_dq_hopper_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consumer, (0, s_q, s_dout, s_k, s_v, bars, dq_desc, lse2, delta, span, q_offsets, q_indices, q_full,
-                         q_order, num_padded, num_heads, num_work, scale, qk_scale, BM, BN, D, STAGES)),
-            (_consumer, (1, s_q, s_dout, s_k, s_v, bars, dq_desc, lse2, delta, span, q_offsets, q_indices, q_full,
-                         q_order, num_padded, num_heads, num_work, scale, qk_scale, BM, BN, D, STAGES)),
+            (_consumer, (0, s_q, s_dout, s_k, s_v, bars, dq_desc, lse2, delta, span, first, q_offsets, q_indices,
+                         q_full, q_order, num_padded, num_heads, num_work, scale, qk_scale, BM, BN, D, STAGES,
+                         HAS_WINDOW)),
+            (_consumer, (1, s_q, s_dout, s_k, s_v, bars, dq_desc, lse2, delta, span, first, q_offsets, q_indices,
+                         q_full, q_order, num_padded, num_heads, num_work, scale, qk_scale, BM, BN, D, STAGES,
+                         HAS_WINDOW)),
             (_producer, (s_q, s_dout, s_k, s_v, bars, q_desc, dout_desc, k_desc, v_desc, q_offsets, q_indices, q_full,
                          q_order, num_heads, num_work, GROUP, BM, BN, D, STAGES)),
         ],
@@ -315,7 +328,7 @@ def dq_launch(
     rows = tile.block_m // 2
     num_work = cdiv(num_tokens, tile.block_m) * num_heads
     args = dict(
-        zip(("q_offsets", "q_indices", "q_full", "q_order", "span"), lists, strict=True),
+        zip(("q_offsets", "q_indices", "q_full", "q_order", "span", "first"), lists, strict=True),
         q_desc=descriptor(q, rows),
         dout_desc=descriptor(dout, rows),
         k_desc=descriptor(k, tile.block_n),
@@ -333,6 +346,7 @@ def dq_launch(
         BN=tile.block_n,
         D=head_dim,
         STAGES=tile.num_stages,
+        HAS_WINDOW=lists[-1].shape[0] > 0,
         CONSUMER_REGS=tile.consumer_regs,
         PRODUCER_REGS=tile.producer_regs,
     )

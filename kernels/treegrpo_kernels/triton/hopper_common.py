@@ -96,6 +96,10 @@ def work_of(item):
 
 
 @gluon.jit
-def visible(o_q, o_k, b_span):
-    """Key j is visible to query i iff j <= i < end[j]: iff i - j, as unsigned, is below span[j] = end[j] - j."""
-    return (o_q - o_k).to(gl.uint32, bitcast=True) < b_span.to(gl.uint32, bitcast=True)
+def visible(o_q, o_k, b_span, b_first, HAS_WINDOW: gl.constexpr):
+    """Key j is visible to query i iff j <= i < end[j]: iff i - j, as unsigned, is below span[j] = end[j] - j. A window
+    also asks that j be no older than first[i]: along a path indices grow with positions."""
+    m_seen = (o_q - o_k).to(gl.uint32, bitcast=True) < b_span.to(gl.uint32, bitcast=True)
+    if HAS_WINDOW:
+        m_seen = m_seen & (o_k >= b_first)
+    return m_seen

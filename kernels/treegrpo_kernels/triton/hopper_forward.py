@@ -1,6 +1,6 @@
 """Forward for Hopper (sm_90): one producer warp and two consumer warpgroups, written in Gluon.
 
-    s_ij = q_i . k_j * scale      m_i = max_j s_ij      l_i = sum_j exp(s_ij - m_i)
+    s_ij = q_i . k_j * scale      m_i = max_j s_ij      l_i = sum_j exp(s_ij - m_i) (+ exp(sink - m_i))
     out_i = sum_j exp(s_ij - m_i) v_j / l_i             lse_i = m_i + log l_i
 
 The producer streams the key tiles of each query tile's CSR list through a ring in shared memory by TMA; each consumer
@@ -33,10 +33,13 @@ NEG_INF = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
-def _softmax(b_s, b_m, b_l, o_q, o_k, b_span, qk_scale, MASKED: gl.constexpr):
+def _softmax(
+    b_s, b_m, b_l, o_q, o_k, b_span, b_first, qk_scale, HAS_WINDOW: gl.constexpr, MASKED: gl.constexpr
+):
     """One online-softmax step on a tile's raw scores: (probabilities, alpha, row sums, row maxima), base 2."""
     if MASKED:
-        b_s = gl.where(visible(o_q[:, None], o_k[None, :], b_span[None, :]), b_s, NEG_INF)
+        m_seen = visible(o_q[:, None], o_k[None, :], b_span[None, :], b_first[:, None], HAS_WINDOW)
+        b_s = gl.where(m_seen, b_s, NEG_INF)
     b_m_new = gl.maximum(b_m, gl.max(b_s, 1) * qk_scale)
     b_shift = b_m_new
     if MASKED:
@@ -65,9 +68,11 @@ def _step(
     n0,
     ring,
     o_q,
+    b_first,
     qk_scale,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
     S_LAYOUT: gl.constexpr,
     P_LAYOUT: gl.constexpr,
     MASKED: gl.constexpr,
@@ -86,7 +91,7 @@ def _step(
     b_acc = warpgroup_mma(b_p, s_v.index(last), b_acc, is_async=True)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     mbarrier.arrive(bars_k_free.index(slot), count=1)
-    b_p32, b_alpha, b_l, b_m = _softmax(b_s, b_m, b_l, o_q, o_k, b_span, qk_scale, MASKED)
+    b_p32, b_alpha, b_l, b_m = _softmax(b_s, b_m, b_l, o_q, o_k, b_span, b_first, qk_scale, HAS_WINDOW, MASKED)
     # passes at once; its branch keeps ptxas from moving the next wait above the softmax, which would leave the
     # tensor cores idle meanwhile
     mbarrier.wait(bars_v.index(last), ((ring - 1) // STAGES) & 1)
@@ -106,7 +111,9 @@ def _consumer(
     bars,
     out_desc,
     lse,
+    sinks,
     span,
+    first,
     q_offsets,
     q_indices,
     q_full,
@@ -119,6 +126,7 @@ def _consumer(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
 ):
     """64 query rows of every work item of this program."""
     bars_q, bars_q_free, bars_k, bars_k_free, bars_v, bars_v_free = bars
@@ -139,6 +147,9 @@ def _consumer(
         hi = gl.load(q_offsets + i_m + 1)
         mid = lo + gl.load(q_full + i_m)
         o_q = i_m * BM + o_row
+        b_first = o_q
+        if HAS_WINDOW:
+            b_first = gl.load(first + o_q)
 
         b_acc = gl.zeros([ROWS, D], gl.float32, layout=O_LAYOUT)
         b_l = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
@@ -158,21 +169,21 @@ def _consumer(
         # the last item's result has left its buffer by now
         tma.store_wait(0)
         mbarrier.arrive(bars_q_free.index(((item + 1) % 2) * 2 + I_WG), count=1, pred=item > 0)
-        b_p32, _, b_l, b_m = _softmax(b_s, b_m, b_l, o_q, o_k, b_span, qk_scale, True)
+        b_p32, _, b_l, b_m = _softmax(b_s, b_m, b_l, o_q, o_k, b_span, b_first, qk_scale, HAS_WINDOW, True)
         b_p = gl.convert_layout(b_p32.to(s_v.dtype), P_LAYOUT, assert_trivial=True)
         ring += 1
         # fmt: off
         for e in range(mid + 1, hi):
             b_acc, b_p, b_l, b_m = _step(
                 b_acc, b_p, b_l, b_m, s_own, s_k, s_v, bars_k, bars_v, bars_k_free, bars_v_free, span, n0, ring, o_q,
-                qk_scale, BN, STAGES, S_LAYOUT, P_LAYOUT, True,
+                b_first, qk_scale, BN, STAGES, HAS_WINDOW, S_LAYOUT, P_LAYOUT, True,
             )
             n0 = gl.load(q_indices + gl.minimum(e + 1, hi - 1)) * BN
             ring += 1
         for _ in range(lo, mid):
             b_acc, b_p, b_l, b_m = _step(
                 b_acc, b_p, b_l, b_m, s_own, s_k, s_v, bars_k, bars_v, bars_k_free, bars_v_free, span, n0, ring, o_q,
-                qk_scale, BN, STAGES, S_LAYOUT, P_LAYOUT, False,
+                b_first, qk_scale, BN, STAGES, HAS_WINDOW, S_LAYOUT, P_LAYOUT, False,
             )
             ring += 1
         # fmt: on
@@ -182,9 +193,16 @@ def _consumer(
         b_acc = warpgroup_mma_wait(0, deps=[b_acc])
         mbarrier.arrive(bars_v_free.index(last), count=1)
 
+        b_alpha = gl.full([ROWS], 1.0, gl.float32, layout=gl.SliceLayout(1, S_LAYOUT))
+        if sinks is not None:
+            b_sink = gl.load(sinks + i_h).to(gl.float32) / LN2
+            b_m_new = gl.maximum(b_m, b_sink)
+            b_alpha = gl.exp2(b_m - b_m_new)
+            b_l = b_l * b_alpha + gl.exp2(b_sink - b_m_new)
+            b_m = b_m_new
         # rows past T met no key
         b_l = gl.where(b_l == 0.0, 1.0, b_l)
-        b_r = gl.convert_layout(1.0 / b_l, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
+        b_r = gl.convert_layout(b_alpha / b_l, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)
         s_own.store((b_acc * b_r[:, None]).to(s_v.dtype))
         fence_async_shared()
         store_box(out_desc, [i_m * BM + I_WG * ROWS, i_h * D], s_own)
@@ -253,7 +271,9 @@ def tree_attention_fwd_hopper_kernel(
     v_desc,
     out_desc,
     lse,
+    sinks,
     span,
+    first,
     q_offsets,
     q_indices,
     q_full,
@@ -267,6 +287,7 @@ def tree_attention_fwd_hopper_kernel(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
 ):
@@ -295,10 +316,10 @@ def tree_attention_fwd_hopper_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consumer, (0, s_q, s_k, s_v, bars, out_desc, lse, span, q_offsets, q_indices, q_full, q_order,
-                         num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES)),
-            (_consumer, (1, s_q, s_k, s_v, bars, out_desc, lse, span, q_offsets, q_indices, q_full, q_order,
-                         num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES)),
+            (_consumer, (0, s_q, s_k, s_v, bars, out_desc, lse, sinks, span, first, q_offsets, q_indices, q_full,
+                         q_order, num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES, HAS_WINDOW)),
+            (_consumer, (1, s_q, s_k, s_v, bars, out_desc, lse, sinks, span, first, q_offsets, q_indices, q_full,
+                         q_order, num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES, HAS_WINDOW)),
             (_producer, (s_q, s_k, s_v, bars, q_desc, k_desc, v_desc, q_offsets, q_indices, q_full, q_order,
                          num_heads, num_work, GROUP, BM, BN, D, STAGES)),
         ],
@@ -312,23 +333,26 @@ def fwd_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
     tile: HopperTile,
     lists: list[Tensor],
     scale: float,
 ) -> HopperLaunch:
-    """The forward launch; ``lists`` are q_offsets, q_indices, q_full, q_order, span of the tile sizes in ``tile``."""
+    """The forward launch; ``lists`` are q_offsets, q_indices, q_full, q_order, span, first of the tile sizes in
+    ``tile``, first empty without a window."""
     num_tokens, num_heads, head_dim = q.shape
     rows = tile.block_m // 2
     num_work = cdiv(num_tokens, tile.block_m) * num_heads
     args = dict(
-        zip(("q_offsets", "q_indices", "q_full", "q_order", "span"), lists, strict=True),
+        zip(("q_offsets", "q_indices", "q_full", "q_order", "span", "first"), lists, strict=True),
         q_desc=descriptor(q, rows),
         k_desc=descriptor(k, tile.block_n),
         v_desc=descriptor(v, tile.block_n),
         out_desc=descriptor(out, rows),
         lse=lse,
+        sinks=sinks,
         num_tokens=num_tokens,
         num_heads=num_heads,
         num_work=num_work,
@@ -338,6 +362,7 @@ def fwd_launch(
         BN=tile.block_n,
         D=head_dim,
         STAGES=tile.num_stages,
+        HAS_WINDOW=lists[-1].shape[0] > 0,
         CONSUMER_REGS=tile.consumer_regs,
         PRODUCER_REGS=tile.producer_regs,
     )
