@@ -20,10 +20,11 @@ from torch import Tensor
 import treegrpo_kernels as tk
 from treegrpo_kernels.plan import TileLists
 from treegrpo_kernels.triton.backward import delta_launch, dq_launch
-from treegrpo_kernels.triton.backward_dkv import dkv_launch, dkv_launches
+from treegrpo_kernels.triton.backward_dkv import dkv_launch, new_partials
 from treegrpo_kernels.triton.common import TileConfig
 from treegrpo_kernels.triton.forward import fwd_launch
-from treegrpo_kernels.work import first_visible, query_lists, span, work_items
+from treegrpo_kernels.triton.split import sum_launch
+from treegrpo_kernels.work import first_visible, num_slots, query_lists, span, work_items
 
 # every query tile tried divides it
 ROW_MULTIPLE = 256
@@ -199,8 +200,10 @@ def _dkv_split(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
         lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0)]
-        lists += work_items(problem.plan, tile, t["k"].shape[1])
-        return dkv_launches(t["dk"], t["dv"], tile, lists, **_shared(problem, tma))
+        items, parted = work_items(problem.plan, tile, t["k"].shape[1])
+        partials = new_partials(t["dk"], t["dv"], tile, num_slots(problem.plan.num_tokens, tile.block_n, items, parted))
+        split = dkv_launch(t["dk"], t["dv"], tile, [*lists, items], partials, **_shared(problem, tma))
+        return [split, sum_launch(*partials, parted, t["dk"], t["dv"], problem.scale)]
 
     return build
 

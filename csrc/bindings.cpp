@@ -122,8 +122,8 @@ STABLE_TORCH_LIBRARY(treegrpo_native, m) {
       " float scale, int window, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)");
   // Hopper; tile lists as in treegrpo_kernels/hopper_cuda.py
   m.def(
-      "sm90_fwd(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor full, Tensor order, Tensor least,"
-      " Tensor most, Tensor span, float scale) -> (Tensor out, Tensor lse)");
+      "sm90_fwd(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor offsets, Tensor indices, Tensor full, Tensor order,"
+      " Tensor least, Tensor most, Tensor span, float scale) -> (Tensor out, Tensor lse)");
   m.def(
       "sm90_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor offsets, Tensor indices,"
       " Tensor full, Tensor order, Tensor least, Tensor most, Tensor half_least, Tensor half_most, Tensor items, Tensor parted,"

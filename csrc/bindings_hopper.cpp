@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -80,16 +81,21 @@ const int32_t* integers(const Tensor& q, const Tensor& x) {
   return x.const_data_ptr<int32_t>();
 }
 
-std::tuple<Tensor, Tensor> sm90_fwd(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor full, Tensor order,
-                                    Tensor least, Tensor most, Tensor span, double scale) {
+std::tuple<Tensor, Tensor> sm90_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> sinks, Tensor offsets, Tensor indices,
+                                    Tensor full, Tensor order, Tensor least, Tensor most, Tensor span, double scale) {
   check_device(q, {&q, &k, &v});
   const Shape shape = check_served(q, k, v);
   const DeviceGuard guard(q.get_device_index());
   q = packed(q), k = packed(k), v = packed(v);
+  if (sinks) {
+    check_device(q, {&*sinks});
+    check_sinks(shape, *sinks);
+    sinks = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
+  }
   Tensor out = torch::stable::new_empty(q, {shape.num_tokens, shape.num_heads, shape.head_dim});
   Tensor lse = torch::stable::new_empty(q, {shape.num_tokens, shape.num_heads}, ScalarType::Float);
   const sm90::ForwardCall call{
-      sizes_of(shape), matrix(q), matrix(k), matrix(v),
+      sizes_of(shape), matrix(q), matrix(k), matrix(v), sinks ? sinks->const_data_ptr<float>() : nullptr,
       {integers(q, offsets), integers(q, indices), integers(q, full), integers(q, order)},
       {integers(q, least), integers(q, most)}, integers(q, span), static_cast<float>(scale), out.mutable_data_ptr(),
       lse.mutable_data_ptr<float>()};

@@ -71,7 +71,7 @@ def test_the_operators_take_what_they_are_given():
     native.load()
     plan = tk.TreePlan.build(torch.arange(1, 301, dtype=torch.int32))
     tensors = hopper_cuda.tile_tensors(plan, 2)
-    for op, before, part, after in (("sm90_fwd", 3, hopper_cuda._FWD, 1), ("sm90_bwd", 6, hopper_cuda._BWD, 2)):
+    for op, before, part, after in (("sm90_fwd", 4, hopper_cuda._FWD, 1), ("sm90_bwd", 6, hopper_cuda._BWD, 2)):
         schema = getattr(torch.ops.treegrpo_native, op).default._schema
         names = [x.name for x in schema.arguments]
         assert len(names) == before + len(tensors[part]) + after

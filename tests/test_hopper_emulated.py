@@ -40,7 +40,6 @@ def emulated(monkeypatch, poisoned_empty):
     # few, so that a persistent program has many items and long key tiles are parted
     for module in (hopper_common, work):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 3)
-    monkeypatch.setattr(hopper, "prepare", lambda *args: None)
 
 
 def results(subtree_end, q, k, v, dout, scale, config, seed, window=0, sinks=None):

@@ -28,11 +28,19 @@ FORESTS = {
 }
 
 
-def write(path: Path, subtree_end: np.ndarray, num_heads: int, num_kv_heads: int, d: int, is_bfloat16: bool) -> int:
+def write(
+    path: Path,
+    subtree_end: np.ndarray,
+    num_heads: int,
+    num_kv_heads: int,
+    d: int,
+    is_bfloat16: bool,
+    has_sinks: bool = False,
+) -> int:
     """The problem as test_sm90.cpp reads it; how many key tiles are parted."""
     plan = tk.TreePlan.build(torch.from_numpy(subtree_end))
     tensors = hopper_cuda.tile_tensors(plan, num_kv_heads)
-    lines = [[num_heads, num_kv_heads, d, int(is_bfloat16)]]
+    lines = [[num_heads, num_kv_heads, d, int(is_bfloat16), int(has_sinks)]]
     for x in (plan.subtree_end, *tensors):
         lines.append([x.numel(), *x.flatten().tolist()])
     path.write_text("\n".join(" ".join(map(str, line)) for line in lines))
@@ -49,7 +57,7 @@ def run(*paths: Path) -> None:
 @pytest.mark.parametrize("number", range(len(FORESTS)))
 def test_forests(number, tmp_path):
     d, is_bfloat16 = ((64, False), (128, True))[number % 2]
-    write(tmp_path / "problem", list(FORESTS.values())[number], 3, 1, d, is_bfloat16)
+    write(tmp_path / "problem", list(FORESTS.values())[number], 3, 1, d, is_bfloat16, has_sinks=number % 2 == 0)
     run(tmp_path / "problem")
 
 

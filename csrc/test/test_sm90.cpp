@@ -182,9 +182,12 @@ template <int D, Half type>
 void check(const Forest& forest, int num_heads, int num_kv_heads, const Plan& plan, unsigned seed) {
   const int num_tokens = static_cast<int>(forest.size()), padded = (num_tokens + 127) / 128 * 128;
   const float scale = 1 / std::sqrt(static_cast<float>(D));
-  const Problem problem{{num_tokens, num_heads, num_kv_heads, D, D}, {scale, 0}, 0, false};
+  // sinks change the forward alone: the backward gets them with lse
+  const bool has_sinks = seed % 2 == 0;
+  const Problem problem{{num_tokens, num_heads, num_kv_heads, D, D}, {scale, 0}, 0, has_sinks};
   Tensors x = inputs(problem, seed);
   auto q = rounded(type, x.q), k = rounded(type, x.k), v = rounded(type, x.v), dout = rounded(type, x.dout);
+  const std::vector<float> sinks(x.sinks.begin(), x.sinks.end());
   by_definition(forest, problem, x);
 
   const auto map = [&](std::vector<uint16_t>& values, int heads, int box_rows) {
@@ -201,7 +204,8 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, const Plan& pl
   using Forward = sm90::Forward<Multiprocessor::Thread, D, type>;
   launch<Forward>(sm90::ForwardParams<TensorMap>{map(q, num_heads, 64), map(out, num_heads, 64), map(k, num_kv_heads, 128),
                                                  map(v, num_kv_heads, 128), fwd.lists(), span.data(), fwd.min_end.data(),
-                                                 fwd.max_end.data(), lse.data(), sizes, num_items, scale * kLog2e},
+                                                 fwd.max_end.data(), has_sinks ? sinks.data() : nullptr, lse.data(), sizes, num_items,
+                                                 scale * kLog2e},
                   sm90::ForwardMemory<D>::kBytes, num_blocks, seed);
   near("out", widened(type, out), x.out, tolerance(type));
   near("lse", std::vector<double>(lse.begin(), lse.end()), x.lse, 1e-4);
@@ -333,12 +337,12 @@ Forest star(int trunk, int leaf, int num_leaves) {
   return forest;
 }
 
-// Numbers in text: Hq, Hkv, D, 1 for bfloat16; then arrays, each its length first: subtree_end, and the tensors of
+// Numbers in text: Hq, Hkv, D, 1 for bfloat16, 1 for sinks; then arrays, each its length first: subtree_end, and the tensors of
 // treegrpo_kernels.hopper_cuda.tile_tensors in their order.
 void check_file(const char* path) {
   std::ifstream file(path);
-  int num_heads, num_kv_heads, head_dim, is_bfloat16;
-  EXPECT(file >> num_heads >> num_kv_heads >> head_dim >> is_bfloat16, "no problem in %s", path);
+  int num_heads, num_kv_heads, head_dim, is_bfloat16, has_sinks;
+  EXPECT(file >> num_heads >> num_kv_heads >> head_dim >> is_bfloat16 >> has_sinks, "no problem in %s", path);
   const auto next = [&] {
     size_t size = 0;
     EXPECT(file >> size, "%s ends too early", path);
@@ -372,7 +376,7 @@ void check_file(const char* path) {
     plan.items.num_slots += parted[i + 2];
   }
   EXPECT(plan.span == next(), "two spans");
-  const auto run = [&](auto check) { check(forest, num_heads, num_kv_heads, plan, 1u); };
+  const auto run = [&](auto check) { check(forest, num_heads, num_kv_heads, plan, has_sinks ? 2u : 1u); };
   using Check = void (*)(const Forest&, int, int, const Plan&, unsigned);
   if (head_dim == 64) run(is_bfloat16 ? Check(check<64, Half::kBFloat16>) : Check(check<64, Half::kFloat16>));
   else run(is_bfloat16 ? Check(check<128, Half::kBFloat16>) : Check(check<128, Half::kFloat16>));

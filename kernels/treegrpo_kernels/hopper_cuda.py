@@ -78,10 +78,12 @@ def _make_tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:
     return forward + backward
 
 
-def attn_fwd(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """q [T,Hq,D], k and v [T,Hkv,D] -> out [T,Hq,D] in q's dtype, lse [T,Hq] fp32 (natural log)."""
+def attn_fwd(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, tiles: list[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """q [T,Hq,D], k and v [T,Hkv,D], sinks [Hq] or None -> out [T,Hq,D] in q's dtype, lse [T,Hq] fp32 (natural log)."""
     native.load()
-    return torch.ops.treegrpo_native.sm90_fwd(q, k, v, *tiles[_FWD], scale)
+    return torch.ops.treegrpo_native.sm90_fwd(q, k, v, sinks, *tiles[_FWD], scale)
 
 
 def attn_bwd(

@@ -60,7 +60,7 @@ def _forward(
         case "cuda" if tiles:
             from . import hopper_cuda
 
-            return hopper_cuda.attn_fwd(q, k, v, tiles, scale)
+            return hopper_cuda.attn_fwd(q, k, v, sinks, tiles, scale)
         case "cpu" | "cuda":
             from . import native
 

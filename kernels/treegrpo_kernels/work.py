@@ -52,6 +52,12 @@ def work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tensor]:
     return _made_once(plan, ("dkv items", tile, num_kv_heads), lambda: _make_work_items(plan, tile, num_kv_heads))
 
 
+def num_slots(num_tokens: int, block_n: int, items: Tensor, parted: Tensor) -> int:
+    """How many partials the items of :func:`work_items` write: every key tile that is not parted is one item."""
+    num_parted = parted.shape[0]
+    return items.shape[0] - (-(-num_tokens // block_n) - num_parted) if num_parted else 0
+
+
 def _made_once(plan: TreePlan, key: tuple, make: Callable[[], list[Tensor]]) -> list[Tensor]:
     made = plan.derived.get(key)
     if made is None:

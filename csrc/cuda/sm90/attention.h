@@ -15,6 +15,7 @@ struct Ends {
 struct ForwardCall {
   Sizes sizes;
   Matrix q, k, v;
+  const float* sinks;   // [Hq] or null
   Lists lists;          // tiles of 128 queries, 128 keys
   Ends ends;            // per 128 keys
   const int32_t* span;  // [Tp] subtree_end[j] - j, 0 past T

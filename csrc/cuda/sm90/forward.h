@@ -1,6 +1,6 @@
 // Forward for Hopper: a producer thread and two consumer warpgroups.
 //
-//   s_ij = q_i . k_j * scale      m_i = max_j s_ij      l_i = sum_j exp(s_ij - m_i)
+//   s_ij = q_i . k_j * scale      m_i = max_j s_ij      l_i = sum_j exp(s_ij - m_i) (+ exp(sink - m_i))
 //   out_i = sum_j exp(s_ij - m_i) v_j / l_i             lse_i = m_i + log l_i
 //
 // The producer streams the key tiles of a query tile's list through a ring in shared memory by TMA. Each consumer owns 64 query
@@ -19,6 +19,7 @@ struct ForwardParams {
   Map k, v;                                 // [T, Hkv * D] in boxes [128, 64]
   Lists lists;                              // tiles of 128 queries, 128 keys
   const int32_t *span, *min_end, *max_end;  // [Tp] subtree_end[j] - j, 0 past T; [key tiles] over a tile's subtree_end
+  const float* sinks;                       // [Hq] or null
   float* lse;                               // [T, Hq]
   Sizes sizes;
   int num_items;
@@ -244,11 +245,18 @@ struct Forward {
     TREEGRPO_DEVICE void write(const QueryWork& work) {
       TREEGRPO_UNROLL
       for (int r = 0; r < 2; ++r) {
+        float total = m.quad_sum(row_sum[r]), alpha = 1;
+        if (p.sinks) {
+          const float sink = p.sinks[work.head] * 1.4426950408889634f, top = fmaxf(row_max[r], sink);
+          alpha = m.exp2(row_max[r] - top);
+          total = total * alpha + m.exp2(sink - top);
+          row_max[r] = top;
+        }
         // rows past T met no key
-        const float total = m.quad_sum(row_sum[r]), safe = total == 0 ? 1 : total;
+        const float safe = total == 0 ? 1 : total;
         if (m.thread() % 4 == 0 && rows[r] < p.sizes.num_tokens)
           p.lse[int64_t{rows[r]} * p.sizes.num_heads + work.head] = (row_max[r] + m.log2(safe)) * 0.6931471805599453f;
-        row_sum[r] = 1 / safe;
+        row_sum[r] = alpha / safe;
       }
       TREEGRPO_UNROLL
       for (int i = 0; i < D / 2; ++i) sum[i] *= row_sum[i / 2 % 2];

@@ -73,7 +73,7 @@ void forward(const ForwardCall& call, void* stream) {
       map_of(type, {call.out, query_columns}, s.num_tokens, query_columns, kConsumerRows),
       map_of(type, call.k, s.num_tokens, key_columns, Tile::kKeys),
       map_of(type, call.v, s.num_tokens, key_columns, Tile::kKeys),
-      call.lists, call.span, call.ends.least, call.ends.most, call.lse, s, num_items, call.scale * kLog2e};
+      call.lists, call.span, call.ends.least, call.ends.most, call.sinks, call.lse, s, num_items, call.scale * kLog2e};
   launch<ForwardMemory<D>::kBytes>(forward_kernel<D, type>, "forward", params, std::min(num_items, multiprocessors()), stream);
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ..plan import TreePlan
-    from .common import Config
+    from .common import Config, TileConfig
     from .hopper import HopperConfig
 
 _FWD, _DQ, _DKV = slice(0, 5), slice(5, 10), slice(10, 18)
@@ -85,8 +85,8 @@ def tile_tensors(
 ) -> list[Tensor]:
     """The tile lists of the three kernels as one flat list, for :func:`attn_fwd` and :func:`attn_bwd`.
 
-    Each part opens with an empty tensor whose shape is the tile configuration (0, block_m, block_n, num_warps,
-    num_stages): it travels with the lists made for it, so that backward cannot pair them with other tiles. ``config``
+    Each part opens with an empty tensor whose shape is the tile configuration, (0, *TileConfig): it travels with the
+    lists made for it, so that backward cannot pair them with other tiles; see :func:`prepared.new_shape`. ``config``
     pins the tiles.
     """
     from ..work import query_lists, work_items
@@ -133,8 +133,7 @@ def attn_fwd(
         return hopper.attn_fwd(q, k, v, sinks, tiles, scale)
     from .forward import forward as run
 
-    tile, *lists = tiles[_FWD]
-    return run(q, k, v, sinks, subtree_end, position, _tile_of(tile), lists, scale, window, softcap)
+    return run(q, k, v, sinks, subtree_end, position, tiles[_FWD], scale, window, softcap)
 
 
 def attn_bwd(
@@ -159,22 +158,10 @@ def attn_bwd(
         return hopper.attn_bwd(dout, q, k, v, out, lse, tiles, scale)
     from .backward import backward as run
 
-    dq_tile, *dq_lists = tiles[_DQ]
-    dkv_tile, *dkv_lists = tiles[_DKV]
-    # fmt: off
-    return run(
-        dout, q, k, v, out, lse, subtree_end, position, _tile_of(dq_tile), dq_lists, _tile_of(dkv_tile), dkv_lists,
-        scale, window, softcap,
-    )
-    # fmt: on
+    return run(dout, q, k, v, out, lse, subtree_end, position, tiles[_DQ], tiles[_DKV], scale, window, softcap)
 
 
-def _shape_of(tile, like: Tensor) -> Tensor:
-    shape = (0, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages)
-    return torch.empty(shape, dtype=torch.int32, device=like.device)
+def _shape_of(tile: TileConfig, like: Tensor) -> Tensor:
+    from .prepared import new_shape
 
-
-def _tile_of(shape: Tensor):
-    from .common import TileConfig
-
-    return TileConfig(*shape.shape[1:])
+    return new_shape((tile.block_m, tile.block_n, tile.num_warps, tile.num_stages), like)

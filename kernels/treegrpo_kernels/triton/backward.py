@@ -9,12 +9,15 @@ and names: common.py; Tp is T rounded up to whole query tiles.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .backward_dkv import dkv_launches
+from ..work import num_slots
+from .backward_dkv import dkv_launch, new_partials
 from .common import (
     Launch,
     TileConfig,
@@ -31,9 +34,12 @@ from .common import (
     rows,
     store_rows,
     strides,
+    tile_of,
     tma_fits,
     visible,
 )
+from .prepared import launch, launches_of
+from .split import sum_launch
 
 _DELTA_TILE = TileConfig(block_m=64, block_n=0, num_warps=4, num_stages=1)
 
@@ -265,40 +271,57 @@ def backward(
     lse: Tensor,
     subtree_end: Tensor,
     position: Tensor,
-    dq_tile: TileConfig,
-    dq_lists: list[Tensor],
-    dkv_tile: TileConfig,
-    dkv_lists: list[Tensor],
+    dq_tiles: list[Tensor],
+    dkv_tiles: list[Tensor],
     scale: float,
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes and shapes of q, k, v."""
+    """dq, dk, dv in the dtypes and shapes of q, k, v; the tiles are the two passes' parts of the tile tensors."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     num_tokens, num_heads, _ = q.shape
     if num_tokens == 0:
         return dq, dk, dv
-    q, k, v, out, dout = rows(q), rows(k), rows(v), rows(out), rows(dout)
+    q, k, v, out, dout, lse = rows(q), rows(k), rows(v), rows(out), rows(dout), lse.contiguous()
+    shape, *dq_lists = dq_tiles
+    dkv_shape, *dkv_lists, items, parted = dkv_tiles
+    dq_tile, dkv_tile = tile_of(shape), tile_of(dkv_shape)
     block = max(dq_tile.block_m, dkv_tile.block_m)
     delta, lse2 = torch.empty(
         (2, num_heads, cdiv(num_tokens, block) * block), dtype=torch.float32, device=q.device
     ).unbind()
-    delta_launch(dout, out, lse.contiguous(), delta, lse2).run()
-    shared = dict(
-        dout=dout,
-        q=q,
-        k=k,
-        v=v,
-        delta=delta,
-        lse2=lse2,
-        subtree_end=subtree_end,
-        position=position,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        tma=tma_fits(arch_of(q.device), q, k, v, dout),
-    )
-    dq_launch(dq, dq_tile, dq_lists, **shared).run()
-    for launch in dkv_launches(dk, dv, dkv_tile, dkv_lists, **shared):
-        launch.run()
+    num_partials = num_slots(num_tokens, dkv_tile.block_n, items, parted)
+    partials = new_partials(dk, dv, dkv_tile, num_partials) if num_partials else None
+
+    def shared() -> dict[str, Any]:
+        return dict(
+            dout=dout,
+            q=q,
+            k=k,
+            v=v,
+            delta=delta,
+            lse2=lse2,
+            subtree_end=subtree_end,
+            position=position,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            tma=tma_fits(arch_of(q.device), q, k, v, dout),
+        )
+
+    key = q.shape, k.shape, v.shape, q.dtype, scale, window, softcap
+    names, tensors = ("dout", "out", "lse", "delta", "lse2"), (dout, out, lse, delta, lse2)
+    known = launches_of(shape)
+    launch(known, ("delta", *key), lambda: delta_launch(dout, out, lse, delta, lse2), names, tensors)
+    names, tensors = ("dout", "q", "k", "v", "delta", "lse2"), (dout, q, k, v, delta, lse2)
+    launch(known, ("dq", *key), lambda: dq_launch(dq, dq_tile, dq_lists, **shared()), (*names, "dq"), (*tensors, dq))
+    known, names, tensors = launches_of(dkv_shape), (*names, "dk", "dv"), (*tensors, dk, dv)
+    make = lambda: dkv_launch(dk, dv, dkv_tile, [*dkv_lists, items], partials, **shared())  # noqa: E731
+    if partials is None:
+        launch(known, ("dkv", *key), make, names, tensors)
+        return dq, dk, dv
+    launch(known, ("dkv", *key), make, (*names, "partial_dk", "partial_dv"), (*tensors, *partials))
+    names = ("partial_dk", "partial_dv", "dk", "dv")
+    make_sum = lambda: sum_launch(*partials, parted, dk, dv, scale)  # noqa: E731
+    launch(known, ("sum", *key), make_sum, names, (*partials, dk, dv))
     return dq, dk, dv

@@ -29,7 +29,6 @@ from .common import (
     strides,
     visible,
 )
-from .split import sum_launch
 
 
 @triton.jit
@@ -310,21 +309,3 @@ def new_partials(dk: Tensor, dv: Tensor, tile: TileConfig, num_slots: int) -> li
     """Uninitialised float32 [slots, Hkv, BN, BD] and [slots, Hkv, BN, BDV]."""
     shapes = [(num_slots, x.shape[1], tile.block_n, padded(x.shape[2])) for x in (dk, dv)]
     return [torch.empty(shape, dtype=torch.float32, device=dk.device) for shape in shapes]
-
-
-def dkv_launches(dk: Tensor, dv: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> list[Launch]:
-    """The launches of dK/dV in order: the pass, and the sum over parted key tiles where there are any.
-
-    ``lists`` are those of :func:`dkv_launch` and the parted tiles.
-    """
-    *lists, items, parted = lists
-    num_parted = parted.shape[0]
-    if num_parted == 0:
-        return [dkv_launch(dk, dv, tile, [*lists, items], **shared)]
-    # every key tile that is not parted is one item
-    num_whole = cdiv(dk.shape[0], tile.block_n) - num_parted
-    partials = new_partials(dk, dv, tile, items.shape[0] - num_whole)
-    return [
-        dkv_launch(dk, dv, tile, [*lists, items], partials, **shared),
-        sum_launch(*partials, parted, dk, dv, shared["scale"]),
-    ]

@@ -39,6 +39,11 @@ class TileConfig:
     num_stages: int
 
 
+def tile_of(shape: Tensor) -> TileConfig:
+    """The configuration that opens a part of the tile tensors; see :func:`prepared.new_shape`."""
+    return TileConfig(*shape.shape[1:])
+
+
 @dataclass(frozen=True)
 class Config:
     """Tile configurations of the three attention kernels."""

@@ -29,9 +29,11 @@ from .common import (
     score_scales,
     store_rows,
     strides,
+    tile_of,
     tma_fits,
     visible,
 )
+from .prepared import launch, launches_of
 
 
 @triton.jit
@@ -259,22 +261,32 @@ def forward(
     sinks: Tensor | None,
     subtree_end: Tensor,
     position: Tensor,
-    tile: TileConfig,
-    lists: list[Tensor],
+    tiles: list[Tensor],
     scale: float,
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [T,Hq,Dv] in q's dtype and lse [T,Hq] fp32 (natural log)."""
+    """out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32 (natural log); ``tiles`` are the forward's part of all tiles."""
     num_tokens, num_heads, _ = q.shape
     out = torch.empty((num_tokens, num_heads, v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q.device)
-    if num_tokens:
-        if scale < 0:
-            # the kernel takes row maxima before scaling; the sign moves to q exactly
-            q, scale = -q, -scale
-        q, k, v = rows(q), rows(k), rows(v)
-        sinks = None if sinks is None else sinks.contiguous()
+    if num_tokens == 0:
+        return out, lse
+    if scale < 0:
+        # the kernel takes row maxima before scaling; the sign moves to q exactly
+        q, scale = -q, -scale
+    q, k, v = rows(q), rows(k), rows(v)
+    shape, *lists = tiles
+    names, tensors = ("q", "k", "v", "out", "lse"), (q, k, v, out, lse)
+    if sinks is not None:
+        sinks = sinks.contiguous()
+        names, tensors = (*names, "sinks"), (*tensors, sinks)
+
+    def make() -> Launch:
         tma = tma_fits(arch_of(q.device), q, k, v)
-        fwd_launch(q, k, v, sinks, out, lse, subtree_end, position, tile, lists, scale, window, softcap, tma).run()
+        fixed = subtree_end, position, tile_of(shape), lists, scale, window, softcap, tma
+        return fwd_launch(q, k, v, sinks, out, lse, *fixed)
+
+    key = "fwd", q.shape, k.shape, v.shape, q.dtype, scale, window, softcap, None if sinks is None else sinks.dtype
+    launch(launches_of(shape), key, make, names, tensors)
     return out, lse

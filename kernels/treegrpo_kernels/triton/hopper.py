@@ -8,7 +8,6 @@ Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from .hopper_backward_dkv import dkv_launch, new_partials
 from .hopper_backward_dq import dq_launch
 from .hopper_common import HopperLaunch, HopperTile
 from .hopper_forward import fwd_launch
-from .prepared import PreparedLaunch, hooked, prepare, stream_of
+from .prepared import launch, launches_of, new_shape
 from .split import sum_launch
 
 if TYPE_CHECKING:
@@ -76,8 +75,8 @@ def config(head_dim: int) -> HopperConfig:
 def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window: int = 0) -> list[Tensor]:
     """The tile lists of the three kernels as one flat list, for :func:`attn_fwd` and :func:`attn_bwd`.
 
-    Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile), and whose attribute
-    ``launches`` holds the launches prepared for the part. ``window`` is 0 for none.
+    Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile); see
+    :func:`prepared.new_shape`. ``window`` is 0 for none.
     """
     # a window bounds the work of every key tile: none is parted; and only parting depends on the heads
     parts = config.split and not window
@@ -119,8 +118,8 @@ def attn_fwd(
         tile, *lists = tiles[_FWD]
         return fwd_launch(q, k, v, sinks, out, lse, _tile_of(tile), lists, scale)
 
-    key = q.shape, k.shape, q.dtype, scale, None if sinks is None else sinks.dtype
-    _launch(tiles[_FWD.start], key, make, names, tensors)
+    key = "fwd", q.shape, k.shape, q.dtype, scale, None if sinks is None else sinks.dtype
+    launch(launches_of(tiles[_FWD.start]), key, make, names, tensors)
     return out, lse
 
 
@@ -142,12 +141,8 @@ def attn_bwd(
         return dq_launch(dout, q, k, v, dq, lse2, delta, _tile_of(tile), lists, scale)
 
     tile, kv_max, kv_min, kv_order, *rest, items, parted = tiles[_DKV]
-    num_parted = parted.shape[0]
-    partials = []
-    if num_parted:
-        # every key tile that is not parted is one item
-        num_whole = cdiv(num_tokens, tile.shape[2]) - num_parted
-        partials = new_partials(k, _tile_of(tile), items.shape[0] - num_whole)
+    num_partials = work.num_slots(num_tokens, tile.shape[2], items, parted)
+    partials = new_partials(k, _tile_of(tile), num_partials) if num_partials else []
 
     def make_dkv() -> HopperLaunch:
         lists = [kv_max, kv_min, items if partials else kv_order, *rest]
@@ -157,47 +152,19 @@ def attn_bwd(
         return sum_launch(*partials, parted, dk, dv, scale)
 
     shapes = (q.shape, k.shape, q.dtype, scale)
-    # the strides of dout and out are compiled into this one
-    key, names = ("delta", *shapes, dout.stride(0), out.stride(0)), ("dout", "out", "lse", "delta", "lse2")
-    _launch(tiles[_DQ.start], key, make_delta, names, (dout, out, lse, delta, lse2))
+    known, names = launches_of(tiles[_DQ.start]), ("dout", "out", "lse", "delta", "lse2")
+    launch(known, ("delta", *shapes), make_delta, names, (dout, out, lse, delta, lse2))
     names = ("dout_desc", "q_desc", "k_desc", "v_desc", "lse2", "delta")
     inputs = (dout, q, k, v, lse2, delta)
-    _launch(tiles[_DQ.start], shapes, make_dq, (*names, "dq_desc"), (*inputs, dq))
-    names, inputs = (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv)
+    launch(known, ("dq", *shapes), make_dq, (*names, "dq_desc"), (*inputs, dq))
+    known, names, inputs = launches_of(tile), (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv)
     if not partials:
-        _launch(tile, shapes, make_dkv, names, inputs)
+        launch(known, ("dkv", *shapes), make_dkv, names, inputs)
         return dq, dk, dv
-    _launch(tile, shapes, make_dkv, (*names, "partial_dk", "partial_dv"), (*inputs, *partials))
-    _launch(tile, ("sum", *shapes), make_sum, ("partial_dk", "partial_dv", "dk", "dv"), (*partials, dk, dv))
+    launch(known, ("dkv", *shapes), make_dkv, (*names, "partial_dk", "partial_dv"), (*inputs, *partials))
+    names = ("partial_dk", "partial_dv", "dk", "dv")
+    launch(known, ("sum", *shapes), make_sum, names, (*partials, dk, dv))
     return dq, dk, dv
-
-
-def _launch(
-    shape: Tensor,
-    key: tuple,
-    make: Callable[[], Launch | HopperLaunch],
-    names: tuple[str, ...],
-    tensors: tuple[Tensor, ...],
-) -> None:
-    """Launch what ``make`` describes; from the second time on, for one ``shape`` and ``key``, with new ``tensors``
-    alone.
-
-    ``shape`` opens the part of the tile tensors in use, ``names`` are the arguments that ``tensors`` fill. Addresses
-    are multiples of 16: the allocator's are, and :func:`_packed` sees to the others.
-    """
-    known: dict[tuple, PreparedLaunch | None] = {} if hooked() else getattr(shape, "launches", {})
-    prepared = known.get(key)
-    if prepared is None:
-        launch = make()
-        known[key] = prepare(launch.run(), launch.grid, launch.args, names)
-        return
-    index = tensors[0].get_device()
-    places = [(x.data_ptr(), x.stride(0)) for x in tensors]
-    if torch.cuda.current_device() == index:
-        prepared(stream_of(index), *places)
-    else:
-        with torch.cuda.device(index):
-            prepared(stream_of(index), *places)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -214,9 +181,7 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _shape_of(tile: HopperTile, like: Tensor) -> Tensor:
-    shape = torch.empty((0, *map(int, astuple(tile))), dtype=torch.int32, device=like.device)
-    shape.launches = {}
-    return shape
+    return new_shape(map(int, astuple(tile)), like)
 
 
 def _tile_of(shape: Tensor) -> HopperTile:

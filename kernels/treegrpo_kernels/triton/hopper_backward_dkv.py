@@ -6,9 +6,9 @@
 A program is one key tile of one key/value head, or with SPLIT a piece of its query range (work.py): few key/value
 heads leave too few programs to even out a root's long ranges. Each consumer owns 64 of the keys and keeps their dK and
 dV in registers. Programs run longest query range first. The query rows that see a key tile are one contiguous range, so
-nothing is looked up (but under a window, which cuts it): the producer counts through the range once for every query head
-of the group and streams Q, dO, lse and delta through a ring. Scores are held transposed, [keys, queries], as operands of the next product. Sums run in
-a fixed order: the same inputs give the same bits.
+nothing is looked up, but under a window, where work.query_lists says which: the producer counts through the range once
+for every query head of the group and streams Q, dO, lse and delta through a ring. Scores are held transposed,
+[keys, queries], as operands of the next product. Sums run in a fixed order: the same inputs give the same bits.
 
 Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and key/value heads, D head dim, BM query rows
 of a tile, BN = 128 key rows. Names as in common.py; s_ shared memory, bars_ mbarriers.

@@ -33,9 +33,7 @@ NEG_INF = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
-def _softmax(
-    b_s, b_m, b_l, o_q, o_k, b_span, b_first, qk_scale, HAS_WINDOW: gl.constexpr, MASKED: gl.constexpr
-):
+def _softmax(b_s, b_m, b_l, o_q, o_k, b_span, b_first, qk_scale, HAS_WINDOW: gl.constexpr, MASKED: gl.constexpr):
     """One online-softmax step on a tile's raw scores: (probabilities, alpha, row sums, row maxima), base 2."""
     if MASKED:
         m_seen = visible(o_q[:, None], o_k[None, :], b_span[None, :], b_first[:, None], HAS_WINDOW)

@@ -8,8 +8,10 @@ call's own tensors, and addresses repeat, for the caching allocator hands out th
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
@@ -23,8 +25,18 @@ _STREAM = 3
 MAX_ENCODED = 4096
 
 
+class Launch(Protocol):
+    """A kernel with everything it is launched with: common.Launch, hopper_common.HopperLaunch."""
+
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+
+    def run(self) -> Any:
+        """Launch Triton's way; returns the compiled kernel."""
+
+
 class PreparedLaunch:
-    """One compiled kernel with all its arguments but the addresses (and token strides) of ``changing``."""
+    """One compiled kernel with all its arguments but the addresses of ``changing``."""
 
     def __init__(self, raw: Any, compiled: Any, grid: tuple[int, ...], args: dict[str, Any], changing: tuple[str, ...]):
         launcher = compiled.run
@@ -45,43 +57,85 @@ class PreparedLaunch:
                 self._args.append(x.data_ptr())
             elif hasattr(x, "block_shape"):
                 # its shape alone: the tensor below it is the first call's, and is not kept alive
-                places[name] = (len(self._args), (tuple(x.shape), next(layouts)), {})
+                places[name] = (len(self._args), (tuple(x.shape), tuple(x.strides), next(layouts)), {})
                 # the encoded descriptor, its shape, its strides
                 self._args += [None, *x.shape, *x.strides]
             else:
                 self._args.append(x)
         self._places = [places[name] for name in changing]
 
-    def __call__(self, stream: int, *tensors: tuple[int, int]) -> None:
-        """Launch with (address, token stride) of each changing argument; a pointer's stride is not looked at."""
+    def __call__(self, stream: int, *addresses: int) -> None:
+        """Launch with the address of each changing argument."""
         head, args = self._head.copy(), self._args.copy()
         head[_STREAM] = stream
-        for (place, described, encoded), tensor in zip(self._places, tensors, strict=True):
+        for (place, described, encoded), address in zip(self._places, addresses, strict=True):
             if described is None:
-                args[place] = tensor[0]
+                args[place] = address
                 continue
-            found = encoded.get(tensor)
+            found = encoded.get(address)
             if found is None:
                 if len(encoded) >= MAX_ENCODED:
                     encoded.clear()
-                found = encoded[tensor] = encode(*described, *tensor)
+                found = encoded[address] = encode(*described, address)
             args[place] = found
-            args[place + 3] = tensor[1]
         if self._nested:
             self._launch(*head, args)
         else:
             self._launch(*head, *args)
 
 
+def launch(
+    known: dict[tuple, PreparedLaunch | None],
+    key: tuple,
+    make: Callable[[], Launch],
+    names: tuple[str, ...],
+    tensors: tuple[Tensor, ...],
+) -> None:
+    """Launch what ``make`` describes; from the second time on with the addresses of ``tensors`` alone.
+
+    ``names`` are the arguments that ``tensors`` fill. Prepared launches are kept in ``known``, by what they depend on:
+    ``key``, which tells the kernel, shapes, dtypes and numbers apart, and how the tensors lie in memory.
+    """
+    addresses = [x.data_ptr() for x in tensors]
+    # Triton compiles for strides, and for addresses that are multiples of 16
+    key = (key, *[x.stride() for x in tensors], *[address % 16 == 0 for address in addresses])
+    known = {} if hooked() else known
+    prepared = known.get(key)
+    if prepared is None:
+        described = make()
+        known[key] = prepare(described.run(), described.grid, described.args, names)
+        return
+    index = tensors[0].get_device()
+    if torch.cuda.current_device() == index:
+        prepared(driver.active.get_current_stream(index), *addresses)
+    else:
+        with torch.cuda.device(index):
+            prepared(driver.active.get_current_stream(index), *addresses)
+
+
+def new_shape(sizes: Iterable[int], like: Tensor) -> Tensor:
+    """An empty tensor of shape (0, *sizes): a tile configuration, which so travels through the operator with the lists
+    made for it, and with it, as an attribute, what is prepared for launches on them."""
+    shape = torch.empty((0, *sizes), dtype=torch.int32, device=like.device)
+    shape.launches = {}
+    return shape
+
+
+def launches_of(shape: Tensor) -> dict[tuple, PreparedLaunch | None]:
+    """What is prepared for the lists that ``shape`` opens; where a tracer put another tensor in its place, nothing."""
+    return getattr(shape, "launches", {})
+
+
 def prepare(
     compiled: Any, grid: tuple[int, ...], args: dict[str, Any], changing: tuple[str, ...]
 ) -> PreparedLaunch | None:
-    """``compiled`` as a prepared launch, or None where Triton's launcher is not of a release known here."""
-    raw = _raw_launcher(compiled)
+    """``compiled`` as a prepared launch, or None where Triton's launcher is not of a release known here, and in its
+    interpreter, where nothing was compiled."""
+    raw = None if compiled is None else _raw_launcher(compiled)
     return None if raw is None else PreparedLaunch(raw, compiled, grid, args, changing)
 
 
-def encode(shape: tuple[int, int], layout: dict[str, Any], address: int, stride: int) -> Any:
+def encode(shape: tuple[int, int], strides: tuple[int, int], layout: dict[str, Any], address: int) -> Any:
     """The TMA descriptor of the matrix at ``address``; ``layout`` is the compiled kernel's account of the box."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
@@ -94,14 +148,9 @@ def encode(shape: tuple[int, int], layout: dict[str, Any], address: int, stride:
         TMA_DTYPE_DEVICE_TO_HOST[layout["elem_type"]],
         layout["block_size"],
         shape,
-        (stride, 1),
+        strides,
         0,
     )
-
-
-def stream_of(index: int) -> int:
-    """The current stream of a device, as the launcher takes it."""
-    return driver.active.get_current_stream(index)
 
 
 def hooked() -> bool:

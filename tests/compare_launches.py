@@ -1,0 +1,152 @@
+"""Launches prepared by treegrpo_kernels.triton.prepared against those of Triton's own launcher, byte by byte, on the
+libcuda of fake_libcuda.c; test_prepared.py runs this.
+"""
+
+import ctypes
+import os
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.nvidia import driver as nvidia
+
+from treegrpo_kernels import triton as kernels
+from treegrpo_kernels.plan import TreePlan
+from treegrpo_kernels.triton import aot, backward, common, forward, hopper, hopper_common, prepared
+
+STREAM, FUNCTION = 5, 77
+libcuda = ctypes.CDLL(os.path.join(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+# what of libcuda is not there is not called either
+sys.setdlopenflags(os.RTLD_LAZY)
+utils = nvidia.CudaUtils()
+triton.runtime.driver.set_active(SimpleNamespace(utils=utils, get_current_stream=lambda index: STREAM))
+# the device of a tensor on the CPU
+torch.cuda.current_device = lambda: -1
+
+
+def sizes(kind):
+    if isinstance(kind, (tuple, list)):
+        return [size for each in kind for size in sizes(each)]
+    if kind.startswith("tensordesc"):
+        return [128, 4, 4, 8, 8]
+    return [] if kind == "constexpr" else [{"i32": 4, "fp32": 4}.get(kind, 8)]
+
+
+def handed_over(kernel, launch):
+    # two scratch buffers follow the kernel's own
+    of_params = [*sizes(list(kernel.src.signature.values())), 8, 8]
+    libcuda.fake_expect((ctypes.c_size_t * len(of_params))(*of_params), len(of_params))
+    launch()
+    record = ctypes.c_void_p()
+    libcuda.fake_record.restype = ctypes.c_size_t
+    found = ctypes.string_at(record, libcuda.fake_record(ctypes.byref(record)))
+    assert len(found) == 48 + sum(of_params), (len(found), of_params)
+    return found
+
+
+arch, compiled_once = None, {}
+
+
+def kernel_of(launch):
+    key = arch, aot.specialization_key(launch, arch)
+    if key not in compiled_once:
+        compiled, *_ = aot.compile_launch(launch, arch)
+        compiled_once[key] = SimpleNamespace(
+            run=nvidia.CudaLauncher(compiled.src, compiled.metadata),
+            function=FUNCTION,
+            metadata=compiled.metadata,
+            packed_metadata=compiled.packed_metadata,
+            src=compiled.src,
+        )
+    return compiled_once[key]
+
+
+def run(launch):
+    kernel = kernel_of(launch)
+    kernel.run(
+        *(*launch.grid, 1, 1)[:3],
+        STREAM,
+        FUNCTION,
+        kernel.packed_metadata,
+        None,
+        None,
+        None,
+        *[launch.args[name] for name in kernel.src.fn.arg_names],
+    )
+    return kernel
+
+
+common.Launch.run = hopper_common.HopperLaunch.run = run
+compared = []
+
+
+def both(known, key, make, names, tensors):
+    """Triton's launch, and what is prepared for it; a first time for ``known`` goes Triton's way."""
+    launch = make()
+    kernel = kernel_of(launch)
+    wanted = handed_over(kernel, lambda: run(launch))
+    assert handed_over(kernel, lambda: prepared.launch(known, key, make, names, tensors)) == wanted
+    # nothing is made any more
+    got = handed_over(kernel, lambda: prepared.launch(known, key, None, names, tensors))
+    assert got == wanted, (launch.kernel, [at for at in range(len(wanted)) if got[at] != wanted[at]])
+    compared.append(got)
+
+
+for module in (hopper, forward, backward):
+    module.launch = both
+
+
+def tensors(d, dtype, seed):
+    # q is a slice of a wider row: its token stride is not its width
+    gen = torch.Generator().manual_seed(seed)
+    wide = torch.randn(300, 4 + seed, d, generator=gen).to(dtype)
+    k, v = torch.randn(2, 300, 2, d, generator=gen).to(dtype).unbind()
+    return wide[:, :4], k, v
+
+
+kept = []
+
+
+def step(config, d, dtype, seeds=(1, 2, 1), shifted=False, sinks=None, window=0, softcap=0.0):
+    """A few calls with one plan; how many launches and how many kernels that was."""
+    before = len(compared), len(compiled_once)
+    plan = TreePlan.build(torch.full((300,), 300))
+    tiles = None
+    for place, seed in enumerate(seeds):
+        q, k, v = tensors(d, dtype, seed)
+        if shifted and place == 2:
+            # a layer whose values begin off a multiple of 16 bytes
+            v = torch.empty(v.numel() + 1, dtype=dtype)[1:].view(v.shape).copy_(v)
+        tiles = tiles or kernels.tile_tensors(plan, q, v, window, config)
+        rest = plan.subtree_end, plan.position, tiles, 0.1, window, softcap, True
+        out, lse = kernels.attn_fwd(q, k, v, sinks, *rest)
+        kernels.attn_bwd(torch.ones_like(out), q, k, v, out, lse, *rest)
+        kept.append((q, k, v, out, lse, tiles))
+    return len(compared) - before[0], len(compiled_once) - before[1]
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+sinks = torch.linspace(-1, 1, 4)
+arch = 90
+# forward, delta, dQ, dK/dV; the sum where key tiles are parted
+assert step(replace(hopper.config(64), split=False), 64, BF16) == (12, 4)
+assert step(hopper.config(64), 64, BF16) == (15, 2)
+assert step(hopper.config(64), 64, BF16, sinks=sinks.to(BF16), window=100) == (12, 3)
+assert step(hopper.config(64), 64, BF16, sinks=sinks) == (15, 1)
+# the plain kernels: through descriptors and, what lies off a multiple of 16 bytes, through pointers
+arch = 90
+config = common.config(64, 64, BF16, arch)
+forward.arch_of = backward.arch_of = lambda device: arch
+assert step(config, 64, BF16, sinks=sinks, window=100, softcap=20.0) == (12, 3)
+assert step(config, 64, BF16, shifted=True) == (15, 6)
+# through pointers alone, which are compiled for such multiples and for others
+arch = 80
+config = common.config(64, 64, BF16, arch)
+assert step(config, 64, BF16, sinks=sinks, window=100, softcap=20.0) == (12, 4)
+assert step(config, 64, BF16, shifted=True) == (15, 7)
+assert step(common.config(20, 20, FP32, arch), 20, FP32, seeds=(1, 2)) == (8, 4)
+assert len(set(compared)) == len(compared), "two launches were told the same"
+triton.__version__ = "99.0"
+assert prepared.prepare(next(iter(compiled_once.values())), (1,), {}, ()) is None
