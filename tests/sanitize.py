@@ -32,7 +32,10 @@ def calls(part: str) -> list[dict]:
     import torch
 
     if part in ("hopper", "sm90"):
-        return [dict(d=64, dtype=torch.bfloat16, heads=(4, 4)), dict(d=128, dtype=torch.bfloat16, heads=(4, 1))]
+        found = [dict(d=64, dtype=torch.bfloat16, heads=(4, 4)), dict(d=128, dtype=torch.bfloat16, heads=(4, 1))]
+        # windows are the Triton kernels' alone
+        of_window = dict(window=100) if part == "hopper" else {}
+        return [*found, dict(d=64, dtype=torch.bfloat16, heads=(8, 1), sinks=True, **of_window)]
     every = dict(window=100, softcap=15.0, sinks=True)
     some = [dict(d=96, dtype=torch.bfloat16, heads=(8, 2), sinks=True), dict(d=64, heads=(4, 4), dtype=torch.float32)]
     if part == "plain":
@@ -124,7 +127,7 @@ def _handed_over(a: str, b: str) -> bool:
     dispatch = ("def tree_attention_", "gl.warp_specialize(")
     if a.startswith(dispatch) and b.startswith(dispatch):
         return True
-    stored, loaded = (re.search(r"(s_lse|s_delta|s_row)\.index\(slot\)\.(store|load)\(", x) for x in (a, b))
+    stored, loaded = (re.search(r"(s_lse|s_delta|s_row|s_first)\.index\(slot\)\.(store|load)\(", x) for x in (a, b))
     return bool(stored and loaded and stored[1] == loaded[1] and {stored[2], loaded[2]} == {"store", "load"})
 
 

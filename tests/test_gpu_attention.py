@@ -134,8 +134,15 @@ class TestPlainCalls:
             check_roughly(backend, subtree_end, d, d, dtype, heads, scale=d**-0.5)
 
 
-# head dim, value dim, dtype, (Hq, Hkv), window, softcap, sinks: every pair of two of them
+# head dim, value dim, dtype, (Hq, Hkv), window, softcap, sinks: what Triton's Hopper kernels serve, then every pair of
+# two of them
 OPTIONS = [
+    (64, 64, BF16, (8, 1), True, False, True),
+    (64, 64, FP16, (4, 4), True, False, False),
+    (64, 64, BF16, (8, 2), False, False, True),
+    (128, 128, BF16, (8, 1), True, False, False),
+    (128, 128, FP16, (4, 4), True, False, True),
+    (128, 128, BF16, (8, 2), False, False, True),
     (64, 64, BF16, (8, 1), True, True, True),
     (64, 64, FP16, (8, 2), True, False, True),
     (64, 64, FP32, (4, 4), False, False, False),
@@ -221,21 +228,28 @@ def layouts(q, k, v, dout):
 @gpu
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize(
-    ("backend", "d", "window"),
-    [needs("triton", d, window, id=f"triton-{d}-{window}") for d, window in ((64, 0), (128, 0), (128, 300))]
-    + [needs("cuda", d, window, id=f"cuda-{d}-{window}") for d, window in ((64, 0), (128, 0), (64, 300))],
+    ("backend", "d", "options"),
+    [
+        needs("triton", 64, {}, id="triton-64"),
+        needs("triton", 128, {}, id="triton-128"),
+        needs("triton", 128, dict(window=300), id="triton-128-window"),
+        needs("triton", 128, dict(window=300, softcap=15.0), id="triton-128-plain"),
+        needs("cuda", 64, {}, id="cuda-64"),
+        needs("cuda", 128, {}, id="cuda-128"),
+        needs("cuda", 64, dict(window=300), id="cuda-64-window"),
+    ],
 )
-def test_layouts(backend, d, window):
+def test_layouts(backend, d, options):
     subtree_end = FORESTS["random"]
     plain = inputs(len(subtree_end), 4, 1, d, d, BF16)[:4]
-    options = dict(scale=d**-0.5, window=window)
+    options = dict(scale=d**-0.5, **options)
     want = through_op(backend, subtree_end, *plain, **options)
     assert max(excess(want, subtree_end, *plain, **options).values()) <= 0
     for name, *args in layouts(*plain):
         assert all(torch.equal(x, y) for x, y in zip(args, plain, strict=True))
         got = through_op(backend, subtree_end, *args, **options)
         # the plain kernels load through descriptors or pointers as the layout allows, and may then add otherwise
-        if backend == "cuda" or window == 0:
+        if backend == "cuda" or "softcap" not in options:
             assert all(map(same_bits, got, want)), name
         assert max(excess(got, subtree_end, *plain, **options).values()) <= 0, name
     expanded = plain[3][:1].expand_as(plain[3])
@@ -244,16 +258,15 @@ def test_layouts(backend, d, window):
 
 
 @gpu
-@pytest.mark.parametrize(("d", "window"), [(64, 0), (128, 0), (128, 300)])
+@pytest.mark.parametrize(("d", "softcap"), [(64, 0.0), (128, 0.0), (128, 15.0)])
 @pytest.mark.skipif(REASONS["triton"] is not None, reason=f"triton: {REASONS['triton']}")
-def test_poison_reaches_what_the_kernels_write(d, window, poisoned_empty, monkeypatch):
-    from treegrpo_kernels.triton import hopper
-    from treegrpo_kernels.triton.common import Launch
+def test_poison_reaches_what_the_kernels_write(d, softcap, poisoned_empty, monkeypatch):
+    from treegrpo_kernels.triton import backward, forward, hopper
 
     args = inputs(300, 4, 1, d, d, BF16)[:4]
-    monkeypatch.setattr(Launch, "run", lambda self: None)
-    monkeypatch.setattr(hopper, "_launch", lambda *args: None)
-    for name, x in zip(NAMES, through_op("triton", random_row(300), *args, window=window), strict=True):
+    for module in (hopper, forward, backward):
+        monkeypatch.setattr(module, "launch", lambda *args: None)
+    for name, x in zip(NAMES, through_op("triton", random_row(300), *args, softcap=softcap), strict=True):
         assert x.isnan().all(), name
 
 

@@ -214,7 +214,9 @@ def test_128k_tokens_within_a_millisecond():
 OPTIONS = {
     "plain": dict(),
     "window": dict(window=300),
+    "sinks": dict(sinks=True),
     "capped": dict(softcap=20.0, sinks=True),
+    "capped_window": dict(softcap=20.0, window=300),
     "fp32": dict(dtype=torch.float32, head_dim=64),
     "odd_head": dict(head_dim=96),
     "cuda": dict(backend="cuda"),
@@ -262,10 +264,10 @@ class Small:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["plain", "window", "sinks", "capped", "cuda"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_forward_takes_less_than_60_us_of_the_host(grad, backend):
-    small = Small(backend=backend)
+def test_forward_takes_less_than_60_us_of_the_host(grad, name):
+    small = Small(**OPTIONS[name])
     with torch.set_grad_enabled(grad):
         for _ in range(20):
             small.forward()

@@ -23,8 +23,9 @@ FORESTS = {
 KERNELS = {
     "hopper_128": ("triton", 128, BF16, {}),
     "hopper_64": ("triton", 64, FP16, {}),
+    "hopper_window": ("triton", 128, BF16, dict(window=200)),
     "plain_128": ("triton", 128, BF16, dict(softcap=15.0)),
-    "plain_window": ("triton", 64, BF16, dict(window=200)),
+    "plain_window": ("triton", 64, BF16, dict(window=200, softcap=15.0)),
     "plain_fp32": ("triton", 64, FP32, {}),
     "cuda": ("cuda", 64, BF16, {}),
     "cuda_128": ("cuda", 128, BF16, {}),
@@ -69,7 +70,7 @@ def changes(runs, rounds):
 
 
 @gpu
-@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "hopper_64"]))
+@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "hopper_64", "hopper_window"]))
 def test_the_same_bits_a_thousand_times(backend, d, dtype, options):
     assert changes(calls(backend, d, dtype, options, FORESTS), 1000) == 0
 
@@ -130,7 +131,8 @@ def test_inside_torch_compile(backend, d, dtype, options):
 
 @gpu
 @pytest.mark.parametrize(
-    ("backend", "d", "dtype", "options"), of(["hopper_128", "plain_window", "cuda_128", "cuda_portable"])
+    ("backend", "d", "dtype", "options"),
+    of(["hopper_128", "hopper_window", "plain_window", "cuda_128", "cuda_portable"]),
 )
 def test_peak_memory_grows_with_tokens(backend, d, dtype, options):
     """Inputs, outputs and gradients once, two float32 rows of scratch a head, and no more: nothing of T^2.

@@ -55,7 +55,7 @@ WITHOUT_PRODUCTS = ("delta", "dkv_sum", "head_score", "head_slope")
 @dataclass(frozen=True)
 class Case:
     """One kernel at one head size, dtype and architecture; ``features``: plain, cap (softcap and sinks; for the
-    log-prob head, whose head size is 0, softcap and entropy) or window."""
+    log-prob head, whose head size is 0, softcap and entropy), sinks or window."""
 
     kernel: str
     arch: int
@@ -204,7 +204,9 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     """``tiles`` and ``tma`` default to what a launch would choose."""
     dtype = DTYPES[case.dtype]
     tiles = tiles or config(case.head_dim, case.head_dim, dtype, case.arch)
-    options = {"cap": {"softcap": 30.0, "sinks": True}, "window": {"window": 1024}}.get(case.features, {})
+    options = {"cap": {"softcap": 30.0, "sinks": True}, "sinks": {"sinks": True}, "window": {"window": 1024}}.get(
+        case.features, {}
+    )
     if tma is None:
         tma = tma_fits(case.arch, torch.empty(1, 1, case.head_dim, dtype=dtype))
     specialised = case.kernel.startswith("hopper")
@@ -243,8 +245,8 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
 
 
 def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
-    """Every kernel plain; and, for the first dtype, with softcap and sinks, and with a window. On Blackwell the first
-    dtype alone."""
+    """Every kernel plain; and, for the first dtype, with softcap and sinks (those for Hopper with sinks), and with a
+    window. On Blackwell the first dtype alone."""
     hopper_kernels = ("hopper_dkv", "hopper_dkv_split", "hopper_dq", "hopper_fwd")
     all_dtypes = dtypes
     for arch in archs:
@@ -259,6 +261,11 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
             for dtype in dtypes:
                 if 90 <= arch < 100 and head_dim in (64, 128) and dtype != "fp32":
                     yield from (Case(kernel, arch, head_dim, dtype, "plain") for kernel in hopper_kernels)
+                    if dtype == dtypes[0]:
+                        yield Case("hopper_fwd", arch, head_dim, dtype, "sinks")
+                        # under a window no key tile is parted
+                        windowed = [kernel for kernel in hopper_kernels if kernel != "hopper_dkv_split"]
+                        yield from (Case(kernel, arch, head_dim, dtype, "window") for kernel in windowed)
                 for features in ("plain", "cap", "window") if dtype == dtypes[0] else ("plain",):
                     for kernel in ("dkv", "dkv_split", "dq", "fwd", "delta", "dkv_sum"):
                         if kernel in ("dkv", "dq", "fwd") or features == "plain":
