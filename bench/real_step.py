@@ -262,7 +262,8 @@ def causal(rows: list[Row]) -> Iterator[None]:
     plans = [row.batch.plan for row in rows]
     for row, plan in zip(rows, plans, strict=True):
         length = plan.num_tokens
-        row.batch._plan = TreePlan(torch.full_like(plan.subtree_end, length), plan.position, length * (length + 1) // 2)
+        whole = torch.full_like(plan.subtree_end, length)
+        row.batch._plan = TreePlan(whole, plan.position, length * (length + 1) // 2, longest_path=length)
     try:
         yield
     finally:

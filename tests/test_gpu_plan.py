@@ -111,7 +111,7 @@ def test_plan_takes_the_kernels_on_a_gpu_and_torch_elsewhere(monkeypatch):
     expected = TreePlan.build(subtree_end)
     monkeypatch.setattr(plan, "_kernels", lambda device: kernels)
     found = TreePlan.build(subtree_end.to(DEVICE))
-    assert (found.num_pairs, found.num_tokens) == (expected.num_pairs, 120)
+    assert (found.num_pairs, found.num_tokens, found.longest_path) == (expected.num_pairs, 120, expected.longest_path)
     for name, value in vars(expected.tile_lists(16, 8, 7)).items():
         other = getattr(found.tile_lists(16, 8, 7), name)
         assert torch.equal(value, other.cpu()) if isinstance(value, torch.Tensor) else value == other

@@ -385,10 +385,12 @@ def test_frozen_sinks_cost_no_gradient(monkeypatch):
             tk.tree_attention(q, k, v, plan, sinks=torch.zeros(4, dtype=q.dtype)).sum().backward()
 
 
-@pytest.mark.parametrize("window", [6, 2**31, 2**32 + 5, 2**63 - 1])
-def test_a_window_of_the_whole_row_is_none(window):
+@pytest.mark.parametrize("window", [4, 6, 2**31, 2**32 + 5, 2**63 - 1])
+def test_a_window_as_long_as_the_longest_path_is_none(window):
     plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
     q, k, v = tensors(6, dtype=torch.float32)
+    taken = [api._prepare(q, k, v, plan, None, size, None, None, "auto").window for size in (window, 3)]
+    assert plan.longest_path == 4 and taken == [0, 3]
     assert torch.equal(tk.tree_attention(q, k, v, plan, window=window), tk.tree_attention(q, k, v, plan))
 
 

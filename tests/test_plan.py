@@ -42,7 +42,7 @@ def test_mask_positions_and_pairs_are_those_of_the_ancestor_walk(subtree_end):
     plan = TreePlan.build(torch.from_numpy(subtree_end))
     assert np.array_equal(reference.dense_mask(plan.subtree_end).numpy(), mask)
     assert np.array_equal(plan.position.numpy(), mask.sum(1) - 1)
-    assert plan.num_pairs == mask.sum()
+    assert plan.num_pairs == mask.sum() and plan.longest_path == mask.sum(1).max()
     for window in (1, 2, 5, 1000):
         near = mask & (plan.position[:, None] - plan.position[None, :] < window).numpy()
         assert plan.count_pairs(window) == near.sum()
@@ -170,7 +170,7 @@ def test_the_first_bad_index_is_named():
 
 def test_empty_plan():
     plan = TreePlan.build(torch.zeros(0, dtype=torch.int32))
-    assert (plan.num_tokens, plan.num_pairs) == (0, 0)
+    assert (plan.num_tokens, plan.num_pairs, plan.longest_path) == (0, 0, 0)
     assert plan.tile_lists(16, 16).q_indices.shape == (0,)
 
 

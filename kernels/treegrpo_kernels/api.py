@@ -132,8 +132,8 @@ def _prepare(
 ) -> _Call:
     """Check the arguments, choose the backend, make its tile lists. Reads shapes, dtypes and devices, no values."""
     _check(q, k, v, plan, scale, window, softcap, sinks)
-    # no path is longer than the row: such a window hides nothing, and kernels without windows are faster
-    window = 0 if window is None or window >= plan.num_tokens else window
+    # a window as long as the longest path hides nothing, and kernels without windows are faster
+    window = 0 if window is None or window >= plan.longest_path else window
     softcap = softcap or 0.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks, scale)

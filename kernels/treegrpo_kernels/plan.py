@@ -55,14 +55,15 @@ class TreePlan:
     """A validated packed forest and its derived metadata. Build with :meth:`build`.
 
     Example: leaves [A B C D], [A B C E], [A B F] packed as A B C D E F have subtree_end = [6 6 5 4 5 6];
-    then position = [0 1 2 3 3 2] and num_pairs = 6 + 5 + 3 + 1 + 1 + 1 = 17.
+    then position = [0 1 2 3 3 2], num_pairs = 6 + 5 + 3 + 1 + 1 + 1 = 17 and longest_path = 4.
     """
 
-    def __init__(self, subtree_end: Tensor, position: Tensor, num_pairs: int) -> None:
+    def __init__(self, subtree_end: Tensor, position: Tensor, num_pairs: int, longest_path: int) -> None:
         self.subtree_end = subtree_end
         self.position = position
         self.num_tokens = subtree_end.shape[0]
         self.num_pairs = num_pairs
+        self.longest_path = longest_path
         self.device = subtree_end.device
         self._window_pairs: dict[int, int] = {}
         self._tile_lists: dict[tuple[int, int, int], TileLists] = {}
@@ -90,10 +91,10 @@ class TreePlan:
             )
         end = subtree_end.detach().to(device=device)
         kernels = _kernels(end.device) if num_tokens else None
-        end32, position, violations, num_pairs = kernels.positions(end) if kernels else _positions(end)
+        end32, position, violations, *counts = kernels.positions(end) if kernels else _positions(end)
         if violations:
             raise ValueError(_first_violation(end.long()))
-        return cls(end32, position, num_pairs)
+        return cls(end32, position, *counts)
 
     def count_pairs(self, window: int | None = None) -> int:
         """Exact number of visible (query, key) pairs, under a sliding window of ``window`` path tokens if given."""
@@ -101,6 +102,8 @@ class TreePlan:
             return self.num_pairs
         if window < 0:
             raise ValueError(f"window must be at least 1, got {window}: use None for no window")
+        if window >= self.longest_path:
+            return self.num_pairs
         if window not in self._window_pairs:
             self._window_pairs[window] = int((self.position.long() + 1).clamp(max=window).sum())
         return self._window_pairs[window]
@@ -152,8 +155,8 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return plan
 
 
-def _positions(end: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """end [T] of any integer dtype -> (int32 copy, position [T] int32, violations, visible pairs).
+def _positions(end: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
+    """end [T] of any integer dtype -> (int32 copy, position [T] int32, violations, visible pairs, longest path).
 
     position[t] is the number of open subtrees that t lies in. The intervals nest iff where one ends, position is no
     larger than where it began. For let j be the first interval that another, t, crosses: j < t < end[j] < end[t]. The
@@ -169,9 +172,10 @@ def _positions(end: Tensor) -> tuple[Tensor, Tensor, int, int]:
     position = index - closing[:num_tokens].cumsum(0)
     at_end = torch.cat([position, position.new_full((1,), -1)])[inside]
     bad = _out_of_range(end, index) | (at_end > position)
-    # one device synchronisation carries both the verdict and the pair count
-    violations, num_pairs = torch.stack([bad.sum(), (end - index).sum()]).tolist()
-    return end.to(torch.int32), position.to(torch.int32), violations, num_pairs
+    longest = position.max() + 1 if num_tokens else end.new_zeros(())
+    # one device synchronisation carries the verdict and the counts
+    counts = torch.stack([bad.sum(), (end - index).sum(), longest]).tolist()
+    return end.to(torch.int32), position.to(torch.int32), *counts
 
 
 def _out_of_range(end: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Shape legend: T packed tokens, NQ/NK query and key tiles. Names in kernels as in common.py; "closing" is, for a token t,
 the number of subtrees that end just before t, so that position[t] = t - (closing[0] + ... + closing[t]).
 
-Building waits for the device once (verdict and pair count), tile lists once more (the length of the list). Comparing
+Building waits for the device once (verdict and counts), tile lists once more (the length of the list). Comparing
 every query tile with every key tile costs one compare a pair and O(NQ + NK) memory: 2 million pairs for 128k tokens.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from .common import FUSED, cdiv
 
 _TOKENS, _TILES, _RANKED = 1024, 512, 64
-# int32 words that two int64 sums take; they share a buffer with the counters, which one launch sets to zero
-_SUMS = 4
+# int32 words that three int64 sums take; they share a buffer with the counters, which one launch sets to zero
+_SUMS = 6
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -45,13 +45,14 @@ def plan_closing_kernel(subtree_end, end32, closing, sums, num_tokens, BLOCK: tl
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def plan_position_kernel(end32, closed, position, sums, num_tokens, BLOCK: tl.constexpr):
-    """position [T] from closed = cumsum(closing), and the rule that subtrees nest: where a token's subtree ends, no
-    more subtrees are open than where it began (see ../plan.py)."""
+    """position [T] from closed = cumsum(closing), the longest path, and the rule that subtrees nest: where a token's
+    subtree ends, no more subtrees are open than where it began (see ../plan.py)."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_token = index < num_tokens
     b_end = tl.load(end32 + index, mask=m_token, other=0)
     b_position = index - tl.load(closed + index, mask=m_token, other=0)
     tl.store(position + index, b_position, mask=m_token)
+    tl.atomic_max(sums + 2, tl.max(tl.where(m_token, b_position + 1, 0)).to(tl.int64), sem="relaxed")
     m_inner = m_token & (b_end >= 0) & (b_end < num_tokens)
     b_at_end = b_end - tl.load(closed + b_end, mask=m_inner, other=0)
     tl.atomic_add(sums, tl.sum((m_inner & (b_at_end > b_position)).to(tl.int64)), sem="relaxed")
@@ -219,10 +220,11 @@ def plan_order_kernel(q_count, kv_max, q_order, kv_order, num_q, num_kv, block_n
     tl.store(p_order + b_place, i_tile, mask=i_tile < num_tiles)
 
 
-def positions(subtree_end: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """subtree_end [T] of any integer dtype, T > 0 -> (int32 copy, position [T] int32, violations, visible pairs).
+def positions(subtree_end: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
+    """subtree_end [T] of any integer dtype, T > 0 -> (int32 copy, position [T] int32, violations, visible pairs,
+    longest path).
 
-    Where there are violations, position and pairs mean nothing. Waits for the device once.
+    Where there are violations, the others mean nothing. Waits for the device once.
     """
     num_tokens, device = subtree_end.shape[0], subtree_end.device
     subtree_end = subtree_end.contiguous()
@@ -234,8 +236,7 @@ def positions(subtree_end: Tensor) -> tuple[Tensor, Tensor, int, int]:
         plan_closing_kernel[grid](subtree_end, end32, closing, sums, num_tokens, BLOCK=_TOKENS, **FUSED)
         closed = torch.cumsum(closing, 0, dtype=torch.int32)
         plan_position_kernel[grid](end32, closed, position, sums, num_tokens, BLOCK=_TOKENS, **FUSED)
-    violations, num_pairs = sums.tolist()
-    return end32, position, violations, num_pairs
+    return end32, position, *sums.tolist()
 
 
 def tile_lists(subtree_end: Tensor, position: Tensor, block_m: int, block_n: int, window: int) -> dict[str, Tensor]:
