@@ -59,7 +59,7 @@ def tree_backend(backend: str) -> Contender:
 
     def prepare(forest: Forest, device: torch.device) -> Attend:
         plan = tk.TreePlan.build(forest.subtree_end, device=device)
-        return lambda q, k, v: tk.tree_attention(q, k, v, plan, backend=backend)
+        return lambda q, k, v: tk.tree_attention(q, k, v, plan, window=forest.window or None, backend=backend)
 
     return Contender(f"tree_{backend}", "tree", unsupported, prepare)
 

@@ -13,14 +13,17 @@ import sys
 import time
 
 LIMIT_SECONDS = 120.0
-# (contender, head dim, tokens): a length that is a multiple of 16 and one that is not, for Triton tells them apart
+# (contender, head dim, tokens, window): lengths that are a multiple of 16 and not, for Triton tells them apart
 JOBS = {
-    "triton-128-even": ("tree_triton", 128, 2048),
-    "triton-128-odd": ("tree_triton", 128, 2055),
-    "triton-64-even": ("tree_triton", 64, 2048),
-    "triton-64-odd": ("tree_triton", 64, 2055),
-    "flex-128": ("flex", 128, 2055),
-    "flex-64": ("flex", 64, 2055),
+    "triton-128-even": ("tree_triton", 128, 2048, 0),
+    "triton-128-odd": ("tree_triton", 128, 2055, 0),
+    "triton-64-even": ("tree_triton", 64, 2048, 0),
+    "triton-64-odd": ("tree_triton", 64, 2055, 0),
+    "flex-128": ("flex", 128, 2055, 0),
+    "flex-64": ("flex", 64, 2055, 0),
+    "triton-window": ("tree_triton", 128, 2055, 1024),
+    "flex-window": ("flex", 128, 2055, 1024),
+    "flex-window-4k": ("flex", 128, 6000, 4096),
 }
 
 
@@ -33,11 +36,11 @@ def run(job: str) -> None:
     from bench.workloads import chain, lay_out
     from treegrpo import build_forest
 
-    name, head_dim, num_tokens = JOBS[job]
+    name, head_dim, num_tokens, window = JOBS[job]
     device = torch.device("cuda")
     # two lengths, so that a kernel for all lengths is what gets compiled
     for length in (num_tokens, num_tokens + 1024):
-        forest = lay_out(job, tuple(build_forest(chain(length))))
+        forest = lay_out(job, tuple(build_forest(chain(length))), window=window)
         problem = Problem(forest, HEADS, KV_HEADS, head_dim, device, torch.bfloat16)
         contender = CONTENDERS[name]
         q, k, v, dout = problem.inputs(contender.layout)

@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from bench.workloads import Forest
 from treegrpo_kernels import gather
 
 # (q [rows,Hq,D], k [keys,Hkv,D], v [keys,Hkv,D], cu_q, cu_k int32 [S+1], longest q, longest k) -> out [rows,Hq,D],
-# causal from the bottom right
+# causal from the bottom right, within the window it was made for
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 FLEX_BLOCK = 128
@@ -57,27 +57,39 @@ def missing(module: str, name: str) -> str | None:
 
 
 def torch_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, *, grouped: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    grouped: bool = True,
+    window: int = 0,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 takes grouped heads without being told, later ones want the flag
     has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
     flag = {"enable_gqa": True} if grouped and has_flag else {}
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(-1, 0), **flag)
+    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=(window - 1, 0), **flag)
 
 
-def flash_varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+def flash_varlen(window: int) -> Varlen:
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
+    return partial(flash_attn_varlen_func, causal=True, window_size=(window - 1, 0))
 
 
-def flash3_varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+def flash3_varlen(window: int) -> Varlen:
     from flash_attn_interface import flash_attn_varlen_func
 
-    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=True)
-    return out[0] if isinstance(out, tuple) else out
+    def varlen(*args) -> Tensor:
+        out = flash_attn_varlen_func(*args, causal=True, window_size=(window - 1, 0))
+        return out[0] if isinstance(out, tuple) else out
+
+    return varlen
 
 
 def repeat_heads(k: Tensor, num_heads: int) -> Tensor:
@@ -129,15 +141,16 @@ def cudnn_fault(device: torch.device) -> str | None:
     return fault(lambda grouped: cudnn_sdpa(q, k, v, grouped=grouped), inputs)
 
 
-def best_torch_varlen(device: torch.device, contender: str) -> Varlen:
+def best_torch_varlen(device: torch.device, contender: str, window: int) -> Varlen:
     """torch's varlen kernel; with K and V repeated for each query head, which is noted, where it cannot group."""
     reason = torch_varlen_fault(device)
     if reason is None:
-        return torch_varlen
+        return partial(torch_varlen, window=window)
     NOTES[contender] = f"K and V repeated per query head: {reason}"
 
     def repeated(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
-        return torch_varlen(q, repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), *rest, grouped=False)
+        k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+        return torch_varlen(q, k, v, *rest, grouped=False, window=window)
 
     return repeated
 
@@ -223,8 +236,19 @@ def _visible(end: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     return visible
 
 
-def exact_block_mask(end: Tensor):
-    """BlockMask of subtree_end [multiple of 128] from the smallest and largest end of each key block: exact classes."""
+def _near(end: Tensor, position: Tensor, window: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    # a tensor, for an int would be compiled in or a symbol
+    hidden = position - window
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end[key]) & (hidden[query] < position[key])
+
+    return near
+
+
+def exact_block_mask(end: Tensor, window: int = 0):
+    """BlockMask of subtree_end [multiple of 128] from the smallest and largest end of each key block: exact classes;
+    under a window also from smallest and largest positions, as our own lists are."""
     from torch.nn.attention.flex_attention import BlockMask
 
     start = torch.arange(0, end.numel(), FLEX_BLOCK, device=end.device)
@@ -233,12 +257,19 @@ def exact_block_mask(end: Tensor):
     # [query block, key block]
     seen = (stop[:, None] > start) & (highest > start[:, None])
     full = (start[:, None] >= stop - 1) & (stop[:, None] <= lowest)
+    visible = _visible(end)
+    if window:
+        position = tk.reference.positions(end).to(torch.int32)
+        deepest, shallowest = (of(position.view(-1, FLEX_BLOCK), 1) for of in (torch.amax, torch.amin))
+        seen &= shallowest[:, None] - deepest < window
+        full &= deepest[:, None] - shallowest < window
+        visible = _near(end, position, window)
 
     def lists(of: Tensor) -> tuple[Tensor, Tensor]:
         order = torch.argsort(of.to(torch.int8), dim=1, descending=True, stable=True)
         return of.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
 
-    return BlockMask.from_kv_blocks(*lists(seen & ~full), *lists(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=_visible(end))
+    return BlockMask.from_kv_blocks(*lists(seen & ~full), *lists(full & seen), BLOCK_SIZE=FLEX_BLOCK, mask_mod=visible)
 
 
 def compile_flex(*, dynamic: bool, backend: str | Callable = "inductor") -> Callable:
@@ -271,7 +302,7 @@ def call_flex(compiled: Callable, block_mask, q: Tensor, k: Tensor, v: Tensor) -
 
 
 def _flex(forest: Forest, device: torch.device) -> Attend:
-    block_mask = exact_block_mask(padded_end(forest, device))
+    block_mask = exact_block_mask(padded_end(forest, device), forest.window)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         compiled = flex_kernel(device, q.shape[1], k.shape[1], q.shape[2])
@@ -285,7 +316,7 @@ def _flex_and_mask(forest: Forest, device: torch.device) -> Attend:
     end = padded_end(forest, device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        block_mask = exact_block_mask(end)
+        block_mask = exact_block_mask(end, forest.window)
         return call_flex(flex_kernel(device, q.shape[1], k.shape[1], q.shape[2]), block_mask, q, k, v)
 
     return attend
@@ -306,7 +337,7 @@ def chain_ours(forest: Forest, device: torch.device, backend: str) -> Attend:
     """The leaves [L] as so many trees of one branch: what our kernel does without anything to share."""
     ends = forest.leaf_offsets[1:].repeat_interleave(forest.leaf_offsets.diff())
     plan = tk.TreePlan.build(ends, device=device)
-    return lambda q, k, v: tk.tree_attention(q, k, v, plan, backend=backend)
+    return lambda q, k, v: tk.tree_attention(q, k, v, plan, window=forest.window or None, backend=backend)
 
 
 def padded_causal(forest: Forest, sdpa: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
@@ -330,11 +361,15 @@ def _on_cudnn(name: str, method: Callable[[Forest, Callable], Attend]) -> Callab
     return prepare
 
 
+def _cudnn_unsupported(request: Request) -> str | None:
+    return _needs_gpu(request) or ("SDPA has no sliding window but as a dense mask" if request.forest.window else None)
+
+
 def _padded_unsupported(request: Request) -> str | None:
     lengths = request.forest.leaf_offsets.diff()
     padded = int(lengths.max()) * lengths.numel()
     too_many = f"{padded} padded tokens: more than {MAX_PADDED_TOKENS} are left out"
-    return _needs_gpu(request) or (too_many if padded > MAX_PADDED_TOKENS else None)
+    return _cudnn_unsupported(request) or (too_many if padded > MAX_PADDED_TOKENS else None)
 
 
 def _leaves_unsupported(request: Request) -> str | None:
@@ -342,7 +377,7 @@ def _leaves_unsupported(request: Request) -> str | None:
     if num_leaves == 1:
         return "one chain is one call: see chain_cudnn"
     too_many = f"{num_leaves} leaves, a kernel each: more than {MAX_LEAVES_ONE_BY_ONE} are left out"
-    return _needs_gpu(request) or (too_many if num_leaves > MAX_LEAVES_ONE_BY_ONE else None)
+    return _cudnn_unsupported(request) or (too_many if num_leaves > MAX_LEAVES_ONE_BY_ONE else None)
 
 
 def _chain_ours_unsupported(request: Request) -> str | None:
@@ -359,7 +394,7 @@ def _dense_mask_unsupported(request: Request) -> str | None:
 
 
 def _dense_mask(forest: Forest, device: torch.device) -> Attend:
-    mask = tk.reference.dense_mask(forest.subtree_end.to(device))
+    mask = tk.reference.dense_mask(forest.subtree_end.to(device), forest.window or None)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # the kernel that takes a mask takes no grouped heads
@@ -408,7 +443,7 @@ def _flash4_unsupported(request: Request) -> str | None:
 
 
 def _on_torch_varlen(name: str, method: Callable[[Forest, torch.device, Varlen], Attend]):
-    return lambda forest, device: method(forest, device, best_torch_varlen(device, name))
+    return lambda forest, device: method(forest, device, best_torch_varlen(device, name, forest.window))
 
 
 _torch_kernel = _needs("torch.nn.attention.varlen", "varlen_attn")
@@ -430,15 +465,20 @@ CONTENDERS: dict[str, Contender] = {
             "chain_flash_attn",
             "leaf",
             _needs("flash_attn", "flash_attn_varlen_func"),
-            lambda forest, device: chain_varlen(forest, device, flash_varlen),
+            lambda forest, device: chain_varlen(forest, device, flash_varlen(forest.window)),
         ),
         Contender(
             "gather_flash_attn",
             "tree",
             _needs("flash_attn", "flash_attn_varlen_func"),
-            lambda forest, device: gathered(forest, device, flash_varlen),
+            lambda forest, device: gathered(forest, device, flash_varlen(forest.window)),
         ),
-        Contender("trl_flash3", "tree", _trl_unsupported, lambda f, device: gathered(f, device, flash3_varlen)),
+        Contender(
+            "trl_flash3",
+            "tree",
+            _trl_unsupported,
+            lambda forest, device: gathered(forest, device, flash3_varlen(forest.window)),
+        ),
         Contender("flash_attn_4", "tree", _flash4_unsupported, _dense_mask),
         Contender("sdpa_dense_mask", "tree", _dense_mask_unsupported, _dense_mask),
         _plain_cuda(),

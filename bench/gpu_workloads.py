@@ -9,6 +9,8 @@
     binary_32k                      deep binary tree: 256 leaves, 9 levels of 32 to 96 tokens
     tau_whole_32k, tau_calls_32k    tau-bench airline, groups in the recorded order: whole trajectories, and a sample
                                     per model call
+    search_2_6_32k_w1k              under a sliding window of 1,024 path tokens (Gemma 3), of 4,096 (OLMo 3)
+    star_8k_w4k
 
 Each also has a tiny sibling, the same shape with 1k = 32 tokens, for checks on a CPU.
 """
@@ -120,7 +122,11 @@ BUILDERS: dict[str, Callable[[int], Iterable[Trajectory]]] = {
     "search_2_2_16k": lambda k: search(2, 2, 16 * k, k),
     "star_8k_x2": lambda k: star(8 * k, k, 16, 2),
     "star_2k_x2": lambda k: star(2 * k, 2 * k, 8, 2),
+    "search_2_6_32k_w1k": lambda k: search(2, 6, 32 * k, k),
+    "star_8k_w4k": lambda k: star(8 * k, k, 16),
 }
+# sliding windows in units of 1k tokens
+WINDOWS = {"search_2_6_32k_w1k": 1, "star_8k_w4k": 4}
 NAMES = tuple(BUILDERS)
 QUICK_NAMES = NAMES[:6]
 
@@ -133,4 +139,5 @@ def rows_of(name: str, tiny: bool = False) -> tuple[Trajectory, ...]:
 
 @cache
 def forest(name: str, tiny: bool = False) -> Forest:
-    return lay_out(name, tuple(build_forest(rows_of(name, tiny))))
+    window = WINDOWS.get(name, 0) * (TINY_K if tiny else K)
+    return lay_out(name, tuple(build_forest(rows_of(name, tiny))), window=window)

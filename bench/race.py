@@ -114,7 +114,8 @@ class Problem:
         for start, end in workloads.roots(self.forest.subtree_end):
             rows = slice(start, end)
             leaves = [x[rows].clone().requires_grad_() for x in parts[:3]]
-            out = tk.reference.tree_attention(*leaves, self.forest.subtree_end[rows] - start)
+            end_of = self.forest.subtree_end[rows] - start
+            out = tk.reference.tree_attention(*leaves, end_of, window=self.forest.window or None)
             grads = torch.autograd.grad(out, leaves, parts[3][rows])
             for name, value in (("out", out.detach()), *zip(("dq", "dk", "dv"), grads, strict=True)):
                 found[name][rows] = value

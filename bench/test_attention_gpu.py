@@ -29,7 +29,7 @@ CELLS = list(
         ]
     )
 )
-SMOKE_CELLS = [("star_2k", WIDE), ("search_2_6_32k", WIDE), ("tau_calls_32k", WIDE)]
+SMOKE_CELLS = [(name, WIDE) for name in ("star_2k", "search_2_6_32k", "tau_calls_32k", "star_8k_w4k")]
 TINY_HEADS, TINY_KV_HEADS, TINY_DIM = 4, 2, 16
 # prompt 512, 6 completions of 128 to 384: about 2k tokens, where the host is the limit
 SMALL = "small_2k"
@@ -61,7 +61,7 @@ def selected(workload, head_dim, device, quick):
     if device.type != "cuda":
         if not quick:
             return "the GPU's workloads are too long for a CPU: test_attention.py has its own"
-        return None if cell in SMOKE_CELLS else "tiny forests on the CPU: three are enough"
+        return None if cell in SMOKE_CELLS else "tiny forests on the CPU: a few are enough"
     return None if not quick or cell in QUICK_CELLS else "left out of quick runs"
 
 

@@ -3,12 +3,15 @@
 Here only the kernels differ from the GPU bench: layouts, gathers, block lists and the race are its own.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import treegrpo_kernels as tk
 from bench import gpu_baselines, gpu_workloads, workloads
-from bench.baselines import Contender, heads_first, tree_backend
+from bench.baselines import Contender, Request, heads_first, tree_backend
 from bench.gpu_baselines import (
     FLEX_BLOCK,
     call_flex,
@@ -29,12 +32,14 @@ from bench.race import PASSES, Problem, block_error, race
 CPU = torch.device("cpu")
 
 
-def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k):
-    """Bottom-right causal, a segment at a time."""
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window=0):
+    """Bottom-right causal within a window, a segment at a time."""
     outs, cu = [], (cu_q.tolist(), cu_k.tolist())
     for q0, q1, k0, k1 in zip(cu[0][:-1], cu[0][1:], cu[1][:-1], cu[1][1:], strict=True):
         assert q1 - q0 <= max_q and k1 - k0 <= max_k
-        mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+        before = k1 - k0 - (q1 - q0)
+        mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(before)
+        mask = mask.triu(before - window + 1) if window else mask
         rows = (q[q0:q1], repeat_heads(k[k0:k1], q.shape[1]), repeat_heads(v[k0:k1], q.shape[1]))
         outs.append(F.scaled_dot_product_attention(*map(heads_first, rows), attn_mask=mask)[0].transpose(0, 1))
     return torch.cat(outs)
@@ -42,6 +47,10 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k):
 
 def plain_sdpa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def varlen_of(forest):
+    return partial(plain_varlen, window=forest.window)
 
 
 def always(request):
@@ -57,12 +66,12 @@ METHODS = {
     contender.name: contender
     for contender in (
         tree_backend("cpu"),
-        Contender("chain_varlen", "leaf", always, lambda f, d: chain_varlen(f, d, plain_varlen)),
+        Contender("chain_varlen", "leaf", always, lambda f, d: chain_varlen(f, d, varlen_of(f))),
         Contender("chain_padded", "padded", always, lambda f, d: padded_causal(f, plain_sdpa)),
         Contender("chain_leaves", "leaf", always, lambda f, d: leaf_by_leaf(f, plain_sdpa)),
         Contender("chain_cpu", "leaf", always, lambda f, d: chain_ours(f, d, "cpu")),
-        Contender("gather", "tree", always, lambda f, d: gathered(f, d, plain_varlen)),
-        Contender("prefix", "tree", always, lambda f, d: prefix_grouped(f, d, plain_varlen)),
+        Contender("gather", "tree", always, lambda f, d: gathered(f, d, varlen_of(f))),
+        Contender("prefix", "tree", always, lambda f, d: prefix_grouped(f, d, varlen_of(f))),
         Contender("dense_mask", "tree", always, gpu_baselines._dense_mask),
         Contender("plain_causal", "tree", always, plain_causal),
     )
@@ -95,10 +104,45 @@ def test_methods_on_many_levels(workload):
     assert all(outcome.reason is None for outcome in outcomes.values()), outcomes
 
 
+@pytest.mark.parametrize("workload", gpu_workloads.WINDOWS)
+def test_methods_under_a_window(workload):
+    problem = problem_of(workload)
+    forest = problem.forest
+    assert 0 < forest.num_pairs < gpu_workloads.forest(workload.rsplit("_", 1)[0], True).num_pairs
+    ends = forest.leaf_offsets[1:].repeat_interleave(forest.leaf_offsets.diff())
+    assert forest.num_chain_pairs == tk.TreePlan.build(ends).count_pairs(forest.window)
+    names = ["tree_cpu", "chain_varlen", "chain_cpu", "gather", "dense_mask", "plain_causal"]
+    names += [] if one_level(forest.subtree_end) else ["prefix"]
+    for name, outcome in race(problem, {name: METHODS[name] for name in names}, quick=True).items():
+        assert (outcome.reason is None) == (name != "plain_causal"), f"{name}: {outcome.reason}"
+    request = Request(forest, torch.device("cuda"), True, False)
+    for name in ("chain_cudnn", "chain_cudnn_leaves"):
+        assert "no sliding window" in gpu_baselines.CONTENDERS[name].unsupported(request)
+
+
 def test_prefix_grouping_takes_one_level():
     for name, fits in {"star_8k": True, "star_2k_x3": True, "chain_16k": True, "search_2_2_16k": False}.items():
         reason = one_level(gpu_workloads.forest(name, True).subtree_end)
         assert (reason is None) == fits, f"{name}: {reason}"
+
+
+@pytest.mark.parametrize("workload", gpu_workloads.WINDOWS)
+def test_block_lists_under_a_window_hold_what_is_seen(workload):
+    forest = gpu_workloads.forest(workload, True)
+    end = padded_end(forest, CPU)
+    mask = tk.reference.dense_mask(end, forest.window)
+    position = tk.reference.positions(end)
+    index = torch.arange(end.numel())
+    assert torch.equal(gpu_baselines._near(end, position, forest.window)(None, None, index[:, None], index), mask)
+    blocks = mask.view(end.numel() // FLEX_BLOCK, FLEX_BLOCK, -1, FLEX_BLOCK).transpose(1, 2)
+    ours = exact_block_mask(end, forest.window)
+    for row in range(len(blocks)):
+        seen, full = (
+            getattr(ours, f"{kind}kv_indices")[0, 0, row, : getattr(ours, f"{kind}kv_num_blocks")[0, 0, row]].tolist()
+            for kind in ("", "full_")
+        )
+        assert not set(seen) & set(full) and all(blocks[row, block].all() for block in full)
+        assert not any(blocks[row, block].any() for block in set(range(len(blocks))) - {*seen, *full})
 
 
 @pytest.mark.parametrize("workload", ["star_2k", "search_2_6_32k", "binary_32k", "chain_16k"])
@@ -117,13 +161,14 @@ def test_block_lists_are_those_of_the_whole_mask(workload):
             assert torch.equal(row[:count], want[:count])
 
 
-def test_flex_on_padded_blocks_is_the_reference():
+@pytest.mark.parametrize("workload", ["search_2_2_16k", *gpu_workloads.WINDOWS])
+def test_flex_on_padded_blocks_is_the_reference(workload):
     from torch.nn.attention.flex_attention import flex_attention
 
-    problem = problem_of("search_2_2_16k")
+    problem = problem_of(workload)
     q, k, v, _ = problem.inputs("blocks")
     assert q.shape[0] % FLEX_BLOCK == 0 and q.shape[0] > problem.forest.num_tokens
-    mask = exact_block_mask(padded_end(problem.forest, CPU))
+    mask = exact_block_mask(padded_end(problem.forest, CPU), problem.forest.window)
     assert problem.gate("blocks", call_flex(flex_attention, mask, q, k, v), ()) < 1e-5
 
 

@@ -27,13 +27,15 @@ import torch
 
 from treegrpo import Trajectory, build_forest, pack, split_calls
 from treegrpo.tree import RolloutTree
+from treegrpo_kernels import TreePlan
 
 TAU_BENCH = Path("tau_bench_airline") / "tokens.jsonl.gz"
 
 
 @dataclass(frozen=True)
 class Forest:
-    """A workload laid out for attention: subtree_end int32 [T], leaf_tokens int64 [L], leaf_offsets [leaves + 1]."""
+    """A workload laid out for attention: subtree_end int32 [T], leaf_tokens int64 [L], leaf_offsets [leaves + 1]; the
+    pairs are those within ``window`` tokens of a path, 0 for no window."""
 
     name: str
     subtree_end: torch.Tensor
@@ -41,6 +43,7 @@ class Forest:
     leaf_offsets: torch.Tensor
     num_pairs: int
     num_chain_pairs: int
+    window: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -200,15 +203,22 @@ def forest(name: str, quick: bool = False) -> Forest:
     return lay_out(name, trees(name, quick))
 
 
-def lay_out(name: str, grown: tuple[RolloutTree, ...], *, share_across_groups: bool = True) -> Forest:
+def lay_out(name: str, grown: tuple[RolloutTree, ...], *, share_across_groups: bool = True, window: int = 0) -> Forest:
     (batch,) = pack(grown, share_across_groups=share_across_groups)
+    num_pairs, num_chain_pairs = batch.num_pairs, batch.num_chain_pairs
+    if window:
+        num_pairs = TreePlan.build(batch.subtree_end).count_pairs(window)
+        lengths = batch.leaf_offsets.diff()
+        inside = lengths.clamp(max=window)
+        num_chain_pairs = int((inside * (inside + 1) // 2 + (lengths - inside) * window).sum())
     return Forest(
         name=name,
         subtree_end=batch.subtree_end,
         leaf_tokens=batch.leaf_tokens,
         leaf_offsets=batch.leaf_offsets,
-        num_pairs=batch.num_pairs,
-        num_chain_pairs=batch.num_chain_pairs,
+        num_pairs=num_pairs,
+        num_chain_pairs=num_chain_pairs,
+        window=window,
     )
 
 
