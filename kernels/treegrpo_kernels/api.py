@@ -202,10 +202,6 @@ def _reason(backend: Backend, device: torch.device) -> str | None:
 
             return native.cuda_reason() if device.type == "cuda" else f"runs on CUDA tensors, not on {device.type}"
         case Backend.TRITON:
-            from importlib.util import find_spec
-
-            if find_spec("triton") is None:
-                return "triton is not installed: pip install triton (Linux)"
             from . import triton
 
             return triton.reason(device)

@@ -105,7 +105,7 @@ def tile_tensors(
     tile = config.dkv
     lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
     tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, *query_lists(plan, tile, window)]
-    # a window bounds the work of every key tile
+    # within a window a key tile is seen by few: none is parted
     tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, v.shape[1])
     return tensors
 

@@ -78,7 +78,7 @@ def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window
     Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile); see
     :func:`prepared.new_shape`. ``window`` is 0 for none.
     """
-    # a window bounds the work of every key tile: none is parted; and only parting depends on the heads
+    # within a window a key tile is seen by few: none is parted; and only parting depends on the heads
     parts = config.split and not window
     key = config, num_kv_heads if parts else 0, window
     made = plan.derived.get(key)
