@@ -168,7 +168,9 @@ class Scheduler:
         try:
             with self.turn:
                 self._await_turn()
-            function(*args)
+            # the grad mode is a thread's own
+            with torch.no_grad():
+                function(*args)
             assert not self.local.stores, "shared memory is left before it is stored"
         except BaseException as error:
             self.failure = self.failure or error

@@ -190,13 +190,16 @@ def test_a_plan_waits_once_and_its_lists_once():
 
 @pytest.mark.gpu
 def test_the_lists_of_all_hopper_kernels_wait_three_times():
-    """For two lengths and, where key tiles may be worth parting, their ranges."""
+    """For two lengths and, where key tiles may be worth parting, their ranges; under a window for three lengths."""
     from treegrpo_kernels.triton import hopper
 
     end = torch.from_numpy(long_forest(20_000)).cuda()
     hopper.tile_tensors(TreePlan.build(end), hopper.config(128), 2)
     built = TreePlan.build(end)
     assert waits(lambda: hopper.tile_tensors(built, hopper.config(128), 2)) <= 3
+    # under a window the query tiles of key tiles are lists as well, and nothing is parted
+    hopper.tile_tensors(TreePlan.build(end), hopper.config(128), 2, 300)
+    assert waits(lambda: hopper.tile_tensors(built, hopper.config(128), 2, 300)) == 3
 
 
 @pytest.mark.gpu

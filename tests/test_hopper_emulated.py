@@ -10,13 +10,14 @@ import cases
 import gluon_emulator
 import pytest
 import torch
-from attention_checks import excess, inputs
+from attention_checks import excess, inputs, through_op
 
 pytest.importorskip("triton")
 
 from treegrpo_kernels import reference, work
 from treegrpo_kernels.plan import TreePlan
 from treegrpo_kernels.triton import (
+    common,
     hopper,
     hopper_backward_dkv,
     hopper_backward_dq,
@@ -118,6 +119,22 @@ def test_sinks(window, dtype, emulated):
     found, _ = results(subtree_end, *args, 0.125, hopper.config(64), 4, window, plain)
     over = excess(found, subtree_end, *args, plain, scale=0.125, window=window)
     assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, False), (70, False), (0, True), (70, True)])
+def test_the_op_takes_them(window, sinks, emulated, monkeypatch):
+    """As gpt-oss asks for it: sinks everywhere, a window in every other layer; one plan for all."""
+    monkeypatch.setattr(common, "arch_of", lambda device: 90)
+    subtree_end = FORESTS["root_of_all"]
+    *args, sink = inputs(len(subtree_end), hq=4, hkv=1, d=64, dv=64, dtype=torch.bfloat16)
+    args += [sink.bfloat16()] if sinks else []
+    plan = TreePlan.build(torch.as_tensor(subtree_end))
+    for _ in range(2):
+        found = through_op("triton", None, *args, scale=0.125, window=window, plan=plan)
+        over = excess(found, subtree_end, *args, scale=0.125, window=window)
+        assert max(over.values()) <= 0, over
+    (call,) = plan.calls.values()
+    assert len(call.tiles) == hopper._DKV.stop
 
 
 @pytest.mark.parametrize("seed", range(3))

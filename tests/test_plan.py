@@ -1,6 +1,8 @@
 """TreePlan against the ancestor walk: validation, positions, pairs, tile classes, lists and orders."""
 
 import time
+from collections import namedtuple
+from dataclasses import replace
 
 import cases
 import numpy as np
@@ -8,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from treegrpo_kernels import TreePlan, reference, work
 
+Tile = namedtuple("Tile", "block_m block_n")
 BLOCKS = [(1, 1), (4, 4), (8, 4), (4, 8), (5, 3), (16, 16), (64, 32)]
 
 
@@ -59,6 +63,21 @@ def test_a_window_begins_at_the_oldest_token_in_sight(subtree_end):
         seen = torch.from_numpy(mask) & (index >= first[: plan.num_tokens, None])
         assert torch.equal(seen, reference.dense_mask(plan.subtree_end, window))
     assert work.first_visible(plan, 0, 16).shape == (0,)
+
+
+def test_what_a_window_adds_to_the_lists_does_not_wait_for_the_device():
+    """Tensors without values: whatever had to look at one would raise."""
+    plan = TreePlan.build(torch.from_numpy(cases.random_subtree_end(300, 1, branch=0.05)))
+    lists = plan.tile_lists(16, 32, 50)
+    with FakeTensorMode() as mode:
+        fake = TreePlan(*map(mode.from_tensor, (plan.subtree_end, plan.position)), plan.num_pairs, plan.longest_path)
+        tensors = {name: x for name, x in vars(lists).items() if isinstance(x, torch.Tensor)}
+        fake._tile_lists[16, 32, 50] = replace(lists, **{name: mode.from_tensor(x) for name, x in tensors.items()})
+        assert work.first_visible(fake, 50, 64).shape == (320,)
+        order, offsets, indices = work.query_lists(fake, Tile(16, 32), 50)
+        assert order.shape == lists.kv_order.shape and offsets.shape == (21,) and indices.shape == lists.q_indices.shape
+        with pytest.raises(DataDependentOutputException):
+            fake.position.max().item()
 
 
 @pytest.mark.parametrize("subtree_end", list(forests()))

@@ -139,17 +139,17 @@ def first_visible(plan: TreePlan, window: int, multiple: int) -> Tensor:
 
 
 def _make_query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
+    """Does not wait for the device beyond what the tile lists do."""
     lists = plan.tile_lists(tile.block_m, tile.block_n, window)
     device, num_q, num_kv = plan.device, len(lists.q_full), len(lists.kv_max)
-    counts = lists.q_offsets.diff()
-    q_tile = torch.repeat_interleave(torch.arange(num_q, device=device), counts)
+    length = len(lists.q_indices)
+    index = torch.arange(num_q, device=device)
+    q_tile = torch.repeat_interleave(index, lists.q_offsets.diff(), output_size=length)
     # a query tile's list has its full key tiles first
-    place = torch.arange(len(q_tile), device=device) - lists.q_offsets[:-1].long()[q_tile]
+    place = torch.arange(length, device=device) - lists.q_offsets[:-1].long()[q_tile]
     is_whole = (q_tile + 1) * tile.block_m <= plan.num_tokens
     is_partial = (place >= lists.q_full.long()[q_tile]) | ~is_whole
-    part = 2 * lists.q_indices.long() + is_partial
-    offsets = torch.zeros(2 * num_kv + 1, dtype=torch.int64, device=device)
-    torch.cumsum(torch.bincount(part, minlength=2 * num_kv), 0, out=offsets[1:])
-    ordered = q_tile[torch.argsort(part * num_q + q_tile)]
+    ordered = torch.sort((2 * lists.q_indices.long() + is_partial) * num_q + q_tile).values
+    offsets = torch.searchsorted(ordered, torch.arange(2 * num_kv + 1, device=device) * num_q)
     order = torch.argsort(offsets[::2].diff(), descending=True, stable=True)
-    return [x.to(torch.int32) for x in (order, offsets, ordered)]
+    return [x.to(torch.int32) for x in (order, offsets, ordered % num_q)]
