@@ -270,6 +270,9 @@ def _fill(
     p_row = i_h.to(gl.int64) * num_padded + i_m * BM + o_row
     b_lse = gl.load(lse2 + p_row)
     b_delta = gl.load(delta + p_row)
+    b_first = o_row
+    if HAS_WINDOW:
+        b_first = gl.load(first + i_m * BM + o_row)
     slot = ring % STAGES
     mbarrier.wait(bars_q_free.index(slot), ((ring // STAGES) & 1) ^ 1)
     mbarrier.expect(bars_q.index(slot), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
@@ -279,7 +282,7 @@ def _fill(
     s_delta.index(slot).store(b_delta)
     s_row.index(slot).store(i_m * BM + o_row)
     if HAS_WINDOW:
-        s_first.index(slot).store(gl.load(first + i_m * BM + o_row))
+        s_first.index(slot).store(b_first)
     mbarrier.arrive(bars_q.index(slot), count=1)
 
 
