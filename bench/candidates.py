@@ -154,13 +154,16 @@ def _dense(problem: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
     )
 
 
+def no_window(problem: Problem) -> Tensor:
+    return first_visible(problem.plan, 0, 1)
+
+
 def _fwd(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order]
-        end, position = problem.plan.subtree_end, problem.plan.position
-        qkv = t["q"], t["k"], t["v"]
-        return [fwd_launch(*qkv, None, t["out"], t["lse"], end, position, tile, lists, problem.scale, 0, 0.0, tma)]
+        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, no_window(problem)]
+        qkv, end = (t["q"], t["k"], t["v"]), problem.plan.subtree_end
+        return [fwd_launch(*qkv, None, t["out"], t["lse"], end, tile, lists, problem.scale, 0.0, tma)]
 
     return build
 
@@ -170,9 +173,7 @@ def _shared(problem: Problem, tma: bool) -> dict[str, Any]:
     return dict(
         {name: problem.tensors[name] for name in names},
         subtree_end=problem.plan.subtree_end,
-        position=problem.plan.position,
         scale=problem.scale,
-        window=0,
         softcap=0.0,
         tma=tma,
     )
@@ -181,7 +182,7 @@ def _shared(problem: Problem, tma: bool) -> dict[str, Any]:
 def _dq(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         at = problem.lists(tile)
-        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order]
+        lists = [at.q_offsets, at.q_indices, at.q_full, at.q_order, no_window(problem)]
         return [dq_launch(problem.tensors["dq"], tile, lists, **_shared(problem, tma))]
 
     return build
@@ -190,7 +191,13 @@ def _dq(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
 def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         at = problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
+        lists = [
+            at.kv_max,
+            at.kv_min,
+            *query_lists(problem.plan, tile, 0),
+            no_window(problem),
+            at.kv_max.new_empty((0, 4)),
+        ]
         return [dkv_launch(problem.tensors["dk"], problem.tensors["dv"], tile, lists, **_shared(problem, tma))]
 
     return build
@@ -199,7 +206,7 @@ def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
 def _dkv_split(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0)]
+        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0), no_window(problem)]
         items, parted = work_items(problem.plan, tile, t["k"].shape[1])
         partials = new_partials(t["dk"], t["dv"], tile, num_slots(problem.plan.num_tokens, tile.block_n, items, parted))
         split = dkv_launch(t["dk"], t["dv"], tile, [*lists, items], partials, **_shared(problem, tma))
@@ -215,7 +222,13 @@ class _AtomicDq:
         t, at = problem.tensors, problem.lists(tile)
         self.sum = torch.zeros_like(t["q"], dtype=torch.float32)
         self.dq, self.scale = t["dq"], problem.scale
-        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0), at.kv_max.new_empty((0, 4))]
+        lists = [
+            at.kv_max,
+            at.kv_min,
+            *query_lists(problem.plan, tile, 0),
+            no_window(problem),
+            at.kv_max.new_empty((0, 4)),
+        ]
         self.launch = dkv_launch(t["dk"], t["dv"], tile, lists, dq=self.sum, **_shared(problem, tma))
         self.kernel, self.args, self.options = self.launch.kernel, self.launch.args, self.launch.options
 
@@ -284,7 +297,7 @@ def _hopper() -> list[Candidate]:
     from treegrpo_kernels.triton.hopper_common import HopperTile
 
     def ends(problem: Problem) -> list[Tensor]:
-        return [span(problem.plan, hopper.LARGEST_TILE), first_visible(problem.plan, 0, hopper.LARGEST_TILE)]
+        return [span(problem.plan, hopper.LARGEST_TILE), no_window(problem)]
 
     def fwd(problem: Problem, tile: HopperTile) -> list[Any]:
         t, at = problem.tensors, problem.lists(tile)

@@ -120,7 +120,7 @@ def step(config, d, dtype, seeds=(1, 2, 1), shifted=False, sinks=None, window=0,
             # a layer whose values begin off a multiple of 16 bytes
             v = torch.empty(v.numel() + 1, dtype=dtype)[1:].view(v.shape).copy_(v)
         tiles = tiles or kernels.tile_tensors(plan, q, v, window, config)
-        rest = plan.subtree_end, plan.position, tiles, 0.1, window, softcap, True
+        rest = plan.subtree_end, tiles, 0.1, softcap, True
         out, lse = kernels.attn_fwd(q, k, v, sinks, *rest)
         kernels.attn_bwd(torch.ones_like(out), q, k, v, out, lse, *rest)
         kept.append((q, k, v, out, lse, tiles))

@@ -26,7 +26,7 @@ import triton.language as tl
 from treegrpo_kernels.triton.backward import delta_launch
 from treegrpo_kernels.triton.backward_dkv import dkv_bounds, dkv_launch
 from treegrpo_kernels.triton.common import Config, TileConfig, arch_of, config, tma_fits
-from treegrpo_kernels.work import query_lists, work_items
+from treegrpo_kernels.work import first_visible, query_lists, work_items
 
 pytestmark = [
     pytest.mark.skipif(
@@ -54,7 +54,7 @@ def kernels(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, soft
     lists, end = backend.tile_tensors(plan, q, v, window, pinned), plan.subtree_end
     if mutate:
         end, lists = mutate(end, lists)
-    rest = plan.position, lists, scale, window, softcap, True
+    rest = lists, scale, softcap, True
     out, lse = backend.attn_fwd(q, k, v, sinks, end, *rest)
     return out, lse, *backend.attn_bwd(dout, q, k, v, out, lse, end, *rest)
 
@@ -245,11 +245,15 @@ def test_query_gradients_by_atomics(d, poisoned_empty):
     delta, lse2 = torch.empty(2, 4, 80, device=DEVICE).unbind()
     delta_launch(dout, out, lse, delta, lse2).run()
     at = plan.tile_lists(WIDE.dkv.block_m, WIDE.dkv.block_n)
-    lists = [at.kv_max, at.kv_min, *query_lists(plan, WIDE.dkv, 0), at.kv_max.new_empty((0, 4))]
+    lists = [
+        at.kv_max,
+        at.kv_min,
+        *query_lists(plan, WIDE.dkv, 0),
+        first_visible(plan, 0, 1),
+        at.kv_max.new_empty((0, 4)),
+    ]
     shared = dict(dout=dout, q=q, k=k, v=v, delta=delta, lse2=lse2, subtree_end=plan.subtree_end)
-    shared |= dict(
-        position=plan.position, scale=0.3, window=0, softcap=0.0, tma=tma_fits(arch_of(q.device), q, k, v, dout)
-    )
+    shared |= dict(scale=0.3, softcap=0.0, tma=tma_fits(arch_of(q.device), q, k, v, dout))
     dq = torch.zeros(q.shape, device=DEVICE)
     got = torch.empty_like(dk), torch.empty_like(dv)
     dkv_launch(*got, WIDE.dkv, lists, dq=dq, **shared).run()
@@ -303,20 +307,22 @@ def _plain_causal(end, lists):
 
 def _partial_as_full(end, lists):
     lists = list(lists)
-    for offset in (0, 5):
-        lists[offset + 3] = lists[offset + 1].diff()
-    lists[12] = lists[11]
+    for part in (backend._FWD, backend._DQ):
+        lists[part.start + 3] = lists[part.start + 1].diff()
+    kv_max = backend._DKV.start + 1
+    lists[kv_max + 1] = lists[kv_max]
     return end, lists
 
 
 def _last_tile_dropped(end, lists):
     lists = list(lists)
-    for offset in (0, 5):
+    for part in (backend._FWD, backend._DQ):
         # keep the first tile of every list alone
-        lists[offset + 3] = lists[offset + 3].clamp(max=1)
-        lists[offset + 1] = lists[offset + 1].clone()
-        lists[offset + 1][-1] -= 1
-    lists[11] = (lists[11] - 16).clamp(min=1)
+        lists[part.start + 3] = lists[part.start + 3].clamp(max=1)
+        lists[part.start + 1] = lists[part.start + 1].clone()
+        lists[part.start + 1][-1] -= 1
+    kv_max = backend._DKV.start + 1
+    lists[kv_max] = (lists[kv_max] - 16).clamp(min=1)
     return end, lists
 
 

@@ -70,7 +70,7 @@ def _forward(
         case "triton":
             from . import triton
 
-            return triton.attn_fwd(q, k, v, sinks, subtree_end, position, tiles, scale, window, softcap, deterministic)
+            return triton.attn_fwd(q, k, v, sinks, subtree_end, tiles, scale, softcap, deterministic)
     raise ValueError(f"backend {backend!r} has no tree_attention kernel")
 
 
@@ -108,9 +108,7 @@ def _backward(
         case "triton":
             from . import triton
 
-            return triton.attn_bwd(
-                dout, q, k, v, out, lse, subtree_end, position, tiles, scale, window, softcap, deterministic
-            )
+            return triton.attn_bwd(dout, q, k, v, out, lse, subtree_end, tiles, scale, softcap, deterministic)
     raise ValueError(f"backend {backend!r} has no tree_attention kernel")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .common import Config, TileConfig
     from .hopper import HopperConfig
 
-_FWD, _DQ, _DKV = slice(0, 5), slice(5, 10), slice(10, 18)
+_FWD, _DQ, _DKV = slice(0, 6), slice(6, 12), slice(12, 21)
 
 
 def reason(device: torch.device) -> str | None:
@@ -89,7 +89,7 @@ def tile_tensors(
     lists made for it, so that backward cannot pair them with other tiles; see :func:`prepared.new_shape`. ``config``
     pins the tiles.
     """
-    from ..work import query_lists, work_items
+    from ..work import first_visible, query_lists, work_items
     from .common import Config, arch_of
     from .common import config as choose
 
@@ -98,13 +98,13 @@ def tile_tensors(
 
         return hopper.tile_tensors(plan, config, v.shape[1], window)
     config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
-    tensors = []
+    first, tensors = first_visible(plan, window, 1), []
     for tile in (config.fwd, config.dq):
         lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
-        tensors += [_shape_of(tile, q), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order]
+        tensors += [_shape_of(tile, q), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order, first]
     tile = config.dkv
     lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
-    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, *query_lists(plan, tile, window)]
+    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, *query_lists(plan, tile, window), first]
     # within a window a key tile is seen by few: none is parted
     tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, v.shape[1])
     return tensors
@@ -116,16 +116,15 @@ def attn_fwd(
     v: Tensor,
     sinks: Tensor | None,
     subtree_end: Tensor,
-    position: Tensor,
     tiles: list[Tensor],
     scale: float,
-    window: int,
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv], sinks [Hq] or None -> out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32.
 
-    lse is a natural logarithm. ``deterministic`` changes nothing: the kernels add in a fixed order either way.
+    lse is a natural logarithm. A window is in the tiles. ``deterministic`` changes nothing: the kernels add in a fixed
+    order either way.
     """
     if len(tiles) != _DKV.stop:
         from . import hopper
@@ -133,7 +132,7 @@ def attn_fwd(
         return hopper.attn_fwd(q, k, v, sinks, tiles, scale)
     from .forward import forward as run
 
-    return run(q, k, v, sinks, subtree_end, position, tiles[_FWD], scale, window, softcap)
+    return run(q, k, v, sinks, subtree_end, tiles[_FWD], scale, softcap)
 
 
 def attn_bwd(
@@ -144,10 +143,8 @@ def attn_bwd(
     out: Tensor,
     lse: Tensor,
     subtree_end: Tensor,
-    position: Tensor,
     tiles: list[Tensor],
     scale: float,
-    window: int,
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +155,7 @@ def attn_bwd(
         return hopper.attn_bwd(dout, q, k, v, out, lse, tiles, scale)
     from .backward import backward as run
 
-    return run(dout, q, k, v, out, lse, subtree_end, position, tiles[_DQ], tiles[_DKV], scale, window, softcap)
+    return run(dout, q, k, v, out, lse, subtree_end, tiles[_DQ], tiles[_DKV], scale, softcap)
 
 
 def _shape_of(tile: TileConfig, like: Tensor) -> Tensor:

@@ -112,13 +112,11 @@ def launches(
         delta=delta,
         lse2=lse2,
         subtree_end=plan.subtree_end,
-        position=plan.position,
         scale=scale,
-        window=window,
         softcap=softcap,
         tma=tma,
     )
-    fwd = (q, k, v, sink, out, lse, plan.subtree_end, plan.position, tiles.fwd, lists[_FWD][1:], scale, window, softcap)
+    fwd = (q, k, v, sink, out, lse, plan.subtree_end, tiles.fwd, lists[_FWD][1:], scale, softcap)
     whole = [lists[_DKV][1:-1]]
     partials = new_partials(dk, dv, tiles.dkv, 4)
     return {

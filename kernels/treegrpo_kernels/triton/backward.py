@@ -90,18 +90,16 @@ def _dq_tiles(
     p_v,
     i_kv,
     subtree_end,
-    position,
     q_indices,
     lo,
     hi,
     o_m,
-    b_pos_q,
+    b_first,
     k_strides,
     v_strides,
     num_tokens,
     qk_scale,
     cap,
-    window,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
@@ -133,12 +131,7 @@ def _dq_tiles(
         if not FULL:
             o_n = n0 + o_row
             b_end = tl.load(subtree_end + o_n, mask=o_n < num_tokens, other=0)
-            b_pos_k = b_end
-            if HAS_WINDOW:
-                b_pos_k = tl.load(position + o_n, mask=o_n < num_tokens, other=0)
-            m_seen = visible(
-                o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, HAS_WINDOW
-            )
+            m_seen = visible(o_m[:, None], o_n[None, :], b_end[None, :], b_first[:, None], HAS_WINDOW)
             b_p = tl.where(m_seen, b_p, 0.0)
         if HAS_CAP:
             b_p = b_p * cap_grad(b_s, cap)
@@ -148,7 +141,7 @@ def _dq_tiles(
     return b_dq
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_heads", "window"])
+@triton.jit(do_not_specialize=["num_tokens", "num_heads"])
 def tree_attention_bwd_dq_kernel(
     q,
     k,
@@ -158,11 +151,11 @@ def tree_attention_bwd_dq_kernel(
     lse2,
     dq,
     subtree_end,
-    position,
     q_offsets,
     q_indices,
     q_full,
     q_order,
+    first,
     q_strides,
     k_strides,
     v_strides,
@@ -174,7 +167,6 @@ def tree_attention_bwd_dq_kernel(
     scale,
     qk_scale,
     cap,
-    window,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -206,9 +198,9 @@ def tree_attention_bwd_dq_kernel(
     )
     b_lse = tl.load(lse2 + i_head * num_padded + o_m)
     b_delta = tl.load(delta + i_head * num_padded + o_m)
-    b_pos_q = o_m
+    b_first = o_m
     if HAS_WINDOW:
-        b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
+        b_first = tl.load(first + o_m, mask=o_row < num_rows, other=0)
 
     b_dq = tl.zeros((BM, BD), tl.float32)
     lo = tl.load(q_offsets + i_m)
@@ -216,14 +208,14 @@ def tree_attention_bwd_dq_kernel(
     hi = tl.load(q_offsets + i_m + 1)
     # fmt: off
     b_dq = _dq_tiles(
-        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_kv, subtree_end, position, q_indices, lo, mid, o_m,
-        b_pos_q, k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
-        True, STAGES, TMA,
+        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_kv, subtree_end, q_indices, lo, mid, o_m, b_first,
+        k_strides, v_strides, num_tokens, qk_scale, cap, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True,
+        STAGES, TMA,
     )
     b_dq = _dq_tiles(
-        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_kv, subtree_end, position, q_indices, mid, hi, o_m,
-        b_pos_q, k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW,
-        False, STAGES, TMA,
+        b_q, b_dout, b_dq, b_lse, b_delta, p_k, p_v, i_kv, subtree_end, q_indices, mid, hi, o_m, b_first,
+        k_strides, v_strides, num_tokens, qk_scale, cap, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False,
+        STAGES, TMA,
     )
     # fmt: on
     p_dq = dq + start_m * dq_strides[0] + i_head * dq_strides[1]
@@ -254,8 +246,9 @@ def delta_launch(dout: Tensor, out: Tensor, lse: Tensor, delta: Tensor, lse2: Te
 
 
 def dq_launch(dq: Tensor, tile: TileConfig, lists: list[Tensor], **shared) -> Launch:
-    """The dQ launch; ``lists`` as in the forward, ``shared`` are the arguments of :func:`backward_args`."""
-    args = backward_args(tile=tile, **shared)
+    """The dQ launch; ``lists`` as in the forward, ``shared`` are the other arguments of :func:`backward_args`."""
+    *lists, first = lists
+    args = backward_args(tile=tile, first=first, **shared)
     args.update(zip(("q_offsets", "q_indices", "q_full", "q_order"), lists, strict=True))
     num_tokens, num_heads, _ = dq.shape
     args.update(dq=dq, dq_strides=strides(dq), num_heads=num_heads)
@@ -270,11 +263,9 @@ def backward(
     out: Tensor,
     lse: Tensor,
     subtree_end: Tensor,
-    position: Tensor,
     dq_tiles: list[Tensor],
     dkv_tiles: list[Tensor],
     scale: float,
-    window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes and shapes of q, k, v; the tiles are the two passes' parts of the tile tensors."""
@@ -302,14 +293,12 @@ def backward(
             delta=delta,
             lse2=lse2,
             subtree_end=subtree_end,
-            position=position,
             scale=scale,
-            window=window,
             softcap=softcap,
             tma=tma_fits(arch_of(q.device), q, k, v, dout),
         )
 
-    key = q.shape, k.shape, v.shape, q.dtype, scale, window, softcap
+    key = q.shape, k.shape, v.shape, q.dtype, scale, softcap
     names, tensors = ("dout", "out", "lse", "delta", "lse2"), (dout, out, lse, delta, lse2)
     known = launches_of(shape)
     launch(known, ("delta", *key), lambda: delta_launch(dout, out, lse, delta, lse2), names, tensors)

@@ -59,17 +59,15 @@ def _dkv_tile(
     delta,
     dq,
     dq_step,
-    position,
+    first,
     o_n,
     b_end,
-    b_pos_k,
     q_strides,
     dout_strides,
     num_tokens,
     num_padded,
     qk_scale,
     cap,
-    window,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
@@ -92,12 +90,10 @@ def _dkv_tile(
     b_p = tl.exp2(b_s - b_lse[None, :])
     if not FULL:
         o_m = m0 + o_row
-        b_pos_q = o_m
+        b_first = o_m
         if HAS_WINDOW:
-            b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
-        m_seen = visible(
-            o_m[None, :], o_n[:, None], b_end[:, None], b_pos_q[None, :], b_pos_k[:, None], window, HAS_WINDOW
-        )
+            b_first = tl.load(first + o_m, mask=o_row < num_rows, other=0)
+        m_seen = visible(o_m[None, :], o_n[:, None], b_end[:, None], b_first[None, :], HAS_WINDOW)
         b_p = tl.where(m_seen, b_p, 0.0)
     b_dout = load_tile(
         head_of(dout, i_head, dout_strides, TMA), i_head, m0, dout_strides, num_tokens, BM, DV, BDV, not FULL, TMA
@@ -122,7 +118,7 @@ def _dkv_tile(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_kv_heads", "window"])
+@triton.jit(do_not_specialize=["num_tokens", "num_kv_heads"])
 def tree_attention_bwd_dkv_kernel(
     q,
     k,
@@ -133,7 +129,7 @@ def tree_attention_bwd_dkv_kernel(
     dk,
     dv,
     subtree_end,
-    position,
+    first,
     kv_max,
     kv_min,
     kv_order,
@@ -156,7 +152,6 @@ def tree_attention_bwd_dkv_kernel(
     scale,
     qk_scale,
     cap,
-    window,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -192,9 +187,6 @@ def tree_attention_bwd_dkv_kernel(
     b_k = load_tile(head_of(k, i_kv, k_strides, TMA), i_kv, n0, k_strides, num_tokens, BN, D, BD, True, TMA)
     b_v = load_tile(head_of(v, i_kv, v_strides, TMA), i_kv, n0, v_strides, num_tokens, BN, DV, BDV, True, TMA)
     b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
-    b_pos_k = b_end
-    if HAS_WINDOW:
-        b_pos_k = tl.load(position + o_n, mask=o_row < num_rows, other=0)
     lo, a, b, hi = dkv_bounds(n0, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
     if SPLIT:
         lo = tl.maximum(lo, tl.load(p_item + 1))
@@ -209,59 +201,59 @@ def tree_attention_bwd_dkv_kernel(
     i_q = i_kv * GROUP
     # fmt: off
     if HAS_WINDOW:
-        # a window cuts by position, which is not monotone over branches: here the query tiles are lists, those seen in
+        # a window cuts by depth, which is not monotone over branches: here the query tiles are lists, those seen in
         # full first; all three offsets are loaded here, for class by class they cost registers
         p_list = kv_offsets + 2 * i_n
         begin, middle, end = tl.load(p_list), tl.load(p_list + 1), tl.load(p_list + 2)
         for i_class in tl.static_range(2):
-            first = begin if i_class == 0 else middle
-            last = middle if i_class == 0 else end
-            e = first
+            start = begin if i_class == 0 else middle
+            stop = middle if i_class == 0 else end
+            e = start
             i_q = i_kv * GROUP
-            i_next = first
+            i_next = start
             if TMA:
                 # read ahead as in the forward
-                i_next = tl.load(kv_indices + first, mask=first < last, other=0)
-            for _ in tl.range(0, GROUP * (last - first), num_stages=STAGES):
+                i_next = tl.load(kv_indices + start, mask=start < stop, other=0)
+            for _ in tl.range(0, GROUP * (stop - start), num_stages=STAGES):
                 i_m = i_next
                 if not TMA:
                     i_m = tl.load(kv_indices + e)
                 i_now = i_q
                 e += 1
-                i_q = tl.where(e == last, i_q + 1, i_q)
-                e = tl.where(e == last, first, e)
+                i_q = tl.where(e == stop, i_q + 1, i_q)
+                e = tl.where(e == stop, start, e)
                 if TMA:
                     i_next = tl.load(kv_indices + e)
                 b_dk, b_dv = _dkv_tile(
-                    b_dk, b_dv, b_k, b_v, i_m, i_now, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
-                    q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN,
+                    b_dk, b_dv, b_k, b_v, i_m, i_now, q, dout, lse2, delta, dq, dq_step, first, o_n, b_end,
+                    q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, D, DV, BD, BDV, BM, BN,
                     HAS_CAP, True, i_class == 0, TMA,
                 )
     else:
         i_m = a
         for _ in tl.range(0, GROUP * (b - a), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
-                q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, first, o_n, b_end,
+                q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, D, DV, BD, BDV, BM, BN, HAS_CAP,
                 False, True, TMA,
             )
             i_m += 1
             i_q = tl.where(i_m == b, i_q + 1, i_q)
             i_m = tl.where(i_m == b, a, i_m)
         # the partial ranges [lo, a) and [b, hi) share a loop: a third copy of the body costs more than one compare
-        first = tl.where(lo == a, b, lo)
-        i_m = first
+        start = tl.where(lo == a, b, lo)
+        i_m = start
         i_q = i_kv * GROUP
         for _ in tl.range(0, GROUP * (a - lo + hi - b), num_stages=STAGES):
             b_dk, b_dv = _dkv_tile(
-                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, position, o_n, b_end, b_pos_k,
-                q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP,
+                b_dk, b_dv, b_k, b_v, i_m, i_q, q, dout, lse2, delta, dq, dq_step, first, o_n, b_end,
+                q_strides, dout_strides, num_tokens, num_padded, qk_scale, cap, D, DV, BD, BDV, BM, BN, HAS_CAP,
                 False, False, TMA,
             )
             i_m += 1
             i_m = tl.where(i_m == a, b, i_m)
             i_q = tl.where(i_m == hi, i_q + 1, i_q)
-            i_m = tl.where(i_m == hi, first, i_m)
+            i_m = tl.where(i_m == hi, start, i_m)
     # fmt: on
     if SPLIT:
         slot = tl.load(p_item + 3)
@@ -288,20 +280,21 @@ def dkv_launch(
 ) -> Launch:
     """The dK/dV launch.
 
-    ``lists`` are kv_max and kv_min of the tile sizes in ``tile``, the three of :func:`work.query_lists`, and the work
-    items of :func:`work.work_items`. With ``partials`` (:func:`new_partials`) the items are the work, else whole
-    key tiles. With ``dq``, contiguous [T, Hq, D] fp32 zeros, dQ / scale is added there by atomics: not deterministic.
+    ``lists`` are kv_max and kv_min of the tile sizes in ``tile``, the three of :func:`work.query_lists`, first
+    (:func:`work.first_visible`) and the items of :func:`work.work_items`. With ``partials`` (:func:`new_partials`) the
+    items are the work, else whole key tiles. With ``dq``, contiguous [T, Hq, D] fp32 zeros, dQ / scale is added there
+    by atomics: not deterministic.
     """
-    args = backward_args(tile=tile, **shared)
-    names = "kv_max", "kv_min", "kv_order", "kv_offsets", "kv_indices", "items"
-    args.update(zip(names, lists, strict=True))
+    *lists, first, items = lists
+    args = backward_args(tile=tile, first=first, **shared) | dict(items=items)
+    args.update(zip(("kv_max", "kv_min", "kv_order", "kv_offsets", "kv_indices"), lists, strict=True))
     num_tokens, num_kv_heads, _ = dk.shape
     args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
     partial_dk, partial_dv = partials or (None, None)
     args.update(partial_dk=partial_dk, partial_dv=partial_dv, SPLIT=partials is not None)
     by_tma = dq is not None and shared["tma"] and not triton.knobs.runtime.interpret
     args.update(dq=descriptor(dq, tile.block_m) if by_tma else dq, dq_step=0 if dq is None else dq.stride(0))
-    num_work = cdiv(num_tokens, tile.block_n) if partials is None else lists[5].shape[0]
+    num_work = cdiv(num_tokens, tile.block_n) if partials is None else items.shape[0]
     return Launch(tree_attention_bwd_dkv_kernel, (num_work * num_kv_heads,), args, tile)
 
 

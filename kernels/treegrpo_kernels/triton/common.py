@@ -173,10 +173,9 @@ def backward_args(
     delta: Tensor,
     lse2: Tensor,
     subtree_end: Tensor,
-    position: Tensor,
+    first: Tensor,
     tile: TileConfig,
     scale: float,
-    window: int,
     softcap: float,
     tma: bool,
 ) -> dict[str, Any]:
@@ -190,7 +189,7 @@ def backward_args(
         delta=delta,
         lse2=lse2,
         subtree_end=subtree_end,
-        position=position,
+        first=first,
         q_strides=strides(q),
         k_strides=strides(k),
         v_strides=strides(v),
@@ -200,7 +199,6 @@ def backward_args(
         scale=scale,
         qk_scale=qk_scale,
         cap=cap,
-        window=window,
         GROUP=q.shape[1] // k.shape[1],
         D=q.shape[2],
         DV=v.shape[2],
@@ -209,7 +207,7 @@ def backward_args(
         BM=tile.block_m,
         BN=tile.block_n,
         HAS_CAP=softcap > 0,
-        HAS_WINDOW=window > 0,
+        HAS_WINDOW=first.shape[0] > 0,
         STAGES=tile.num_stages,
         TMA=tma,
     )
@@ -322,9 +320,10 @@ def _tanh(b_x):
 
 
 @triton.jit
-def visible(o_q, o_k, b_end, b_pos_q, b_pos_k, window, HAS_WINDOW: tl.constexpr):
-    """Which elements of a partial tile survive; the operands broadcast, so either side may be the row."""
+def visible(o_q, o_k, b_end, b_first, HAS_WINDOW: tl.constexpr):
+    """Which elements of a partial tile survive; the operands broadcast, so either side may be the row. ``b_first`` are
+    the oldest keys that the queries see under a window: along a path indices grow with positions."""
     m_seen = (o_k <= o_q) & (o_q < b_end)
     if HAS_WINDOW:
-        m_seen = m_seen & (b_pos_q - b_pos_k < window)
+        m_seen = m_seen & (o_k >= b_first)
     return m_seen

@@ -46,18 +46,16 @@ def _fwd_tiles(
     p_v,
     i_kv,
     subtree_end,
-    position,
     q_indices,
     lo,
     hi,
     o_m,
-    b_pos_q,
+    b_first,
     k_strides,
     v_strides,
     num_tokens,
     qk_scale,
     cap,
-    window,
     D: tl.constexpr,
     DV: tl.constexpr,
     BD: tl.constexpr,
@@ -94,12 +92,7 @@ def _fwd_tiles(
             if not FULL:
                 o_n = n0 + o_row
                 b_end = tl.load(subtree_end + o_n, mask=o_n < num_tokens, other=0)
-                b_pos_k = b_end
-                if HAS_WINDOW:
-                    b_pos_k = tl.load(position + o_n, mask=o_n < num_tokens, other=0)
-                m_seen = visible(
-                    o_m[:, None], o_n[None, :], b_end[None, :], b_pos_q[:, None], b_pos_k[None, :], window, HAS_WINDOW
-                )
+                m_seen = visible(o_m[:, None], o_n[None, :], b_end[None, :], b_first[:, None], HAS_WINDOW)
                 b_s = tl.where(m_seen, b_s, float("-inf"))
             b_m_new = tl.maximum(b_m, tl.max(b_s, 1))
             # a row may have met no visible key yet: subtract 0 rather than -inf
@@ -113,7 +106,7 @@ def _fwd_tiles(
     return b_acc, b_l, b_m
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_heads", "window"])
+@triton.jit(do_not_specialize=["num_tokens", "num_heads"])
 def tree_attention_fwd_kernel(
     q,
     k,
@@ -122,11 +115,11 @@ def tree_attention_fwd_kernel(
     out,
     lse,
     subtree_end,
-    position,
     q_offsets,
     q_indices,
     q_full,
     q_order,
+    first,
     q_strides,
     k_strides,
     v_strides,
@@ -135,7 +128,6 @@ def tree_attention_fwd_kernel(
     num_heads,
     qk_scale,
     cap,
-    window,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -162,9 +154,9 @@ def tree_attention_fwd_kernel(
     p_k = head_of(k, i_kv, k_strides, TMA)
     p_v = head_of(v, i_kv, v_strides, TMA)
     b_q = load_tile(head_of(q, i_h, q_strides, TMA), i_h, i_m * BM, q_strides, num_tokens, BM, D, BD, True, TMA)
-    b_pos_q = o_m
+    b_first = o_m
     if HAS_WINDOW:
-        b_pos_q = tl.load(position + o_m, mask=o_row < num_rows, other=0)
+        b_first = tl.load(first + o_m, mask=o_row < num_rows, other=0)
 
     b_acc = tl.zeros((BM, BDV), tl.float32)
     b_l = tl.zeros((BM,), tl.float32)
@@ -174,13 +166,13 @@ def tree_attention_fwd_kernel(
     hi = tl.load(q_offsets + i_m + 1)
     # fmt: off
     b_acc, b_l, b_m = _fwd_tiles(
-        b_q, b_acc, b_l, b_m, p_k, p_v, i_kv, subtree_end, position, q_indices, lo, mid, o_m, b_pos_q,
-        k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True,
+        b_q, b_acc, b_l, b_m, p_k, p_v, i_kv, subtree_end, q_indices, lo, mid, o_m, b_first,
+        k_strides, v_strides, num_tokens, qk_scale, cap, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, True,
         STAGES, TMA,
     )
     b_acc, b_l, b_m = _fwd_tiles(
-        b_q, b_acc, b_l, b_m, p_k, p_v, i_kv, subtree_end, position, q_indices, mid, hi, o_m, b_pos_q,
-        k_strides, v_strides, num_tokens, qk_scale, cap, window, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False,
+        b_q, b_acc, b_l, b_m, p_k, p_v, i_kv, subtree_end, q_indices, mid, hi, o_m, b_first,
+        k_strides, v_strides, num_tokens, qk_scale, cap, D, DV, BD, BDV, BM, BN, HAS_CAP, HAS_WINDOW, False,
         STAGES, TMA,
     )
     # fmt: on
@@ -209,19 +201,18 @@ def fwd_launch(
     out: Tensor,
     lse: Tensor,
     subtree_end: Tensor,
-    position: Tensor,
     tile: TileConfig,
     lists: list[Tensor],
     scale: float,
-    window: int,
     softcap: float,
     tma: bool,
 ) -> Launch:
-    """The forward launch; ``lists`` are q_offsets, q_indices, q_full, q_order of the tile sizes in ``tile``."""
+    """The forward launch; ``lists`` are q_offsets, q_indices, q_full, q_order, first of the tile sizes in ``tile``,
+    first (work.first_visible) empty without a window."""
     num_tokens, num_heads, head_dim = q.shape
     qk_scale, cap = score_scales(scale, softcap)
     args = dict(
-        zip(("q_offsets", "q_indices", "q_full", "q_order"), lists, strict=True),
+        zip(("q_offsets", "q_indices", "q_full", "q_order", "first"), lists, strict=True),
         q=descriptor(q, tile.block_m) if tma else q,
         k=descriptor(k, tile.block_n) if tma else k,
         v=descriptor(v, tile.block_n) if tma else v,
@@ -229,7 +220,6 @@ def fwd_launch(
         out=out,
         lse=lse,
         subtree_end=subtree_end,
-        position=position,
         q_strides=strides(q),
         k_strides=strides(k),
         v_strides=strides(v),
@@ -238,7 +228,6 @@ def fwd_launch(
         num_heads=num_heads,
         qk_scale=qk_scale,
         cap=cap,
-        window=window,
         GROUP=num_heads // k.shape[1],
         D=head_dim,
         DV=v.shape[2],
@@ -247,7 +236,7 @@ def fwd_launch(
         BM=tile.block_m,
         BN=tile.block_n,
         HAS_CAP=softcap > 0,
-        HAS_WINDOW=window > 0,
+        HAS_WINDOW=lists[-1].shape[0] > 0,
         STAGES=tile.num_stages,
         TMA=tma,
     )
@@ -260,10 +249,8 @@ def forward(
     v: Tensor,
     sinks: Tensor | None,
     subtree_end: Tensor,
-    position: Tensor,
     tiles: list[Tensor],
     scale: float,
-    window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32 (natural log); ``tiles`` are the forward's part of all tiles."""
@@ -284,9 +271,8 @@ def forward(
 
     def make() -> Launch:
         tma = tma_fits(arch_of(q.device), q, k, v)
-        fixed = subtree_end, position, tile_of(shape), lists, scale, window, softcap, tma
-        return fwd_launch(q, k, v, sinks, out, lse, *fixed)
+        return fwd_launch(q, k, v, sinks, out, lse, subtree_end, tile_of(shape), lists, scale, softcap, tma)
 
-    key = "fwd", q.shape, k.shape, v.shape, q.dtype, scale, window, softcap, None if sinks is None else sinks.dtype
+    key = "fwd", q.shape, k.shape, v.shape, q.dtype, scale, softcap, None if sinks is None else sinks.dtype
     launch(launches_of(shape), key, make, names, tensors)
     return out, lse
