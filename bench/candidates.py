@@ -188,47 +188,43 @@ def _dq(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     return build
 
 
+def _key_lists(problem: Problem, tile: TileConfig) -> list[Tensor]:
+    """What dkv_launch reads of a plan, without a window."""
+    at = problem.lists(tile)
+    return [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0), no_window(problem)]
+
+
 def _dkv(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
-        at = problem.lists(tile)
-        lists = [
-            at.kv_max,
-            at.kv_min,
-            *query_lists(problem.plan, tile, 0),
-            no_window(problem),
-            at.kv_max.new_empty((0, 4)),
-        ]
-        return [dkv_launch(problem.tensors["dk"], problem.tensors["dv"], tile, lists, **_shared(problem, tma))]
+        t, lists = problem.tensors, _key_lists(problem, tile)
+        return [dkv_launch(t["dk"], t["dv"], tile, [*lists, _no_items(problem)], **_shared(problem, tma))]
 
     return build
 
 
 def _dkv_split(tile: TileConfig, tma: bool) -> Callable[[Problem], list[Any]]:
     def build(problem: Problem) -> list[Any]:
-        t, at = problem.tensors, problem.lists(tile)
-        lists = [at.kv_max, at.kv_min, *query_lists(problem.plan, tile, 0), no_window(problem)]
-        items, parted = work_items(problem.plan, tile, t["k"].shape[1])
-        partials = new_partials(t["dk"], t["dv"], tile, num_slots(problem.plan.num_tokens, tile.block_n, items, parted))
-        split = dkv_launch(t["dk"], t["dv"], tile, [*lists, items], partials, **_shared(problem, tma))
+        t, plan = problem.tensors, problem.plan
+        items, parted = work_items(plan, tile, t["k"].shape[1])
+        partials = new_partials(t["dk"], t["dv"], tile, num_slots(plan.num_tokens, tile.block_n, items, parted))
+        lists = [*_key_lists(problem, tile), items]
+        split = dkv_launch(t["dk"], t["dv"], tile, lists, partials, **_shared(problem, tma))
         return [split, sum_launch(*partials, parted, t["dk"], t["dv"], problem.scale)]
 
     return build
+
+
+def _no_items(problem: Problem) -> Tensor:
+    return problem.plan.subtree_end.new_empty((0, 4))
 
 
 class _AtomicDq:
     """dK, dV and dQ in one pass: zeros, the pass, a scaled copy. What it takes beyond dK/dV is dQ's price."""
 
     def __init__(self, problem: Problem, tile: TileConfig, tma: bool) -> None:
-        t, at = problem.tensors, problem.lists(tile)
+        t, lists = problem.tensors, [*_key_lists(problem, tile), _no_items(problem)]
         self.sum = torch.zeros_like(t["q"], dtype=torch.float32)
         self.dq, self.scale = t["dq"], problem.scale
-        lists = [
-            at.kv_max,
-            at.kv_min,
-            *query_lists(problem.plan, tile, 0),
-            no_window(problem),
-            at.kv_max.new_empty((0, 4)),
-        ]
         self.launch = dkv_launch(t["dk"], t["dv"], tile, lists, dq=self.sum, **_shared(problem, tma))
         self.kernel, self.args, self.options = self.launch.kernel, self.launch.args, self.launch.options
 

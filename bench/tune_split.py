@@ -49,12 +49,12 @@ def measure(name: str, heads: tuple[int, int, int], device: torch.device, rounds
     gen = torch.Generator(device).manual_seed(0)
     shapes = (hq, d), (hkv, d), (hkv, d), (hq, d)
     q, k, v, dout = (torch.randn(plan.num_tokens, *s, generator=gen, device=device).bfloat16() for s in shapes)
-    rest, scale = (plan.subtree_end, plan.position), d**-0.5
+    scale = d**-0.5
     runs, results = {}, {}
     for kind in ("whole", "parted"):
         tiles = triton.tile_tensors(plan, q, v, 0, replace(hopper.config(d), split=kind == "parted"))
-        out, lse = triton.attn_fwd(q, k, v, None, *rest, tiles, scale, 0, 0.0, True)
-        args = (dout, q, k, v, out, lse, *rest, tiles, scale, 0, 0.0, True)
+        out, lse = triton.attn_fwd(q, k, v, None, plan.subtree_end, tiles, scale, 0.0, True)
+        args = (dout, q, k, v, out, lse, plan.subtree_end, tiles, scale, 0.0, True)
         runs[kind] = lambda args=args: triton.attn_bwd(*args)
         results[kind] = runs[kind]()
         runs[kind]()

@@ -2,8 +2,10 @@
 libcuda of fake_libcuda.c; test_prepared.py runs this.
 """
 
+import copy
 import ctypes
 import os
+import pickle
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -79,7 +81,7 @@ def run(launch):
 
 
 common.Launch.run = hopper_common.HopperLaunch.run = run
-compared = []
+compared, made = [], []
 
 
 def both(known, key, make, names, tensors):
@@ -87,7 +89,12 @@ def both(known, key, make, names, tensors):
     launch = make()
     kernel = kernel_of(launch)
     wanted = handed_over(kernel, lambda: run(launch))
-    assert handed_over(kernel, lambda: prepared.launch(known, key, make, names, tensors)) == wanted
+
+    def make_again():
+        made.append(key)
+        return launch
+
+    assert handed_over(kernel, lambda: prepared.launch(known, key, make_again, names, tensors)) == wanted
     # nothing is made any more
     got = handed_over(kernel, lambda: prepared.launch(known, key, None, names, tensors))
     assert got == wanted, (launch.kernel, [at for at in range(len(wanted)) if got[at] != wanted[at]])
@@ -106,47 +113,50 @@ def tensors(d, dtype, seed):
     return wide[:, :4], k, v
 
 
+# so that no call gets the memory of an earlier one
 kept = []
 
 
-def step(config, d, dtype, seeds=(1, 2, 1), shifted=False, sinks=None, window=0, softcap=0.0):
-    """A few calls with one plan; how many launches and how many kernels that was."""
-    before = len(compared), len(compiled_once)
+def step(config, d, dtype, shifted=False, sinks=None, window=0, softcap=0.0):
+    """Three calls with one plan, the second of another stride: how many launches that was, how many of them went
+    Triton's way, and for how many a kernel was compiled."""
+    before = len(compared), len(made), len(compiled_once)
     plan = TreePlan.build(torch.full((300,), 300))
-    tiles = None
-    for place, seed in enumerate(seeds):
+    for place, seed in enumerate((1, 2, 1)):
         q, k, v = tensors(d, dtype, seed)
         if shifted and place == 2:
             # a layer whose values begin off a multiple of 16 bytes
             v = torch.empty(v.numel() + 1, dtype=dtype)[1:].view(v.shape).copy_(v)
-        tiles = tiles or kernels.tile_tensors(plan, q, v, window, config)
+        tiles = kernels.tile_tensors(plan, q, v, window, config)
         rest = plan.subtree_end, tiles, 0.1, softcap, True
         out, lse = kernels.attn_fwd(q, k, v, sinks, *rest)
-        kernels.attn_bwd(torch.ones_like(out), q, k, v, out, lse, *rest)
-        kept.append((q, k, v, out, lse, tiles))
-    return len(compared) - before[0], len(compiled_once) - before[1]
+        dout = torch.ones_like(out)
+        kept.append((q, k, v, out, lse, tiles, dout, kernels.attn_bwd(dout, q, k, v, out, lse, *rest)))
+    # a copy of a plan has memory of its own
+    for other in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        theirs = kernels.tile_tensors(other, q, v, window, config)
+        assert theirs is not tiles and theirs[0].launches == {} != tiles[0].launches
+    return len(compared) - before[0], len(made) - before[1], len(compiled_once) - before[2]
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
 sinks = torch.linspace(-1, 1, 4)
 arch = 90
-# forward, delta, dQ, dK/dV; the sum where key tiles are parted
-assert step(replace(hopper.config(64), split=False), 64, BF16) == (12, 4)
-assert step(hopper.config(64), 64, BF16) == (15, 2)
-assert step(hopper.config(64), 64, BF16, sinks=sinks.to(BF16), window=100) == (12, 3)
-assert step(hopper.config(64), 64, BF16, sinks=sinks) == (15, 1)
+# forward, delta, dQ, dK/dV, all but delta for two strides; the sum where key tiles are parted
+assert step(replace(hopper.config(64), split=False), 64, BF16) == (12, 7, 4)
+assert step(hopper.config(64), 64, BF16) == (15, 8, 2)
+assert step(hopper.config(64), 64, BF16, sinks=sinks.to(BF16), window=100) == (12, 7, 3)
+assert step(hopper.config(64), 64, BF16, sinks=sinks) == (15, 8, 1)
 # the plain kernels: through descriptors and, what lies off a multiple of 16 bytes, through pointers
-arch = 90
 config = common.config(64, 64, BF16, arch)
 forward.arch_of = backward.arch_of = lambda device: arch
-assert step(config, 64, BF16, sinks=sinks, window=100, softcap=20.0) == (12, 3)
-assert step(config, 64, BF16, shifted=True) == (15, 6)
+assert step(config, 64, BF16, sinks=sinks, window=100, softcap=20.0) == (12, 7, 3)
+assert step(config, 64, BF16, shifted=True) == (15, 11, 6)
 # through pointers alone, which are compiled for such multiples and for others
 arch = 80
 config = common.config(64, 64, BF16, arch)
-assert step(config, 64, BF16, sinks=sinks, window=100, softcap=20.0) == (12, 4)
-assert step(config, 64, BF16, shifted=True) == (15, 7)
-assert step(common.config(20, 20, FP32, arch), 20, FP32, seeds=(1, 2)) == (8, 4)
-assert len(set(compared)) == len(compared), "two launches were told the same"
+assert step(config, 64, BF16, sinks=sinks, window=100, softcap=20.0) == (12, 7, 4)
+assert step(config, 64, BF16, shifted=True) == (15, 11, 7)
+assert step(common.config(20, 20, FP32, arch), 20, FP32) == (12, 7, 4)
 triton.__version__ = "99.0"
 assert prepared.prepare(next(iter(compiled_once.values())), (1,), {}, ()) is None

@@ -23,13 +23,13 @@ FORESTS = {
 KERNELS = {
     "hopper_128": ("triton", 128, BF16, {}),
     "hopper_64": ("triton", 64, FP16, {}),
-    "hopper_window": ("triton", 128, BF16, dict(window=200)),
+    "hopper_window": ("triton", 128, BF16, dict(window=100)),
     "plain_128": ("triton", 128, BF16, dict(softcap=15.0)),
-    "plain_window": ("triton", 64, BF16, dict(window=200, softcap=15.0)),
+    "plain_window": ("triton", 64, BF16, dict(window=100, softcap=15.0)),
     "plain_fp32": ("triton", 64, FP32, {}),
     "cuda": ("cuda", 64, BF16, {}),
     "cuda_128": ("cuda", 128, BF16, {}),
-    "cuda_portable": ("cuda", 64, BF16, dict(window=200)),
+    "cuda_portable": ("cuda", 64, BF16, dict(window=100)),
 }
 
 
@@ -43,8 +43,11 @@ def of(names):
     return [param(name) for name in names]
 
 
-def plan_of(subtree_end):
-    return tk.TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+def plan_of(subtree_end, window=0):
+    plan = tk.TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
+    # a longer one is none
+    assert window < plan.longest_path
+    return plan
 
 
 def calls(backend, d, dtype, options, names, hq=8, hkv=2):
@@ -52,7 +55,7 @@ def calls(backend, d, dtype, options, names, hq=8, hkv=2):
 
     def call(subtree_end, seed):
         args = inputs(len(subtree_end), hq, hkv, d, d, dtype, seed)[:4]
-        plan = plan_of(subtree_end)
+        plan = plan_of(subtree_end, options.get("window", 0))
         return lambda: through_op(backend, None, *args, plan=plan, scale=d**-0.5, **options)
 
     return [call(FORESTS[name], seed) for seed, name in enumerate(names)]
@@ -114,7 +117,8 @@ def test_inside_torch_compile(backend, d, dtype, options):
     """In one graph, once the plan has been used with these shapes: the same bits."""
     subtree_end = FORESTS["random"]
     *tensors, dout = inputs(len(subtree_end), 8, 2, d, d, dtype)[:4]
-    leaves, plan = [x.requires_grad_() for x in tensors], plan_of(subtree_end)
+    leaves = [x.requires_grad_() for x in tensors]
+    plan = plan_of(subtree_end, options.get("window", 0))
 
     def results(attend):
         out = attend(*leaves)
@@ -145,7 +149,7 @@ def test_peak_memory_grows_with_tokens(backend, d, dtype, options):
     for copies in (7, 14, 28):
         # a chain that grows with the rest, and trees of 4,172 tokens
         subtree_end = cases.nested_subtree_end((4172 * copies // 7, []), *[tree] * copies)
-        num_tokens, plan = len(subtree_end), plan_of(subtree_end)
+        num_tokens, plan = len(subtree_end), plan_of(subtree_end, options.get("window", 0))
         args = inputs(num_tokens, hq, hkv, d, d, dtype)[:4]
         run = dict(plan=plan, scale=d**-0.5, **options)
         through_op(backend, None, *args, **run)
@@ -167,8 +171,8 @@ def test_peak_memory_grows_with_tokens(backend, d, dtype, options):
 @pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(KERNELS))
 def test_any_order_is_as_exact(backend, d, dtype, options):
     subtree_end = FORESTS["random"]
-    args = inputs(len(subtree_end), 8, 2, d, d, dtype)[:4]
-    got = through_op(backend, subtree_end, *args, scale=d**-0.5, deterministic=False, **options)
+    args, plan = inputs(len(subtree_end), 8, 2, d, d, dtype)[:4], plan_of(subtree_end, options.get("window", 0))
+    got = through_op(backend, None, *args, plan=plan, scale=d**-0.5, deterministic=False, **options)
     over = excess(got, subtree_end, *args, scale=d**-0.5, **options)
     assert max(over.values()) <= 0, over
 
@@ -182,7 +186,12 @@ class Call:
         self.inputs = [x.detach().requires_grad_(n in wanted) for n, x in zip("qkv", tensors, strict=True)]
         self.sinks = sink.requires_grad_() if sinks else None
         self.out, self.lse = tk.tree_attention(
-            *self.inputs, plan_of(subtree_end), sinks=self.sinks, backend=backend, return_lse=True, **options
+            *self.inputs,
+            plan_of(subtree_end, options.get("window", 0)),
+            sinks=self.sinks,
+            backend=backend,
+            return_lse=True,
+            **options,
         )
 
     def wanted(self):

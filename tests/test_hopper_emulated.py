@@ -121,20 +121,29 @@ def test_sinks(window, dtype, emulated):
     assert max(over.values()) <= 0, over
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(0, False), (70, False), (0, True), (70, True)])
-def test_the_op_takes_them(window, sinks, emulated, monkeypatch):
-    """As gpt-oss asks for it: sinks everywhere, a window in every other layer; one plan for all."""
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_op_takes_them(sinks, emulated, monkeypatch):
+    """As gpt-oss asks for it: a window in every other layer, sinks everywhere; one plan for all."""
     monkeypatch.setattr(common, "arch_of", lambda device: 90)
     subtree_end = FORESTS["root_of_all"]
     *args, sink = inputs(len(subtree_end), hq=4, hkv=1, d=64, dv=64, dtype=torch.bfloat16)
     args += [sink.bfloat16()] if sinks else []
     plan = TreePlan.build(torch.as_tensor(subtree_end))
-    for _ in range(2):
+    for window in (70, 0, 70, 0):
         found = through_op("triton", None, *args, scale=0.125, window=window, plan=plan)
         over = excess(found, subtree_end, *args, scale=0.125, window=window)
         assert max(over.values()) <= 0, over
-    (call,) = plan.calls.values()
-    assert len(call.tiles) == hopper._DKV.stop
+    assert [(call.window, len(call.tiles)) for call in plan.calls.values()] == [(70, 24), (0, 24)]
+
+
+def test_whole_and_parted_key_tiles_are_compared(emulated, monkeypatch):
+    """bench.tune_split, a stage of bench/device.sh; here it says how long the emulator takes."""
+    from bench import tune_split
+
+    monkeypatch.setattr(tune_split, "forest_of", lambda name: torch.as_tensor(FORESTS[name]))
+    row = tune_split.measure("root_of_all", (2, 1, 64), torch.device("cpu"), rounds=1)
+    assert row["parted"] > 0 and row["difference"] < 1e-2
+    assert "root_of_all" in tune_split.table([row])
 
 
 @pytest.mark.parametrize("seed", range(3))

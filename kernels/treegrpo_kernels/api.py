@@ -80,8 +80,9 @@ def tree_attention(
     # all that the checks and choices read of the arguments: what passed once with this plan passes again
     key = plain and (
         *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
-        None if sinks is None else (sinks.shape, sinks.device),
-        *(scale, window, softcap, backend),
+        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
+        # 2 and 2.0 are one key, and one of them is no window
+        *(scale, window, type(window), softcap, backend),
     )
     call = plan.calls.get(key) if plain else None
     if call is None:

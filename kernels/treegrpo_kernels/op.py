@@ -2,7 +2,8 @@
 
 Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key head dim, Dv value head dim.
 
-``window == 0`` and ``softcap == 0.0`` mean off. ``tiles`` is whatever flat tensor list the backend made of the plan.
+``window == 0`` and ``softcap == 0.0`` mean off. ``tiles`` is whatever flat tensor list the backend made of the plan and
+the window; the Triton kernels and those for Hopper read the window there alone.
 The gradient of the sinks needs no kernel: a sink adds exp(sink) to the denominator and nothing to the numerator, so
 d sink_h = - sum_i exp(sink_h - lse_ih) * (dout_ih . out_ih).
 

@@ -1,4 +1,4 @@
-"""The work of dK/dV, whatever kernel does it: long key tiles parted, query lists under a window.
+"""What kernels read of a plan beyond its tile lists: ends and window starts of tokens, and the work of dK/dV.
 
 A key tile of a root is seen by all its descendants. Where one such tile would take longer than a multiprocessor's fair
 share of the whole pass, its range of query tiles is cut into pieces. Every piece writes a float32 partial, and the

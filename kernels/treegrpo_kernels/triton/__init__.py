@@ -89,7 +89,6 @@ def tile_tensors(
     lists made for it, so that backward cannot pair them with other tiles; see :func:`prepared.new_shape`. ``config``
     pins the tiles.
     """
-    from ..work import first_visible, query_lists, work_items
     from .common import Config, arch_of
     from .common import config as choose
 
@@ -98,15 +97,26 @@ def tile_tensors(
 
         return hopper.tile_tensors(plan, config, v.shape[1], window)
     config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
+    # only parting depends on the heads
+    key = config, 0 if window else v.shape[1], window
+    made = plan.derived.get(key)
+    if made is None:
+        made = plan.derived[key] = _make_tile_tensors(plan, config, v.shape[1], window)
+    return made
+
+
+def _make_tile_tensors(plan: TreePlan, config: Config, num_kv_heads: int, window: int) -> list[Tensor]:
+    from ..work import first_visible, query_lists, work_items
+
     first, tensors = first_visible(plan, window, 1), []
     for tile in (config.fwd, config.dq):
         lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
-        tensors += [_shape_of(tile, q), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order, first]
+        tensors += [_shape_of(tile, first), lists.q_offsets, lists.q_indices, lists.q_full, lists.q_order, first]
     tile = config.dkv
     lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
-    tensors += [_shape_of(tile, q), lists.kv_max, lists.kv_min, *query_lists(plan, tile, window), first]
+    tensors += [_shape_of(tile, first), lists.kv_max, lists.kv_min, *query_lists(plan, tile, window), first]
     # within a window a key tile is seen by few: none is parted
-    tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, v.shape[1])
+    tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, num_kv_heads)
     return tensors
 
 

@@ -302,7 +302,8 @@ def backward(
     names, tensors = ("dout", "out", "lse", "delta", "lse2"), (dout, out, lse, delta, lse2)
     known = launches_of(shape)
     launch(known, ("delta", *key), lambda: delta_launch(dout, out, lse, delta, lse2), names, tensors)
-    names, tensors = ("dout", "q", "k", "v", "delta", "lse2"), (dout, q, k, v, delta, lse2)
+    names = ("dout", "q", "k", "v", "delta", "lse2", "subtree_end")
+    tensors = (dout, q, k, v, delta, lse2, subtree_end)
     launch(known, ("dq", *key), lambda: dq_launch(dq, dq_tile, dq_lists, **shared()), (*names, "dq"), (*tensors, dq))
     known, names, tensors = launches_of(dkv_shape), (*names, "dk", "dv"), (*tensors, dk, dv)
     make = lambda: dkv_launch(dk, dv, dkv_tile, [*dkv_lists, items], partials, **shared())  # noqa: E731

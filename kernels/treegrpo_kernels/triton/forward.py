@@ -264,7 +264,7 @@ def forward(
         q, scale = -q, -scale
     q, k, v = rows(q), rows(k), rows(v)
     shape, *lists = tiles
-    names, tensors = ("q", "k", "v", "out", "lse"), (q, k, v, out, lse)
+    names, tensors = ("q", "k", "v", "out", "lse", "subtree_end"), (q, k, v, out, lse, subtree_end)
     if sinks is not None:
         sinks = sinks.contiguous()
         names, tensors = (*names, "sinks"), (*tensors, sinks)

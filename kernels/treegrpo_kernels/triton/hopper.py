@@ -111,7 +111,7 @@ def attn_fwd(
     q, k, v = _packed(q), _packed(k), _packed(v)
     names, tensors = ("q_desc", "k_desc", "v_desc", "out_desc", "lse"), (q, k, v, out, lse)
     if sinks is not None:
-        sinks = sinks if sinks.is_contiguous() and sinks.data_ptr() % 16 == 0 else sinks.clone(memory_format=_DENSE)
+        sinks = sinks.contiguous()
         names, tensors = (*names, "sinks"), (*tensors, sinks)
 
     def make() -> HopperLaunch:

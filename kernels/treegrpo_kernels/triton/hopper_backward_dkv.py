@@ -231,11 +231,11 @@ def _store_whole(b_dk, b_dv, s_k, s_v, dk_desc, dv_desc, row, column, scale):
 
 
 @gluon.jit
-def _next_partial(i_m, lo, a, b, hi):
-    """The query tile after ``i_m`` in [lo, a) and [b, hi), going round."""
-    i_m += 1
-    i_m = gl.where(i_m == a, b, i_m)
-    return gl.where(i_m == hi, gl.where(lo == a, b, lo), i_m)
+def _next_partial(i_place, lo, a, b, hi):
+    """What follows ``i_place`` in [lo, a) and [b, hi), going round."""
+    i_place += 1
+    i_place = gl.where(i_place == a, b, i_place)
+    return gl.where(i_place == hi, gl.where(lo == a, b, lo), i_place)
 
 
 @gluon.jit
@@ -254,7 +254,7 @@ def _fill(
     delta,
     first,
     kv_indices,
-    i_m,
+    i_place,
     i_h,
     num_padded,
     ring,
@@ -263,9 +263,10 @@ def _fill(
     STAGES: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
 ):
-    """One query tile of one head into the ring."""
+    """One query tile of one head into the ring: number ``i_place``, or under a window what the list has there."""
+    i_m = i_place
     if HAS_WINDOW:
-        i_m = gl.load(kv_indices + i_m)
+        i_m = gl.load(kv_indices + i_place)
     o_row = gl.arange(0, BM, layout=gl.BlockedLayout([BM // 32], [32], [1], [0]))
     p_row = i_h.to(gl.int64) * num_padded + i_m * BM + o_row
     b_lse = gl.load(lse2 + p_row)
@@ -334,17 +335,17 @@ def _producer(
         load_box(v_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_v.index(i_wg))
     # fmt: off
     for i_g in range(GROUP):
-        for i_m in range(a, b):
+        for i_place in range(a, b):
             _fill(s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta,
-                  first, kv_indices, i_m, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
+                  first, kv_indices, i_place, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
             ring += 1
     for i_g in range(GROUP):
-        i_m = gl.where(lo == a, b, lo)
+        i_place = gl.where(lo == a, b, lo)
         for _ in range(a - lo + hi - b):
             _fill(s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta,
-                  first, kv_indices, i_m, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
+                  first, kv_indices, i_place, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
             ring += 1
-            i_m = _next_partial(i_m, lo, a, b, hi)
+            i_place = _next_partial(i_place, lo, a, b, hi)
     # fmt: on
 
 

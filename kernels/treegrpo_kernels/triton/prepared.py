@@ -25,6 +25,13 @@ _STREAM = 3
 MAX_ENCODED = 4096
 
 
+class Launches(dict):
+    """Prepared launches by their keys. They hold addresses, so that a copy of what owns them, or a pickle, begins with none."""
+
+    def __reduce__(self) -> tuple:
+        return Launches, ()
+
+
 class Launch(Protocol):
     """A kernel with everything it is launched with: common.Launch, hopper_common.HopperLaunch."""
 
@@ -56,7 +63,7 @@ class PreparedLaunch:
                 places[name] = (len(self._args), None, None)
                 self._args.append(x.data_ptr())
             elif hasattr(x, "block_shape"):
-                # its shape alone: the tensor below it is the first call's, and is not kept alive
+                # its shape and strides: the tensor below it is the first call's, and is not kept alive
                 places[name] = (len(self._args), (tuple(x.shape), tuple(x.strides), next(layouts)), {})
                 # the encoded descriptor, its shape, its strides
                 self._args += [None, *x.shape, *x.strides]
@@ -85,7 +92,7 @@ class PreparedLaunch:
 
 
 def launch(
-    known: dict[tuple, PreparedLaunch | None],
+    known: Launches,
     key: tuple,
     make: Callable[[], Launch],
     names: tuple[str, ...],
@@ -93,13 +100,14 @@ def launch(
 ) -> None:
     """Launch what ``make`` describes; from the second time on with the addresses of ``tensors`` alone.
 
-    ``names`` are the arguments that ``tensors`` fill. Prepared launches are kept in ``known``, by what they depend on:
-    ``key``, which tells the kernel, shapes, dtypes and numbers apart, and how the tensors lie in memory.
+    ``names`` are the arguments that ``tensors`` fill; those of other tensors are the same in every call with ``known``,
+    and outlive it. There prepared launches are kept, by what they depend on: ``key``, which tells the kernel, shapes,
+    dtypes and numbers apart, and how the tensors lie in memory.
     """
     addresses = [x.data_ptr() for x in tensors]
     # Triton compiles for strides, and for addresses that are multiples of 16
     key = (key, *[x.stride() for x in tensors], *[address % 16 == 0 for address in addresses])
-    known = {} if hooked() else known
+    known = Launches() if hooked() else known
     prepared = known.get(key)
     if prepared is None:
         described = make()
@@ -117,13 +125,14 @@ def new_shape(sizes: Iterable[int], like: Tensor) -> Tensor:
     """An empty tensor of shape (0, *sizes): a tile configuration, which so travels through the operator with the lists
     made for it, and with it, as an attribute, what is prepared for launches on them."""
     shape = torch.empty((0, *sizes), dtype=torch.int32, device=like.device)
-    shape.launches = {}
+    shape.launches = Launches()
     return shape
 
 
-def launches_of(shape: Tensor) -> dict[tuple, PreparedLaunch | None]:
+def launches_of(shape: Tensor) -> Launches:
     """What is prepared for the lists that ``shape`` opens; where a tracer put another tensor in its place, nothing."""
-    return getattr(shape, "launches", {})
+    found = getattr(shape, "launches", None)
+    return Launches() if found is None else found
 
 
 def prepare(
