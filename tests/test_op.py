@@ -394,6 +394,16 @@ def test_a_window_as_long_as_the_longest_path_is_none(window):
     assert torch.equal(tk.tree_attention(q, k, v, plan, window=window), tk.tree_attention(q, k, v, plan))
 
 
+def test_a_plan_that_knows_a_call_checks_another_dtype_all_the_same():
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    q, k, v = tensors(6, dtype=torch.float32)
+    tk.tree_attention(q, k, v, plan, window=2, sinks=torch.zeros(4))
+    with pytest.raises(ValueError, match="window must be at least 1 .* and whole, got 2.0"):
+        tk.tree_attention(q, k, v, plan, window=2.0, sinks=torch.zeros(4))
+    with pytest.raises(ValueError, match="sinks has dtype torch.int64"):
+        tk.tree_attention(q, k, v, plan, window=2, sinks=torch.zeros(4, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("watched_first", [False, True])
 def test_a_checkpoint_may_be_watched_in_one_of_its_passes(watched_first):
     plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("two_trees")))

@@ -26,7 +26,7 @@ MAX_ENCODED = 4096
 
 
 class Launches(dict):
-    """Prepared launches by their keys. They hold addresses, so that a copy of what owns them, or a pickle, begins with none."""
+    """Prepared launches by their keys. They hold addresses: a copy or a pickle of what owns them begins with none."""
 
     def __reduce__(self) -> tuple:
         return Launches, ()
