@@ -398,9 +398,9 @@ def test_a_plan_that_knows_a_call_checks_another_dtype_all_the_same():
     plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
     q, k, v = tensors(6, dtype=torch.float32)
     tk.tree_attention(q, k, v, plan, window=2, sinks=torch.zeros(4))
-    with pytest.raises(ValueError, match="window must be at least 1 .* and whole, got 2.0"):
+    with pytest.raises(ValueError, match=r"window must be at least 1 .* and whole, got 2\.0"):
         tk.tree_attention(q, k, v, plan, window=2.0, sinks=torch.zeros(4))
-    with pytest.raises(ValueError, match="sinks has dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"sinks has dtype torch\.int64"):
         tk.tree_attention(q, k, v, plan, window=2, sinks=torch.zeros(4, dtype=torch.int64))
 
 
