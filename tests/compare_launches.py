@@ -142,7 +142,7 @@ def step(config, d, dtype, shifted=False, sinks=None, window=0, softcap=0.0):
 BF16, FP32 = torch.bfloat16, torch.float32
 sinks = torch.linspace(-1, 1, 4)
 arch = 90
-# forward, delta, dQ, dK/dV, all but delta for two strides; the sum where key tiles are parted
+# forward, delta, dQ, dK/dV, all but delta for two strides; the sum where key tiles are parted, under a window none here
 assert step(replace(hopper.config(64), split=False), 64, BF16) == (12, 7, 4)
 assert step(hopper.config(64), 64, BF16) == (15, 8, 2)
 assert step(hopper.config(64), 64, BF16, sinks=sinks.to(BF16), window=100) == (12, 7, 3)

@@ -177,16 +177,18 @@ def test_what_tensor_descriptors_cannot_take():
         assert not tma_fits(90, x, other), other.stride()
 
 
+@pytest.mark.parametrize("window", [0, 90])
 @pytest.mark.parametrize("pinned", [SQUARE, TALL, WIDE], ids=["16x16", "32x16", "16x32"])
 @pytest.mark.parametrize("num_tokens", [130, 208])
-def test_long_key_tiles_are_parted(num_tokens, pinned, poisoned_empty):
+def test_long_key_tiles_are_parted(num_tokens, pinned, window, poisoned_empty):
     """Work items cover every (key tile, query tile) once, in order; the gradients are right and repeat bit for bit."""
     subtree_end = cases.random_subtree_end(num_tokens, 3, branch=0.02, root=0.01)
     plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
     tile = pinned.dkv
-    items, parted = (x.tolist() for x in work_items(plan, tile, 1))
+    items, parted = (x.tolist() for x in work_items(plan, tile, 1, window))
     assert parted and len(items) > len(parted)
     lists = plan.tile_lists(tile.block_m, tile.block_n)
+    offsets = query_lists(plan, tile, window)[1][::2].tolist()
     seen, slots = {}, {}
     for kv, start, stop, slot in items:
         assert start < stop
@@ -195,7 +197,8 @@ def test_long_key_tiles_are_parted(num_tokens, pinned, poisoned_empty):
             slots.setdefault(kv, []).append((start, slot))
     for kv, kv_max in enumerate(lists.kv_max.tolist()):
         ranges = sorted(seen[kv])
-        assert ranges[0][0] == kv * tile.block_n // tile.block_m and ranges[-1][1] == -(-kv_max // tile.block_m)
+        whole = kv * tile.block_n // tile.block_m, -(-kv_max // tile.block_m)
+        assert (ranges[0][0], ranges[-1][1]) == (tuple(offsets[kv : kv + 2]) if window else whole)
         assert all(one[1] == two[0] for one, two in zip(ranges, ranges[1:], strict=False))
     taken = [slot for kv, first, count in parted for slot in range(first, first + count)]
     assert taken == list(range(len(taken)))
@@ -203,8 +206,8 @@ def test_long_key_tiles_are_parted(num_tokens, pinned, poisoned_empty):
         assert [slot for _, slot in sorted(slots.pop(kv))] == list(range(first, first + count))
     assert not slots
     args = inputs(num_tokens, hq=2, hkv=1)[:4]
-    check(subtree_end, *args, pinned=pinned)
-    assert all(map(torch.equal, *(kernels(subtree_end, *args, pinned=pinned) for _ in range(2))))
+    check(subtree_end, *args, pinned=pinned, window=window)
+    assert all(map(torch.equal, *(kernels(subtree_end, *args, pinned=pinned, window=window) for _ in range(2))))
 
 
 @pytest.mark.parametrize("num_tokens", [150, 160])
@@ -453,9 +456,9 @@ class TestOnGpu:
         args = inputs(2777, hq=4, hkv=1, d=d, dv=d, dtype=torch.bfloat16)[:4]
         check(subtree_end, *args, pinned=pinned, scale=d**-0.5)
 
-    @pytest.mark.parametrize("hkv", [1, 2])
+    @pytest.mark.parametrize(("hkv", "window"), [(1, 0), (2, 0), (1, 1500)])
     @pytest.mark.parametrize("d", [64, 128])
-    def test_parted_key_tiles_of_the_hopper_kernels(self, d, hkv, poisoned_empty):
+    def test_parted_key_tiles_of_the_hopper_kernels(self, d, hkv, window, poisoned_empty):
         """Roots seen by thousands of queries, few heads: pieces, their partials, whole tiles beside them."""
         if not 90 <= arch_of(torch.device(DEVICE)) < 100:
             pytest.skip("needs compute capability 9.0")
@@ -466,10 +469,10 @@ class TestOnGpu:
             subtree_end = cases.random_subtree_end(num_tokens, 3, branch=branch, root=0.0)
             args = inputs(num_tokens, hq=4, hkv=hkv, d=d, dv=d, dtype=torch.bfloat16)[:4]
             plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
-            *_, items, parted = backend.tile_tensors(plan, args[0], args[2], 0, pinned)
+            *_, items, parted = backend.tile_tensors(plan, args[0], args[2], window, pinned)
             assert 0 < len(parted) < len(items)
-            check(subtree_end, *args, pinned=pinned, scale=d**-0.5)
-            runs = [kernels(subtree_end, *args, pinned=pinned) for _ in range(3)]
+            check(subtree_end, *args, pinned=pinned, scale=d**-0.5, window=window)
+            runs = [kernels(subtree_end, *args, pinned=pinned, window=window) for _ in range(3)]
             assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(runs[0], run, strict=True))
 
     def test_offsets_beyond_32_bits(self):

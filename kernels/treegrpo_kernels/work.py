@@ -1,8 +1,8 @@
 """What kernels read of a plan beyond its tile lists: ends and window starts of tokens, and the work of dK/dV.
 
-A key tile of a root is seen by all its descendants. Where one such tile would take longer than a multiprocessor's fair
-share of the whole pass, its range of query tiles is cut into pieces. Every piece writes a float32 partial, and the
-partials of a tile are added in the order of the pieces: same inputs, same bits.
+A key tile of a root is seen by all its descendants, within a window by those near it. Where one such tile would take
+longer than a multiprocessor's fair share of the whole pass, its query tiles are cut into pieces. Every piece writes a
+float32 partial, and the partials of a tile are added in the order of the pieces: same inputs, same bits.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ def span(plan: TreePlan, multiple: int) -> Tensor:
     return F.pad(plan.subtree_end - index, (0, -plan.num_tokens % multiple))
 
 
-def work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tensor]:
+def work_items(plan: TreePlan, tile: Tile, num_kv_heads: int, window: int = 0) -> list[Tensor]:
     """[items [I,4], parted [P,3]] int32, both empty where no key tile is long enough to part; made once a plan.
 
     An item is (key tile, first query tile, query tile past the last, slot of its partial or -1), longest first; a
-    parted tile is (key tile, its first slot, how many).
+    parted tile is (key tile, its first slot, how many). Under a window the query tiles are places in kv_indices of
+    :func:`query_lists`.
 
     Example: one chain of 10 query tiles and 10 key tiles on 8 multiprocessors has 55 visible tiles, a share of 6.9: key
     tiles 0 to 3, which are 10 to 7 query tiles long, are parted.
     """
-    return _made_once(plan, ("dkv items", tile, num_kv_heads), lambda: _make_work_items(plan, tile, num_kv_heads))
+    key = "dkv items", tile, num_kv_heads, window
+    return _made_once(plan, key, lambda: _make_work_items(plan, tile, num_kv_heads, window))
 
 
 def num_slots(num_tokens: int, block_n: int, items: Tensor, parted: Tensor) -> int:
@@ -70,7 +72,7 @@ def _made_once(plan: TreePlan, key: tuple, make: Callable[[], list[Tensor]]) -> 
     return made
 
 
-def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tensor]:
+def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int, window: int) -> list[Tensor]:
     """Waits for the device once at most: there are few key tiles, and the host is done with them sooner than a dozen
     operations on the device."""
     block_m, block_n = tile.block_m, tile.block_n
@@ -80,18 +82,22 @@ def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int) -> list[Tens
         return max(SHORTEST_PIECE, num_tiles * num_kv_heads / multiprocessors(plan.device))
 
     # the visible tiles hold all visible pairs, so that there are as many at least
-    if -(-plan.num_tokens // block_m) <= share_of(plan.num_pairs / (block_m * block_n)):
+    if -(-plan.num_tokens // block_m) <= share_of(plan.count_pairs(window) / (block_m * block_n)):
         return nothing
-    kv_max = plan.key_lists(block_m, block_n).kv_max.cpu().numpy().astype(np.int64)
-    low = np.arange(len(kv_max)) * block_n // block_m
-    # of the range of query tiles that see a key tile every one does
-    length = -(-kv_max // block_m) - low
+    if window:
+        offsets = query_lists(plan, tile, window)[1][::2].cpu().numpy().astype(np.int64)
+        low, length = offsets[:-1], np.diff(offsets)
+    else:
+        kv_max = plan.key_lists(block_m, block_n).kv_max.cpu().numpy().astype(np.int64)
+        low = np.arange(len(kv_max)) * block_n // block_m
+        # of the range of query tiles that see a key tile every one does
+        length = -(-kv_max // block_m) - low
     share = share_of(int(length.sum()))
     pieces = np.where(length > share, -(-length // max(SHORTEST_PIECE, int(share / 2))), 1)
     parted = np.flatnonzero(pieces > 1)
     if parted.size == 0:
         return nothing
-    kv_tile = np.repeat(np.arange(len(kv_max)), pieces)
+    kv_tile = np.repeat(np.arange(len(length)), pieces)
     place = np.arange(len(kv_tile)) - (pieces.cumsum() - pieces)[kv_tile]
     counts = pieces[parted]
     length, low, pieces = length[kv_tile], low[kv_tile], pieces[kv_tile]

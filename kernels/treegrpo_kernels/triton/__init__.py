@@ -97,8 +97,7 @@ def tile_tensors(
 
         return hopper.tile_tensors(plan, config, v.shape[1], window)
     config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
-    # only parting depends on the heads
-    key = config, 0 if window else v.shape[1], window
+    key = config, v.shape[1], window
     made = plan.derived.get(key)
     if made is None:
         made = plan.derived[key] = _make_tile_tensors(plan, config, v.shape[1], window)
@@ -115,9 +114,7 @@ def _make_tile_tensors(plan: TreePlan, config: Config, num_kv_heads: int, window
     tile = config.dkv
     lists = plan.tile_lists(tile.block_m, tile.block_n, window or None)
     tensors += [_shape_of(tile, first), lists.kv_max, lists.kv_min, *query_lists(plan, tile, window), first]
-    # within a window a key tile is seen by few: none is parted
-    tensors += [lists.kv_max.new_empty((0, n)) for n in (4, 3)] if window else work_items(plan, tile, num_kv_heads)
-    return tensors
+    return tensors + work_items(plan, tile, num_kv_heads, window)
 
 
 def attn_fwd(

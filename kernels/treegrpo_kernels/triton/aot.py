@@ -261,12 +261,11 @@ def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator
                     yield from (Case(kernel, arch, head_dim, dtype, "plain") for kernel in hopper_kernels)
                     if dtype == dtypes[0]:
                         yield Case("hopper_fwd", arch, head_dim, dtype, "sinks")
-                        # under a window no key tile is parted
-                        windowed = [kernel for kernel in hopper_kernels if kernel != "hopper_dkv_split"]
-                        yield from (Case(kernel, arch, head_dim, dtype, "window") for kernel in windowed)
+                        yield from (Case(kernel, arch, head_dim, dtype, "window") for kernel in hopper_kernels)
                 for features in ("plain", "cap", "window") if dtype == dtypes[0] else ("plain",):
                     for kernel in ("dkv", "dkv_split", "dq", "fwd", "delta", "dkv_sum"):
-                        if kernel in ("dkv", "dq", "fwd") or features == "plain":
+                        of_window = features == "window" and kernel == "dkv_split"
+                        if kernel in ("dkv", "dq", "fwd") or features == "plain" or of_window:
                             yield Case(kernel, arch, head_dim, dtype, features)
 
 

@@ -172,11 +172,10 @@ def tree_attention_bwd_dkv_kernel(
     """
     i_program = tl.program_id(0)
     i_kv = i_program % num_kv_heads
-    if SPLIT:
-        p_item = items + i_program // num_kv_heads * 4
-        i_n = tl.load(p_item)
-    else:
-        i_n = tl.load(kv_order + i_program // num_kv_heads)
+    p_item = items + i_program // num_kv_heads * 4
+    if not SPLIT:
+        p_item = kv_order + i_program // num_kv_heads
+    i_n = tl.load(p_item)
     n0 = i_n * BN
     start_n = i_n.to(tl.int64) * BN
     o_row = tl.arange(0, BN)
@@ -187,7 +186,14 @@ def tree_attention_bwd_dkv_kernel(
     b_k = load_tile(head_of(k, i_kv, k_strides, TMA), i_kv, n0, k_strides, num_tokens, BN, D, BD, True, TMA)
     b_v = load_tile(head_of(v, i_kv, v_strides, TMA), i_kv, n0, v_strides, num_tokens, BN, DV, BDV, True, TMA)
     b_end = tl.load(subtree_end + o_n, mask=o_row < num_rows, other=0)
-    lo, a, b, hi = dkv_bounds(n0, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
+    if HAS_WINDOW:
+        # a window cuts by depth, which is not monotone over branches: here the query tiles are lists, those seen in
+        # full first
+        p_list = kv_offsets + 2 * i_n
+        lo, b, hi = tl.load(p_list), tl.load(p_list + 1), tl.load(p_list + 2)
+        a = lo
+    else:
+        lo, a, b, hi = dkv_bounds(n0, tl.load(kv_max + i_n), tl.load(kv_min + i_n), num_tokens, BM, BN)
     if SPLIT:
         lo = tl.maximum(lo, tl.load(p_item + 1))
         hi = tl.minimum(hi, tl.load(p_item + 2))
@@ -201,13 +207,9 @@ def tree_attention_bwd_dkv_kernel(
     i_q = i_kv * GROUP
     # fmt: off
     if HAS_WINDOW:
-        # a window cuts by depth, which is not monotone over branches: here the query tiles are lists, those seen in
-        # full first; all three offsets are loaded here, for class by class they cost registers
-        p_list = kv_offsets + 2 * i_n
-        begin, middle, end = tl.load(p_list), tl.load(p_list + 1), tl.load(p_list + 2)
         for i_class in tl.static_range(2):
-            start = begin if i_class == 0 else middle
-            stop = middle if i_class == 0 else end
+            start = lo if i_class == 0 else b
+            stop = b if i_class == 0 else hi
             e = start
             i_q = i_kv * GROUP
             i_next = start

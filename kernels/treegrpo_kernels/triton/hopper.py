@@ -78,18 +78,15 @@ def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window
     Each part opens with an empty tensor whose shape is its tile configuration, (0, *HopperTile); see
     :func:`prepared.new_shape`. ``window`` is 0 for none.
     """
-    # within a window a key tile is seen by few: none is parted; and only parting depends on the heads
-    parts = config.split and not window
-    key = config, num_kv_heads if parts else 0, window
+    # only parting depends on the heads
+    key = config, num_kv_heads if config.split else 0, window
     made = plan.derived.get(key)
     if made is None:
-        made = plan.derived[key] = _make_tile_tensors(plan, config, num_kv_heads, window, parts)
+        made = plan.derived[key] = _make_tile_tensors(plan, config, num_kv_heads, window)
     return made
 
 
-def _make_tile_tensors(
-    plan: TreePlan, config: HopperConfig, num_kv_heads: int, window: int, parts: bool
-) -> list[Tensor]:
+def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window: int) -> list[Tensor]:
     span, first = work.span(plan, LARGEST_TILE), work.first_visible(plan, window, LARGEST_TILE)
     tensors = []
     for tile in (config.fwd, config.dq):
@@ -100,7 +97,7 @@ def _make_tile_tensors(
     kv_order, *places = work.query_lists(plan, tile, window)
     tensors += [_shape_of(tile, span), lists.kv_max, lists.kv_min, kv_order, span, first, *places]
     nothing = [span.new_empty((0, n)) for n in (4, 3)]
-    return tensors + (work.work_items(plan, tile, num_kv_heads) if parts else nothing)
+    return tensors + (work.work_items(plan, tile, num_kv_heads, window) if config.split else nothing)
 
 
 def attn_fwd(

@@ -64,23 +64,20 @@ def _work(
     """
     program = gl.program_id(0)
     i_kv = program % num_kv_heads
-    if SPLIT:
-        p_item = work + program // num_kv_heads * 4
-        i_n = gl.load(p_item)
+    p_item = work + program // num_kv_heads * (4 if SPLIT else 1)
+    i_n = gl.load(p_item)
+    if HAS_WINDOW:
+        lo = gl.load(kv_offsets + 2 * i_n)
+        a = lo
+        b = gl.load(kv_offsets + 2 * i_n + 1)
+        hi = gl.load(kv_offsets + 2 * i_n + 2)
+    else:
         lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
+    if SPLIT:
         lo = gl.maximum(lo, gl.load(p_item + 1))
         hi = gl.minimum(hi, gl.load(p_item + 2))
         a = gl.minimum(gl.maximum(a, lo), hi)
         b = gl.minimum(gl.maximum(b, a), hi)
-    else:
-        i_n = gl.load(work + program // num_kv_heads)
-        if HAS_WINDOW:
-            lo = gl.load(kv_offsets + 2 * i_n)
-            a = lo
-            b = gl.load(kv_offsets + 2 * i_n + 1)
-            hi = gl.load(kv_offsets + 2 * i_n + 2)
-        else:
-            lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
     return i_n, i_kv, lo, a, b, hi
 
 
