@@ -282,7 +282,7 @@ def backward(
         (2, num_heads, cdiv(num_tokens, block) * block), dtype=torch.float32, device=q.device
     ).unbind()
     num_partials = num_slots(num_tokens, dkv_tile.block_n, items, parted)
-    partials = new_partials(dk, dv, dkv_tile, num_partials) if num_partials else None
+    partials = new_partials(dk, dv, dkv_tile, num_partials) if num_partials else []
 
     def shared() -> dict[str, Any]:
         return dict(
@@ -298,6 +298,12 @@ def backward(
             tma=tma_fits(arch_of(q.device), q, k, v, dout),
         )
 
+    def make_dkv() -> Launch:
+        return dkv_launch(dk, dv, dkv_tile, [*dkv_lists, items], partials or None, **shared())
+
+    def make_sum() -> Launch:
+        return sum_launch(*partials, parted, dk, dv, scale)
+
     key = q.shape, k.shape, v.shape, q.dtype, scale, softcap
     names, tensors = ("dout", "out", "lse", "delta", "lse2"), (dout, out, lse, delta, lse2)
     known = launches_of(shape)
@@ -306,12 +312,10 @@ def backward(
     tensors = (dout, q, k, v, delta, lse2, subtree_end)
     launch(known, ("dq", *key), lambda: dq_launch(dq, dq_tile, dq_lists, **shared()), (*names, "dq"), (*tensors, dq))
     known, names, tensors = launches_of(dkv_shape), (*names, "dk", "dv"), (*tensors, dk, dv)
-    make = lambda: dkv_launch(dk, dv, dkv_tile, [*dkv_lists, items], partials, **shared())  # noqa: E731
-    if partials is None:
-        launch(known, ("dkv", *key), make, names, tensors)
+    if not partials:
+        launch(known, ("dkv", *key), make_dkv, names, tensors)
         return dq, dk, dv
-    launch(known, ("dkv", *key), make, (*names, "partial_dk", "partial_dv"), (*tensors, *partials))
+    launch(known, ("dkv", *key), make_dkv, (*names, "partial_dk", "partial_dv"), (*tensors, *partials))
     names = ("partial_dk", "partial_dv", "dk", "dv")
-    make_sum = lambda: sum_launch(*partials, parted, dk, dv, scale)  # noqa: E731
     launch(known, ("sum", *key), make_sum, names, (*partials, dk, dv))
     return dq, dk, dv
