@@ -27,6 +27,8 @@ def main() -> None:
         processes = trainer.accelerator.num_processes
         result = dict(parameters=parameters(trainer), log=trainer.state.log_history, processes=processes)
         torch.save(result, out / "result.pt")
+    # else gloo's threads may abort the process on its way out
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -358,6 +358,7 @@ def train(config: TrainConfig) -> None:
             f"metrics and checkpoints are in {config.output_dir}; `treegrpo report {config.output_dir}` draws them",
             soft_wrap=True,
         )
+    trainer.parallel.end()
 
 
 def _commands(defaults: TrainConfig) -> dict[str, Callable]:

@@ -140,6 +140,11 @@ class Parallel:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    def end(self) -> None:
+        """Leave the other processes, once nothing is left to do with them. A process that ends without it may be
+        aborted by gloo's threads on its way out, and NCCL warns of it."""
+        self.accelerator.end_training()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model to call in place of `model`, which is on the device afterwards. Under FSDP2 it is the same object,
         its parameters DTensors from here on, so optimisers are made afterwards."""
