@@ -5,6 +5,7 @@ Writes the parameters after training and TRL's log, from the main process. JSON:
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,8 +28,11 @@ def main() -> None:
         processes = trainer.accelerator.num_processes
         result = dict(parameters=parameters(trainer), log=trainer.state.log_history, processes=processes)
         torch.save(result, out / "result.pt")
-    # else gloo's threads may abort the process on its way out
-    trainer.accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    # what is done is done: gloo's threads may abort an interpreter that is being torn down
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -141,9 +141,9 @@ class Parallel:
         return self.accelerator.is_main_process
 
     def end(self) -> None:
-        """Leave the other processes, once nothing is left to do with them. A process that ends without it may be
-        aborted by gloo's threads on its way out, and NCCL warns of it."""
-        self.accelerator.end_training()
+        """Wait for all processes, as the last thing. One that ended right behind its last message could be aborted:
+        gloo's threads let go of a message's tensors a little later, for which they need a living interpreter."""
+        self.accelerator.wait_for_everyone()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model to call in place of `model`, which is on the device afterwards. Under FSDP2 it is the same object,
