@@ -95,6 +95,7 @@ format: $(BUILT)
 aot: $(BUILT)
 	@echo "== Triton kernels compiled ahead of time for sm_80, sm_90, sm_100 and sm_120: no spills, shared memory within limits"
 	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot
+	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot --arch 90 --head-dim 256 --dtype bf16
 
 # the kernels and their launches with other releases of Triton, each before the environment's own
 TRITONS := 3.7.1 3.8.0 3.9.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,10 @@ def draw_sharing(rows: list[Row], path: Path) -> bool:
     top = 1.15 * max(max(point[:2]) for point in points)
     panel.plot([1, top], [1, top], ":", color="gray", label="time falls as pairs do")
     panel.axhline(1, color="#c94f4f", lw=1, label="break-even: above it the tree is faster")
-    for head_dim, marker in ((128, "o"), (64, "^")):
+    for head_dim, marker in zip(sorted({point[3] for point in points}), "^vos", strict=False):
         own = [point for point in points if point[3] == head_dim]
-        if own:
-            x, y = [point[0] for point in own], [point[1] for point in own]
-            panel.plot(x, y, marker, color="#2a6fb0", label=f"D {head_dim}")
+        x, y = [point[0] for point in own], [point[1] for point in own]
+        panel.plot(x, y, marker, color="#2a6fb0", label=f"D {head_dim}")
     for sharing, times, workload, *_ in points:
         panel.annotate(workload, (sharing, times), xytext=(4, -9), textcoords="offset points", fontsize=6.5)
     panel.set(xscale="log", yscale="log", xlabel="pairs, chains / tree", ylabel="time, best chain kernel / ours")
@@ -194,8 +194,9 @@ def draw_length(rows: list[Row], path: Path) -> bool:
     """Time of forward + backward against tokens, for shapes measured at several lengths."""
     cells = by_cell(rows, "forward_backward")
     families: dict[str, list[dict[str, Row]]] = {}
+    measured_most = statistics.mode(head_dim for _, head_dim in cells) if cells else None
     for (workload, head_dim), row_of in cells.items():
-        if head_dim == max(cell[1] for cell in cells):
+        if head_dim == measured_most:
             families.setdefault(family(workload), []).append(row_of)
     families = {name: several for name, several in families.items() if len(several) > 1}
     if not families:

@@ -128,7 +128,7 @@ def test_doctor_says_which_triton_has_the_hopper_kernels(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
-    assert doctor._usable("triton") == "usable, with Hopper kernels for bf16 and fp16 heads of 64 and 128"
+    assert doctor._usable("triton") == "usable, with Hopper kernels for bf16 and fp16 heads of 33 to 256"
     monkeypatch.setattr(triton, "__version__", "3.10.0")
     assert "without its Hopper kernels, which do not serve Triton 3.10.0" in doctor._usable("triton")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (8, 0))

@@ -102,6 +102,8 @@ PLAIN_CALLS = [
     (128, FP16, (4, 4)),
     (128, BF16, (4, 1)),
     (128, FP16, (8, 1)),
+    (256, BF16, (4, 2)),
+    (96, FP16, (4, 1)),
 ]
 
 
@@ -143,6 +145,10 @@ OPTIONS = [
     (128, 128, BF16, (8, 1), True, False, False),
     (128, 128, FP16, (4, 4), True, False, True),
     (128, 128, BF16, (8, 2), False, False, True),
+    (256, 256, BF16, (8, 1), True, False, False),
+    (256, 256, FP16, (4, 4), True, False, True),
+    (192, 128, BF16, (4, 4), False, False, False),
+    (80, 80, FP16, (8, 1), True, False, False),
     (64, 64, BF16, (8, 1), True, True, True),
     (64, 64, FP16, (8, 2), True, False, True),
     (64, 64, FP32, (4, 4), False, False, False),
@@ -184,7 +190,7 @@ def test_options(backend, d, dv, dtype, heads, window, softcap, sinks):
             check_roughly(backend, subtree_end, d, dv, dtype, heads, window=1, scale=d**-0.5, **rest)
         for size in sizes if window else (0,):
             check_forest(backend, subtree_end, d, dv, dtype, heads, window=size, **rest)
-    if dtype != FP32 and backend == "triton" and d in (64, 128):
+    if dtype != FP32 and backend == "triton" and d in (64, 128, 256):
         check_forest(backend, cases.residues_subtree_end(128), d, dv, dtype, heads, window=100 * window, **rest)
 
 
@@ -235,6 +241,8 @@ def layouts(q, k, v, dout):
         needs("triton", 64, {}, id="triton-64"),
         needs("triton", 128, {}, id="triton-128"),
         needs("triton", 128, dict(window=100), id="triton-128-window"),
+        needs("triton", 256, {}, id="triton-256"),
+        needs("triton", 96, {}, id="triton-96"),
         needs("triton", 128, dict(window=100, softcap=15.0), id="triton-128-plain"),
         needs("cuda", 64, {}, id="cuda-64"),
         needs("cuda", 128, {}, id="cuda-128"),
@@ -260,7 +268,7 @@ def test_layouts(backend, d, options):
 
 
 @gpu
-@pytest.mark.parametrize(("d", "softcap"), [(64, 0.0), (128, 0.0), (128, 15.0)])
+@pytest.mark.parametrize(("d", "softcap"), [(64, 0.0), (128, 0.0), (128, 15.0), (96, 0.0), (256, 0.0)])
 @pytest.mark.skipif(REASONS["triton"] is not None, reason=f"triton: {REASONS['triton']}")
 def test_poison_reaches_what_the_kernels_write(d, softcap, poisoned_empty, monkeypatch):
     from treegrpo_kernels.triton import backward, forward, hopper
@@ -354,6 +362,7 @@ def test_long_rows_are_checked_rightly_on_the_cpu(one_thread):
             ("triton", 128, BF16, 0),
             ("triton", 64, FP16, 0),
             ("triton", 128, BF16, 3000),
+            ("triton", 256, BF16, 0),
             ("cuda", 128, BF16, 0),
         )
     ],

@@ -22,6 +22,8 @@ from treegrpo_kernels.triton import (
     hopper_backward_dkv,
     hopper_backward_dq,
     hopper_common,
+    hopper_dkv_walk,
+    hopper_dkv_wide,
     hopper_forward,
 )
 from treegrpo_kernels.triton.hopper_common import HopperTile
@@ -32,7 +34,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
 ]
 
-MODULES = [hopper_common, hopper_forward, hopper_backward_dq, hopper_backward_dkv]
+MODULES = [hopper_common, hopper_forward, hopper_backward_dq, hopper_backward_dkv, hopper_dkv_walk, hopper_dkv_wide]
 
 
 @pytest.fixture
@@ -78,6 +80,42 @@ def test_a_branch_may_start_anywhere_in_a_tile(residue, emulated):
     args = inputs(len(subtree_end), hq=1, hkv=1, d=64, dv=64, dtype=torch.bfloat16, seed=residue)[:4]
     found, _ = results(subtree_end, *args, 0.125, replace(hopper.config(64), split=residue % 2 == 1), residue)
     over = excess(found, subtree_end, *args, scale=0.125)
+    assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize(("d", "dv"), [(256, 256), (192, 128), (160, 256), (96, 96), (80, 64), (33, 40)])
+@pytest.mark.parametrize("window", [0, 300])
+def test_head_dims(d, dv, window, emulated, monkeypatch):
+    """256 has consumers of its own in dK/dV, and others are padded; both parted and not."""
+    monkeypatch.setattr(work, "multiprocessors", lambda device: 12)
+    subtree_end = FORESTS["root_of_all"]
+    args = inputs(len(subtree_end), hq=2, hkv=1, d=d, dv=dv, dtype=torch.bfloat16)[:4]
+    config = hopper.config(d, dv)
+    for split in (False, True):
+        found, tiles = results(subtree_end, *args, 0.1, replace(config, split=split), d, window)
+        assert (len(tiles[-1]) > 0) == split
+        assert all(x.is_contiguous() for x in found)
+        over = excess(found, subtree_end, *args, scale=0.1, window=window)
+        assert max(over.values()) <= 0, over
+
+
+@pytest.mark.parametrize("name", FORESTS)
+def test_wide_heads(name, emulated):
+    subtree_end = FORESTS[name]
+    args = inputs(len(subtree_end), hq=3, hkv=1, d=256, dv=256, dtype=torch.float16)[:4]
+    found, _ = results(subtree_end, *args, 0.0625, hopper.config(256), 5)
+    over = excess(found, subtree_end, *args, scale=0.0625)
+    assert max(over.values()) <= 0, over
+    again, _ = results(subtree_end, *args, 0.0625, hopper.config(256), 6)
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("residue", range(0, 64, 9))
+def test_a_branch_may_start_anywhere_in_a_narrow_tile(residue, emulated):
+    subtree_end = cases.residue_subtree_end(residue, 64)
+    args = inputs(len(subtree_end), hq=1, hkv=1, d=256, dv=256, dtype=torch.bfloat16, seed=residue)[:4]
+    found, _ = results(subtree_end, *args, 0.1, hopper.config(256), residue)
+    over = excess(found, subtree_end, *args, scale=0.1)
     assert max(over.values()) <= 0, over
 
 
@@ -168,12 +206,21 @@ def test_other_rings_and_orders(seed, emulated):
 
 
 FAULTS = ("the producer waits for nobody", "consumers wait for nothing", "no buffer is released")
+# the modules that speak a kernel's protocol, and a head dim that takes them
+PROTOCOLS = {
+    "fwd": ([hopper_forward], 64),
+    "dq": ([hopper_backward_dq], 64),
+    "dkv": ([hopper_backward_dkv, hopper_dkv_walk], 64),
+    "fwd_wide": ([hopper_forward], 256),
+    "dkv_wide": ([hopper_dkv_wide, hopper_dkv_walk], 256),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("module", MODULES[1:], ids=lambda module: module.__name__.rsplit(".", 1)[1])
-def test_faults_are_found(fault, module, emulated, monkeypatch):
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_faults_are_found(fault, protocol, emulated, monkeypatch):
     """The emulator is worth nothing if it forgives: three faults in each kernel's protocol, each found."""
+    modules, d = PROTOCOLS[protocol]
 
     class Faulty(gluon_emulator.mbarrier):
         @staticmethod
@@ -187,12 +234,13 @@ def test_faults_are_found(fault, module, emulated, monkeypatch):
             if fault != FAULTS[2] or gluon_emulator.scheduler.local.number == 2:
                 gluon_emulator.mbarrier.arrive(bar, count, pred)
 
-    monkeypatch.setattr(module, "mbarrier", Faulty)
+    for module in modules:
+        monkeypatch.setattr(module, "mbarrier", Faulty)
     subtree_end = FORESTS["chain"]
-    args = inputs(len(subtree_end), hq=2, hkv=1, d=64, dv=64, dtype=torch.bfloat16)[:4]
+    args = inputs(len(subtree_end), hq=2, hkv=1, d=d, dv=d, dtype=torch.bfloat16)[:4]
 
     def passes():
-        found, _ = results(subtree_end, *args, 0.125, hopper.config(64), 1)
+        found, _ = results(subtree_end, *args, 0.125, hopper.config(d), 1)
         assert max(excess(found, subtree_end, *args, scale=0.125).values()) <= 0
 
     with pytest.raises((AssertionError, RuntimeError)):

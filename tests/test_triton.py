@@ -457,7 +457,7 @@ class TestOnGpu:
         check(subtree_end, *args, pinned=pinned, scale=d**-0.5)
 
     @pytest.mark.parametrize(("hkv", "window"), [(1, 0), (2, 0), (1, 1500)])
-    @pytest.mark.parametrize("d", [64, 128])
+    @pytest.mark.parametrize("d", [64, 128, 256])
     def test_parted_key_tiles_of_the_hopper_kernels(self, d, hkv, window, poisoned_empty):
         """Roots seen by thousands of queries, few heads: pieces, their partials, whole tiles beside them."""
         if not 90 <= arch_of(torch.device(DEVICE)) < 100:

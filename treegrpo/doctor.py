@@ -190,7 +190,7 @@ def _usable(name: str) -> str:
             return "usable, " + (
                 f"but without its Hopper kernels, which do not serve {unknown}: install one of those releases"
                 if unknown
-                else "with Hopper kernels for bf16 and fp16 heads of 64 and 128"
+                else "with Hopper kernels for bf16 and fp16 heads of 33 to 256"
             )
         case "cuda":
             import torch

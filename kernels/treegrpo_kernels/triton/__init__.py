@@ -63,7 +63,7 @@ def config_for(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float) ->
         from . import hopper
 
         if hopper.refusal(q, k, v, softcap, scale, arch) is None:
-            return hopper.config(q.shape[-1])
+            return hopper.config(q.shape[-1], v.shape[-1])
     return config(q.shape[-1], v.shape[-1], q.dtype, arch)
 
 

@@ -1,9 +1,11 @@
 """The Hopper kernels as one unit: what they take, their tiles, forward and backward.
 
-They need sm_90 and serve what most training steps ask for: bf16 or fp16, head dim 64 or 128, windows and sinks.
-Everything else, softcap among it, goes to the plain Triton kernels.
+They need sm_90 and serve what most training steps ask for: bf16 or fp16, head dims of 33 to 256, windows and sinks.
+Everything else, softcap among it, goes to the plain Triton kernels. Head dims between 64, 128 and 256 are padded with
+zeros to the next of them, in copies of a call's tensors: the plain kernels compute as much for less memory, slower.
 
-Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and key/value heads, D head dim.
+Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and key/value heads, D query/key head dim, Dv
+value head dim.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -49,16 +52,22 @@ class HopperConfig:
 # Gluon is experimental: each of 3.8 and 3.9 took names away. Compiled with 3.6 to 3.9, run on an H200 with 3.6
 KNOWN_RELEASES = ("3.6.", "3.7.", "3.8.", "3.9.")
 
-# measured on an H200, see NOTES.md; two stages of dq and dkv wait for memory, four gain nothing over three
+# 64 and 128 were measured on an H200, see NOTES.md: two stages of dq and dkv wait for memory, four gain nothing over
+# three. 256 has what shared memory and registers hold
 _CONFIGS = {
     64: HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 4), dkv=HopperTile(64, 128, 4)),
     128: HopperConfig(fwd=HopperTile(128, 128, 2), dq=HopperTile(128, 64, 3), dkv=HopperTile(64, 128, 3)),
+    256: HopperConfig(fwd=HopperTile(128, 64, 2), dq=HopperTile(128, 32, 3), dkv=HopperTile(64, 64, 2)),
 }
+HEAD_DIMS = tuple(_CONFIGS)
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float, arch: int) -> str | None:
     """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words."""
-    return unknown_release() or refused_arguments(q, k, v, softcap, scale, arch)
+    refused = unknown_release() or refused_arguments(q, k, v, softcap, scale, arch)
+    if refused is None and padded_head_dim(q.shape[-1], v.shape[-1]) == 0:
+        refused = f"head dims {q.shape[-1]} and {v.shape[-1]}"
+    return refused
 
 
 def unknown_release() -> str | None:
@@ -67,9 +76,19 @@ def unknown_release() -> str | None:
     return None if known else f"Triton {triton.__version__} (they know {KNOWN_RELEASES[0]}x to {KNOWN_RELEASES[-1]}x)"
 
 
-def config(head_dim: int) -> HopperConfig:
-    """Tiles for a head dim of 64 or 128. A pure function."""
-    return _CONFIGS[head_dim]
+def padded_head_dim(head_dim: int, value_dim: int) -> int:
+    """The head dim that the kernels compute with; 0 where no more than half of it would be of use.
+
+    Example: (96, 96) is computed as 128, (192, 128) as 256; (32, 32) is left to the plain kernels.
+    """
+    padded = next((dim for dim in HEAD_DIMS if dim >= max(head_dim, value_dim)), 0)
+    return padded if head_dim + value_dim > padded else 0
+
+
+def config(head_dim: int, value_dim: int | None = None) -> HopperConfig:
+    """Tiles for head dims of which :func:`padded_head_dim` is not 0; ``value_dim`` defaults to ``head_dim``. A pure
+    function."""
+    return _CONFIGS[padded_head_dim(head_dim, head_dim if value_dim is None else value_dim)]
 
 
 def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window: int = 0) -> list[Tensor]:
@@ -103,9 +122,12 @@ def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, 
 def attn_fwd(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, tiles: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q [T,Hq,D], k and v [T,Hkv,D], sinks [Hq] or None -> out [T,Hq,D] in q's dtype, lse [T,Hq] fp32 (natural log)."""
+    """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv], sinks [Hq] or None -> out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32
+    (natural log)."""
+    value_dim = v.shape[2]
+    padded = padded_head_dim(q.shape[2], value_dim)
+    q, k, v = _packed(q, padded), _packed(k, padded), _packed(v, padded)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    q, k, v = _packed(q), _packed(k), _packed(v)
     names, tensors = ("q_desc", "k_desc", "v_desc", "out_desc", "lse"), (q, k, v, out, lse)
     if sinks is not None:
         sinks = sinks.contiguous()
@@ -117,21 +139,25 @@ def attn_fwd(
 
     key = "fwd", q.shape, k.shape, q.dtype, scale, None if sinks is None else sinks.dtype
     launch(launches_of(tiles[_FWD.start]), key, make, names, tensors)
-    return out, lse
+    return _cut(out, value_dim), lse
 
 
 def attn_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: list[Tensor], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype and shapes of q, k, v."""
+    head_dim, value_dim = q.shape[2], v.shape[2]
+    padded = padded_head_dim(head_dim, value_dim)
+    # a row's dout . out needs no padding
+    narrow_dout, out = _packed(dout, value_dim), _packed(out, value_dim)
+    q, k, v, dout = _packed(q, padded), _packed(k, padded), _packed(v, padded), _packed(narrow_dout, padded)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    q, k, v, dout, out = _packed(q), _packed(k), _packed(v), _packed(dout), _packed(out)
     num_tokens, num_heads, _ = q.shape
     num_padded = cdiv(num_tokens, LARGEST_TILE) * LARGEST_TILE
     delta, lse2 = q.new_empty((2, num_heads, num_padded), dtype=torch.float32).unbind()
 
     def make_delta() -> Launch:
-        return delta_launch(dout, out, lse, delta, lse2)
+        return delta_launch(narrow_dout, out, lse, delta, lse2)
 
     def make_dq() -> HopperLaunch:
         tile, *lists = tiles[_DQ]
@@ -150,22 +176,29 @@ def attn_bwd(
 
     shapes = (q.shape, k.shape, q.dtype, scale)
     known, names = launches_of(tiles[_DQ.start]), ("dout", "out", "lse", "delta", "lse2")
-    launch(known, ("delta", *shapes), make_delta, names, (dout, out, lse, delta, lse2))
+    launch(known, ("delta", out.shape, *shapes), make_delta, names, (narrow_dout, out, lse, delta, lse2))
     names = ("dout_desc", "q_desc", "k_desc", "v_desc", "lse2", "delta")
     inputs = (dout, q, k, v, lse2, delta)
     launch(known, ("dq", *shapes), make_dq, (*names, "dq_desc"), (*inputs, dq))
     known, names, inputs = launches_of(tile), (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv)
     if not partials:
         launch(known, ("dkv", *shapes), make_dkv, names, inputs)
-        return dq, dk, dv
+        return _cut(dq, head_dim), _cut(dk, head_dim), _cut(dv, value_dim)
     launch(known, ("dkv", *shapes), make_dkv, (*names, "partial_dk", "partial_dv"), (*inputs, *partials))
     names = ("partial_dk", "partial_dv", "dk", "dv")
     launch(known, ("sum", *shapes), make_sum, names, (*partials, dk, dv))
-    return dq, dk, dv
+    return _cut(dq, head_dim), _cut(dk, head_dim), _cut(dv, value_dim)
 
 
-def _packed(x: Tensor) -> Tensor:
-    """``x`` itself where TMA can read it as a matrix [T, H * D], else a copy."""
+def _cut(x: Tensor, head_dim: int) -> Tensor:
+    """``x`` without its padding, contiguous: its strides are part of what the operator promises a compiler."""
+    return x if x.shape[2] == head_dim else x[..., :head_dim].contiguous()
+
+
+def _packed(x: Tensor, padded: int) -> Tensor:
+    """``x`` itself where TMA can read it as a matrix [T, H * padded], else a copy."""
+    if x.shape[2] < padded:
+        return F.pad(x, (0, padded - x.shape[2]))
     aligned = x.data_ptr() % 16 == 0
     # the stride of a single token may be anything
     if aligned and x.shape[0] > 1 and x.is_contiguous():

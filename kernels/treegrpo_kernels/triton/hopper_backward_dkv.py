@@ -4,14 +4,13 @@
     dk_j = scale * sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
 
 A program is one key tile of one key/value head, or with SPLIT a piece of its query range (work.py): few key/value
-heads leave too few programs to even out a root's long ranges. Each consumer owns 64 of the keys and keeps their dK and
-dV in registers. Programs run longest query range first. The query rows that see a key tile are one contiguous range, so
-nothing is looked up, but under a window, where work.query_lists says which: the producer counts through the range once
-for every query head of the group and streams Q, dO, lse and delta through a ring. Scores are held transposed,
-[keys, queries], as operands of the next product. Sums run in a fixed order: the same inputs give the same bits.
+heads leave too few programs to even out a root's long ranges. Programs run longest query range first, and walk it as
+hopper_dkv_walk.py says. Each consumer owns 64 of the keys and keeps their dK and dV in registers; where these are too
+many (D = 256), one keeps dK and one dV: hopper_dkv_wide.py. Scores are held transposed, [keys, queries], as operands of
+the next product. Sums run in a fixed order: the same inputs give the same bits.
 
 Shape legend: T tokens, Tp tokens rounded up to whole tiles, Hq/Hkv query and key/value heads, D head dim, BM query rows
-of a tile, BN = 128 key rows. Names as in common.py; s_ shared memory, bars_ mbarriers.
+of a tile, BN key rows, 128 or 64 (D = 256). Names as in common.py; s_ shared memory, bars_ mbarriers.
 """
 
 from __future__ import annotations
@@ -29,56 +28,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .common import LOG2E, cdiv
-from .hopper_common import HopperLaunch, HopperTile, descriptor, load_box, store_box, visible
-
-
-@gluon.jit
-def _bounds(i_n, kv_max, kv_min, num_tokens, BM: gl.constexpr, BN: gl.constexpr):
-    """Query tiles that see a key tile: [lo, a) across the diagonal, [a, b) full, [b, hi) across ends of subtrees."""
-    n0 = i_n * BN
-    n1 = gl.minimum(n0 + BN, num_tokens)
-    lo = n0 // BM
-    hi = (gl.load(kv_max + i_n) + BM - 1) // BM
-    a = gl.minimum((n1 - 1 + BM - 1) // BM, hi)
-    b = gl.maximum(a, gl.minimum(gl.load(kv_min + i_n) // BM, hi))
-    return lo, a, b, hi
-
-
-@gluon.jit
-def _work(
-    kv_max,
-    kv_min,
-    work,
-    kv_offsets,
-    num_tokens,
-    num_kv_heads,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-    SPLIT: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
-):
-    """This program's key tile and head, and the bounds of its query tiles; under a window these are places in the key
-    tile's list, [lo, a) empty.
-
-    ``work`` are the items of work.work_items, or without SPLIT key tiles in order.
-    """
-    program = gl.program_id(0)
-    i_kv = program % num_kv_heads
-    p_item = work + program // num_kv_heads * (4 if SPLIT else 1)
-    i_n = gl.load(p_item)
-    if HAS_WINDOW:
-        lo = gl.load(kv_offsets + 2 * i_n)
-        a = lo
-        b = gl.load(kv_offsets + 2 * i_n + 1)
-        hi = gl.load(kv_offsets + 2 * i_n + 2)
-    else:
-        lo, a, b, hi = _bounds(i_n, kv_max, kv_min, num_tokens, BM, BN)
-    if SPLIT:
-        lo = gl.maximum(lo, gl.load(p_item + 1))
-        hi = gl.minimum(hi, gl.load(p_item + 2))
-        a = gl.minimum(gl.maximum(a, lo), hi)
-        b = gl.minimum(gl.maximum(b, a), hi)
-    return i_n, i_kv, lo, a, b, hi
+from .hopper_common import HopperLaunch, HopperTile, descriptor, store_box
+from .hopper_dkv_walk import BOX_ROWS, ROWS, probabilities, producer, work_of_program
+from .hopper_dkv_wide import wide_consumer
 
 
 @gluon.jit
@@ -116,14 +68,7 @@ def _step(
     b_dp = warpgroup_mma(s_v, s_dout.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_lse = s_lse.index(slot).load(COLUMN)
     b_s = warpgroup_mma_wait(1, deps=[b_s])
-    b_p = gl.exp2(b_s * qk_scale - b_lse[None, :])
-    if MASKED:
-        o_q = s_row.index(slot).load(COLUMN)
-        b_first = o_q
-        if HAS_WINDOW:
-            b_first = s_first.index(slot).load(COLUMN)
-        m_seen = visible(o_q[None, :], o_k[:, None], b_span[:, None], b_first[None, :], HAS_WINDOW)
-        b_p = gl.where(m_seen, b_p, 0.0)
+    b_p = probabilities(b_s, b_lse, s_row, s_first, slot, o_k, b_span, qk_scale, HAS_WINDOW, COLUMN, MASKED)
     b_p16 = gl.convert_layout(b_p.to(s_q.dtype), P_LAYOUT, assert_trivial=True)
     b_dv = warpgroup_mma(b_p16, s_dout.index(slot), b_dv, is_async=True)
     b_delta = s_delta.index(slot).load(COLUMN)
@@ -139,14 +84,7 @@ def _step(
 @gluon.jit
 def _consumer(
     I_WG: gl.constexpr,
-    s_k,
-    s_v,
-    s_q,
-    s_dout,
-    s_lse,
-    s_delta,
-    s_row,
-    s_first,
+    buffers,
     bars,
     dk_desc,
     dv_desc,
@@ -170,16 +108,16 @@ def _consumer(
     HAS_WINDOW: gl.constexpr,
 ):
     """64 keys of a key tile."""
-    bars_kv, bars_q, bars_q_free = bars
+    s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first = buffers
+    bars_kv, bars_q, bars_q_free, _bar_k_read = bars
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    ROWS: gl.constexpr = BN // 2
     o_row = I_WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     s_k_own = s_k.index(I_WG)
     s_v_own = s_v.index(I_WG)
     ring = 0
-    i_n, i_kv, lo, a, b, hi = _work(
+    i_n, i_kv, lo, a, b, hi = work_of_program(
         kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, BM, BN, SPLIT, HAS_WINDOW
     )
     o_k = i_n * BN + o_row
@@ -227,125 +165,6 @@ def _store_whole(b_dk, b_dv, s_k, s_v, dk_desc, dv_desc, row, column, scale):
     tma.store_wait(0)
 
 
-@gluon.jit
-def _next_partial(i_place, lo, a, b, hi):
-    """What follows ``i_place`` in [lo, a) and [b, hi), going round."""
-    i_place += 1
-    i_place = gl.where(i_place == a, b, i_place)
-    return gl.where(i_place == hi, gl.where(lo == a, b, lo), i_place)
-
-
-@gluon.jit
-def _fill(
-    s_q,
-    s_dout,
-    s_lse,
-    s_delta,
-    s_row,
-    s_first,
-    bars_q,
-    bars_q_free,
-    q_desc,
-    dout_desc,
-    lse2,
-    delta,
-    first,
-    kv_indices,
-    i_place,
-    i_h,
-    num_padded,
-    ring,
-    BM: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
-):
-    """One query tile of one head into the ring: number ``i_place``, or under a window what the list has there."""
-    i_m = i_place
-    if HAS_WINDOW:
-        i_m = gl.load(kv_indices + i_place)
-    o_row = gl.arange(0, BM, layout=gl.BlockedLayout([BM // 32], [32], [1], [0]))
-    p_row = i_h.to(gl.int64) * num_padded + i_m * BM + o_row
-    b_lse = gl.load(lse2 + p_row)
-    b_delta = gl.load(delta + p_row)
-    b_first = o_row
-    if HAS_WINDOW:
-        b_first = gl.load(first + i_m * BM + o_row)
-    slot = ring % STAGES
-    mbarrier.wait(bars_q_free.index(slot), ((ring // STAGES) & 1) ^ 1)
-    mbarrier.expect(bars_q.index(slot), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-    load_box(q_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_q.index(slot))
-    load_box(dout_desc, [i_m * BM, i_h * D], bars_q.index(slot), s_dout.index(slot))
-    s_lse.index(slot).store(b_lse)
-    s_delta.index(slot).store(b_delta)
-    s_row.index(slot).store(i_m * BM + o_row)
-    if HAS_WINDOW:
-        s_first.index(slot).store(b_first)
-    mbarrier.arrive(bars_q.index(slot), count=1)
-
-
-@gluon.jit
-def _producer(
-    s_k,
-    s_v,
-    s_q,
-    s_dout,
-    s_lse,
-    s_delta,
-    s_row,
-    s_first,
-    bars,
-    q_desc,
-    k_desc,
-    v_desc,
-    dout_desc,
-    lse2,
-    delta,
-    first,
-    kv_max,
-    kv_min,
-    work,
-    kv_offsets,
-    kv_indices,
-    num_tokens,
-    num_padded,
-    num_kv_heads,
-    GROUP: gl.constexpr,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-    D: gl.constexpr,
-    STAGES: gl.constexpr,
-    SPLIT: gl.constexpr,
-    HAS_WINDOW: gl.constexpr,
-):
-    """Streams K, V and the query tiles that see them, in the order in which the consumers read."""
-    bars_kv, bars_q, bars_q_free = bars
-    ROWS: gl.constexpr = BN // 2
-    ring = 0
-    i_n, i_kv, lo, a, b, hi = _work(
-        kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, BM, BN, SPLIT, HAS_WINDOW
-    )
-    for i_wg in gl.static_range(2):
-        bar = bars_kv.index(i_wg)
-        mbarrier.expect(bar, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        load_box(k_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_k.index(i_wg))
-        load_box(v_desc, [i_n * BN + i_wg * ROWS, i_kv * D], bar, s_v.index(i_wg))
-    # fmt: off
-    for i_g in range(GROUP):
-        for i_place in range(a, b):
-            _fill(s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta,
-                  first, kv_indices, i_place, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
-            ring += 1
-    for i_g in range(GROUP):
-        i_place = gl.where(lo == a, b, lo)
-        for _ in range(a - lo + hi - b):
-            _fill(s_q, s_dout, s_lse, s_delta, s_row, s_first, bars_q, bars_q_free, q_desc, dout_desc, lse2, delta,
-                  first, kv_indices, i_place, i_kv * GROUP + i_g, num_padded, ring, BM, D, STAGES, HAS_WINDOW)
-            ring += 1
-            i_place = _next_partial(i_place, lo, a, b, hi)
-    # fmt: on
-
-
 @gluon.jit(do_not_specialize=["num_tokens", "num_padded", "num_kv_heads"])
 def tree_attention_bwd_dkv_hopper_kernel(
     q_desc,
@@ -383,8 +202,8 @@ def tree_attention_bwd_dkv_hopper_kernel(
     """Allocates the buffers and barriers and splits into two consumers and a producer."""
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     ROW: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    s_k = gl.allocate_shared_memory(k_desc.dtype, [2, BN // 2, D], k_desc.layout)
-    s_v = gl.allocate_shared_memory(v_desc.dtype, [2, BN // 2, D], v_desc.layout)
+    s_k = gl.allocate_shared_memory(k_desc.dtype, [BN // ROWS, ROWS, D], k_desc.layout)
+    s_v = gl.allocate_shared_memory(v_desc.dtype, [BN // ROWS, ROWS, D], v_desc.layout)
     s_q = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BM, D], q_desc.layout)
     s_dout = gl.allocate_shared_memory(dout_desc.dtype, [STAGES, BM, D], dout_desc.layout)
     s_lse = gl.allocate_shared_memory(gl.float32, [STAGES, BM], ROW)
@@ -393,32 +212,55 @@ def tree_attention_bwd_dkv_hopper_kernel(
     s_first = s_row
     if HAS_WINDOW:
         s_first = gl.allocate_shared_memory(gl.int32, [STAGES, BM], ROW)
-    bars_kv = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    bars_kv = gl.allocate_shared_memory(gl.int64, [BN // ROWS, 1], BAR)
     bars_q = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    for i in gl.static_range(2):
+    for i in gl.static_range(BN // ROWS):
         mbarrier.init(bars_kv.index(i), count=1)
     for i in gl.static_range(STAGES):
         # one arrival announces the bytes that TMA brings, one what the producer itself wrote
         mbarrier.init(bars_q.index(i), count=2)
         mbarrier.init(bars_q_free.index(i), count=2)
-    bars = (bars_kv, bars_q, bars_q_free)
+    # only consumers that share K tell each other
+    bar_k_read = bars_kv
+    if BN == ROWS:
+        bar_k_read = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+        mbarrier.init(bar_k_read.index(0), count=1)
+    bars = (bars_kv, bars_q, bars_q_free, bar_k_read)
+    buffers = (s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first)
     # fmt: off
-    gl.warp_specialize(
-        [
-            (_consumer, (0, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars, dk_desc, dv_desc, partial_dk,
-                         partial_dv, span, kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, scale, qk_scale,
-                         GROUP, BM, BN, D, STAGES, SPLIT, HAS_WINDOW)),
-            (_consumer, (1, s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars, dk_desc, dv_desc, partial_dk,
-                         partial_dv, span, kv_max, kv_min, work, kv_offsets, num_tokens, num_kv_heads, scale, qk_scale,
-                         GROUP, BM, BN, D, STAGES, SPLIT, HAS_WINDOW)),
-            (_producer, (s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first, bars, q_desc, k_desc, v_desc,
-                         dout_desc, lse2, delta, first, kv_max, kv_min, work, kv_offsets, kv_indices, num_tokens,
-                         num_padded, num_kv_heads, GROUP, BM, BN, D, STAGES, SPLIT, HAS_WINDOW)),
-        ],
-        [4, 1],
-        [CONSUMER_REGS, PRODUCER_REGS],
-    )
+    if BN == ROWS:
+        gl.warp_specialize(
+            [
+                (wide_consumer, (0, buffers, bars, dk_desc, dv_desc, partial_dk, partial_dv, span, kv_max, kv_min, work,
+                                 kv_offsets, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES, SPLIT,
+                                 HAS_WINDOW)),
+                (wide_consumer, (1, buffers, bars, dk_desc, dv_desc, partial_dk, partial_dv, span, kv_max, kv_min, work,
+                                 kv_offsets, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES, SPLIT,
+                                 HAS_WINDOW)),
+                (producer, (buffers, bars, q_desc, k_desc, v_desc, dout_desc, lse2, delta, first, kv_max, kv_min, work,
+                            kv_offsets, kv_indices, num_tokens, num_padded, num_kv_heads, GROUP, BM, BN, D, STAGES,
+                            SPLIT, HAS_WINDOW)),
+            ],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, buffers, bars, dk_desc, dv_desc, partial_dk, partial_dv, span, kv_max, kv_min, work,
+                             kv_offsets, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES, SPLIT,
+                             HAS_WINDOW)),
+                (_consumer, (1, buffers, bars, dk_desc, dv_desc, partial_dk, partial_dv, span, kv_max, kv_min, work,
+                             kv_offsets, num_tokens, num_kv_heads, scale, qk_scale, GROUP, BM, BN, D, STAGES, SPLIT,
+                             HAS_WINDOW)),
+                (producer, (buffers, bars, q_desc, k_desc, v_desc, dout_desc, lse2, delta, first, kv_max, kv_min, work,
+                            kv_offsets, kv_indices, num_tokens, num_padded, num_kv_heads, GROUP, BM, BN, D, STAGES,
+                            SPLIT, HAS_WINDOW)),
+            ],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )
     # fmt: on
 
 
@@ -442,16 +284,15 @@ def dkv_launch(
     ``work`` are key tiles in order, or with ``partials`` (:func:`new_partials`) the items of work.work_items.
     """
     num_tokens, num_kv_heads, head_dim = k.shape
-    rows = tile.block_n // 2
     partial_dk, partial_dv = partials or (None, None)
     args = dict(
         zip(("kv_max", "kv_min", "work", "span", "first", "kv_offsets", "kv_indices"), lists, strict=True),
         q_desc=descriptor(q, tile.block_m),
-        k_desc=descriptor(k, rows),
-        v_desc=descriptor(v, rows),
+        k_desc=descriptor(k, BOX_ROWS),
+        v_desc=descriptor(v, BOX_ROWS),
         dout_desc=descriptor(dout, tile.block_m),
-        dk_desc=descriptor(dk, rows),
-        dv_desc=descriptor(dv, rows),
+        dk_desc=descriptor(dk, BOX_ROWS),
+        dv_desc=descriptor(dv, BOX_ROWS),
         partial_dk=partial_dk,
         partial_dv=partial_dv,
         lse2=lse2,

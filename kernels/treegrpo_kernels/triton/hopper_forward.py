@@ -8,8 +8,8 @@ owns 64 query rows and keeps two products in flight: while the softmax of one ke
 the last tile's probabilities with its values. Partial tiles come first, so that the loop over full tiles has no mask
 arithmetic. Programs are persistent and take (query tile, head) pairs longest first.
 
-Shape legend: T tokens, Hq/Hkv query and key/value heads, D head dim (64 or 128), BM = 128 query rows, BN key rows of a
-tile. Names as in common.py; s_ shared memory, bars_ mbarriers.
+Shape legend: T tokens, Hq/Hkv query and key/value heads, D head dim (64, 128 or 256), BM = 128 query rows, BN key rows
+of a tile. Names as in common.py; s_ shared memory, bars_ mbarriers.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def _consumer(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    Q_BUFFERS: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
 ):
     """64 query rows of every work item of this program."""
@@ -135,8 +136,7 @@ def _consumer(
     o_row = I_WG * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S_LAYOUT))
     ring = 0
     for item in range(num_rounds(num_work)):
-        # two query buffers a consumer: the next item's queries arrive while this one's are in use
-        place = (item % 2) * 2 + I_WG
+        place = (item % Q_BUFFERS) * 2 + I_WG
         s_own = s_q.index(place)
         work = work_of(item)
         i_m = gl.load(q_order + work // num_heads)
@@ -157,16 +157,17 @@ def _consumer(
         o_k = n0 + gl.arange(0, BN, layout=gl.SliceLayout(0, S_LAYOUT))
         b_span = gl.load(span + o_k)
         n0 = gl.load(q_indices + gl.minimum(mid + 1, hi - 1)) * BN
-        mbarrier.wait(bars_q.index(place), (item // 2) & 1)
+        mbarrier.wait(bars_q.index(place), (item // Q_BUFFERS) & 1)
         slot = ring % STAGES
         mbarrier.wait(bars_k.index(slot), (ring // STAGES) & 1)
         b_zero = gl.zeros([ROWS, BN], gl.float32, layout=S_LAYOUT)
         b_s = warpgroup_mma(s_own, s_k.index(slot).permute((1, 0)), b_zero, use_acc=False, is_async=True)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
         mbarrier.arrive(bars_k_free.index(slot), count=1)
-        # the last item's result has left its buffer by now
-        tma.store_wait(0)
-        mbarrier.arrive(bars_q_free.index(((item + 1) % 2) * 2 + I_WG), count=1, pred=item > 0)
+        if Q_BUFFERS == 2:
+            # the last item's result has left its buffer by now
+            tma.store_wait(0)
+            mbarrier.arrive(bars_q_free.index(((item + 1) % 2) * 2 + I_WG), count=1, pred=item > 0)
         b_p32, _, b_l, b_m = _softmax(b_s, b_m, b_l, o_q, o_k, b_span, b_first, qk_scale, HAS_WINDOW, True)
         b_p = gl.convert_layout(b_p32.to(s_v.dtype), P_LAYOUT, assert_trivial=True)
         ring += 1
@@ -205,6 +206,9 @@ def _consumer(
         fence_async_shared()
         store_box(out_desc, [i_m * BM + I_WG * ROWS, i_h * D], s_own)
         gl.store(lse + o_q * num_heads + i_h, (b_m + gl.log2(b_l)) * LN2, mask=o_q < num_tokens)
+        if Q_BUFFERS == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(bars_q_free.index(I_WG), count=1)
     tma.store_wait(0)
 
 
@@ -228,6 +232,7 @@ def _producer(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    Q_BUFFERS: gl.constexpr,
 ):
     """Fills the query buffers and the key and value rings, in the order in which the consumers read them."""
     bars_q, bars_q_free, bars_k, bars_k_free, bars_v, bars_v_free = bars
@@ -242,9 +247,9 @@ def _producer(
         num_tiles = gl.load(q_offsets + i_m + 1) - lo
         num_full = gl.load(q_full + i_m)
         for i_wg in gl.static_range(2):
-            place = (item % 2) * 2 + i_wg
+            place = (item % Q_BUFFERS) * 2 + i_wg
             bar = bars_q.index(place)
-            mbarrier.wait(bars_q_free.index(place), ((item // 2) & 1) ^ 1)
+            mbarrier.wait(bars_q_free.index(place), ((item // Q_BUFFERS) & 1) ^ 1)
             mbarrier.expect(bar, q_desc.block_type.nbytes)
             load_box(q_desc, [i_m * BM + i_wg * ROWS, i_h * D], bar, s_q.index(place))
         for j in range(num_tiles):
@@ -285,6 +290,7 @@ def tree_attention_fwd_hopper_kernel(
     BN: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
+    Q_BUFFERS: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
     CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
@@ -292,16 +298,16 @@ def tree_attention_fwd_hopper_kernel(
     """Allocates the buffers and barriers and splits into two consumers and a producer."""
     ROWS: gl.constexpr = BM // 2
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    s_q = gl.allocate_shared_memory(q_desc.dtype, [4, ROWS, D], q_desc.layout)
+    s_q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_BUFFERS, ROWS, D], q_desc.layout)
     s_k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BN, D], k_desc.layout)
     s_v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BN, D], v_desc.layout)
-    bars_q = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
-    bars_q_free = gl.allocate_shared_memory(gl.int64, [4, 1], BAR)
+    bars_q = gl.allocate_shared_memory(gl.int64, [2 * Q_BUFFERS, 1], BAR)
+    bars_q_free = gl.allocate_shared_memory(gl.int64, [2 * Q_BUFFERS, 1], BAR)
     bars_k = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_v = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     bars_v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    for i in gl.static_range(4):
+    for i in gl.static_range(2 * Q_BUFFERS):
         mbarrier.init(bars_q.index(i), count=1)
         mbarrier.init(bars_q_free.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -315,11 +321,11 @@ def tree_attention_fwd_hopper_kernel(
     gl.warp_specialize(
         [
             (_consumer, (0, s_q, s_k, s_v, bars, out_desc, lse, sinks, span, first, q_offsets, q_indices, q_full,
-                         q_order, num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES, HAS_WINDOW)),
+                         q_order, num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES, Q_BUFFERS, HAS_WINDOW)),
             (_consumer, (1, s_q, s_k, s_v, bars, out_desc, lse, sinks, span, first, q_offsets, q_indices, q_full,
-                         q_order, num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES, HAS_WINDOW)),
+                         q_order, num_tokens, num_heads, num_work, qk_scale, BM, BN, D, STAGES, Q_BUFFERS, HAS_WINDOW)),
             (_producer, (s_q, s_k, s_v, bars, q_desc, k_desc, v_desc, q_offsets, q_indices, q_full, q_order,
-                         num_heads, num_work, GROUP, BM, BN, D, STAGES)),
+                         num_heads, num_work, GROUP, BM, BN, D, STAGES, Q_BUFFERS)),
         ],
         [4, 1],
         [CONSUMER_REGS, PRODUCER_REGS],
@@ -360,6 +366,7 @@ def fwd_launch(
         BN=tile.block_n,
         D=head_dim,
         STAGES=tile.num_stages,
+        Q_BUFFERS=1 if head_dim > 128 else 2,
         HAS_WINDOW=lists[-1].shape[0] > 0,
         CONSUMER_REGS=tile.consumer_regs,
         PRODUCER_REGS=tile.producer_regs,
