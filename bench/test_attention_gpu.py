@@ -2,7 +2,7 @@
 
 bf16, 32 query heads on 8 key/value heads of 128 (some of 64, 96 and 256). TFLOP/s over visible pairs: forward 4 D Hq a
 pair, backward 2.5 times that. Forward and backward are timed apart by CUDA events, each from a cold L2;
-forward_backward is their sum. The check is race.py's. On a CPU the races are run on tiny forests, to see that they work.
+forward_backward is their sum. The check is race.py's. On a CPU the races run on tiny forests, to see that they work.
 """
 
 from functools import cache

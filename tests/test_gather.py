@@ -1,10 +1,13 @@
 """backend="gather": its layout, and its numbers with a plain varlen attention in the place of the GPU's kernel."""
 
+import typing
+import weakref
 from itertools import pairwise
 
 import cases
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from treegrpo_kernels import gather, reference
 from treegrpo_kernels.plan import TreePlan
@@ -98,31 +101,88 @@ def test_no_tokens():
     assert q.grad.shape == q.shape and k.grad.shape == k.shape and v.grad.shape == v.shape
 
 
-def test_fixed_order_switches_determinism_on_for_the_backward_only():
-    seen = []
+class Probe(torch.autograd.Function):
+    """A varlen kernel of sorts: says how its backward was run, and what it keeps for it."""
 
-    class Probe(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+    ran: typing.ClassVar[list[bool]] = []
+    kept: typing.ClassVar[list[weakref.ref]] = []
 
-        @staticmethod
-        def backward(ctx, dy):
-            seen.append(torch.are_deterministic_algorithms_enabled())
-            return dy
+    @staticmethod
+    def forward(ctx, q, k, v):
+        kept = q * 1.0
+        Probe.kept.append(weakref.ref(kept))
+        ctx.save_for_backward(kept, k, v)
+        return q * k + v
 
-    def call(q, k, v):
-        return Probe.apply(q * k + v), q.detach().sum(-1)
+    @staticmethod
+    def backward(ctx, dy):
+        Probe.ran.append(torch.are_deterministic_algorithms_enabled())
+        q, k, _ = ctx.saved_tensors
+        return dy * k, dy * q, dy
 
-    q, k, v = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    out, lse = gather._FixedOrder.apply(call, q, k, v)
-    assert not lse.requires_grad
-    dout = torch.randn_like(out)
-    grads = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
-    for mine, theirs in zip(grads, (dout * k, dout * q, dout), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    torch.autograd.grad(out, (q, k, v), dout)
+
+def in_fixed_order(q, k, v):
+    out = Probe.apply(q, k, v)
+    gather.fix_order(out)
+    return out
+
+
+@pytest.fixture
+def probed():
+    Probe.ran.clear()
+    Probe.kept.clear()
+    return [torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_a_fixed_order_switches_determinism_on_for_one_backward_alone(already, probed):
+    q, k, v = probed
+    torch.use_deterministic_algorithms(already, warn_only=already)
+    try:
+        out = in_fixed_order(q, k, v)
+        dout = torch.randn_like(out)
+        grads = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        assert torch.are_deterministic_algorithms_enabled() == already
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == already
+        for mine, theirs in zip(grads, (dout * k, dout * q, dout), strict=True):
+            torch.testing.assert_close(mine, theirs)
+        torch.autograd.grad(out, (q, k, v), dout)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert Probe.ran == [True, True]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_fixed_order_leaves_a_checkpoint_its_memory(use_reentrant, probed):
+    def alive():
+        return sum(ref() is not None for ref in Probe.kept)
+
+    out = checkpoint(in_fixed_order, *probed, use_reentrant=use_reentrant)
+    assert len(Probe.kept) == 1 and alive() == 0
+    loss = out.sum()
+    loss.backward()
+    del loss, out
+    assert len(Probe.kept) == 2 and alive() == 0 and Probe.ran == [True]
+    loss = in_fixed_order(*probed).sum()
+    assert alive() == 1
+    loss.backward()
+    # the graph, which the loss holds on to, has let go
+    assert alive() == 0
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_scored_in_inference_mode_first_a_plan_still_trains(deterministic):
+    plan = TreePlan.build(torch.from_numpy(FORESTS["ragged_turns"]))
+    q, k, v = (torch.randn(plan.num_tokens, 2, 8, requires_grad=True) for _ in range(3))
+
+    def attend():
+        return gather.attend(q, k, v, plan, 0.3, 0, 0.0, None, deterministic, False, varlen=varlen)
+
+    with torch.inference_mode():
+        scored = attend()
+    out = attend()
+    out.sum().backward()
+    assert torch.equal(out, scored) and q.grad is not None
 
 
 def test_says_what_it_cannot_do():

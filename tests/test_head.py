@@ -108,17 +108,35 @@ def test_large_logits_do_not_overflow(poisoned_empty):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
 
 
-def test_a_label_outside_the_vocabulary_scores_nan(poisoned_empty):
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("bad", [-1, -100, 20, 10**6])
+def test_a_label_outside_the_vocabulary_scores_nan(bad, is_fused, poisoned_empty):
     """Its place is in another row's memory or in none, and a device cannot raise: the loss must see it."""
     x, weight, row_of, labels = draw(4, 20, 8, torch.float32)
-    want = expected(x, weight, row_of, labels, *TRANSFORMS["plain"])[0]
-    options = HeadOptions(*TRANSFORMS["plain"], torch.float32, fused=True)
-    for bad in (-1, 20, 10**6):
-        wrong = labels.clone()
-        wrong[0] = bad
-        logp = ChunkedHead.apply(x, weight, None, wrong, Pairs.of(row_of, len(x)), options)[0]
-        assert logp[0].isnan()
-        torch.testing.assert_close(logp[1:].double(), want[1:], rtol=1e-5, atol=1e-5)
+    leaf = x.double().requires_grad_()
+    want = expected(leaf, weight, row_of, labels, *TRANSFORMS["plain"])[0]
+    (want_grad,) = torch.autograd.grad(want[1:].sum(), leaf)
+    options = HeadOptions(*TRANSFORMS["plain"], torch.float32, fused=is_fused)
+    wrong = labels.clone()
+    wrong[0] = bad
+    leaf = x.clone().requires_grad_()
+    logp = ChunkedHead.apply(leaf, weight, None, wrong, Pairs.of(row_of, len(x)), options)[0]
+    assert logp[0].isnan()
+    torch.testing.assert_close(logp[1:].double(), want[1:], rtol=1e-5, atol=1e-5)
+    (grad,) = torch.autograd.grad(logp[1:].sum(), leaf)
+    torch.testing.assert_close(grad.double(), want_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_second_derivative_is_refused(is_fused, entropy):
+    x, weight, row_of, labels = draw(4, 20, 8, torch.float32)
+    options = HeadOptions(*TRANSFORMS["plain"], torch.float32, entropy, is_fused)
+    leaf = x.requires_grad_()
+    logp, _ = ChunkedHead.apply(leaf, weight, None, labels, Pairs.of(row_of, len(x)), options)
+    (grad,) = torch.autograd.grad(logp.sin().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 def test_plain_and_fused_agree_in_low_precision():

@@ -237,6 +237,18 @@ def test_what_training_draws_is_refused_and_can_be_switched_off(family, changes,
     assert all(getattr(model.config, name) == 0 for name in changes)
 
 
+def test_the_jitter_of_phimoe_is_part_of_the_model():
+    """It bounds which experts count outside training too, so that switching it off would make another model."""
+    model = tiny_model("phimoe", dtype=torch.float32, router_jitter_noise=0.01, attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.router\.router_jitter_noise=0\.01"):
+        hf.use_tree_attention(model)
+    with pytest.raises(ValueError, match=r"router_jitter_noise=0\.01 .*set it to 0 in the config"):
+        disable_dropout(model)
+    assert model.config.router_jitter_noise == 0.01 and model.config.attention_dropout == 0.1
+    model = tiny_model("phimoe", dtype=torch.float32, router_jitter_noise=0.0, attention_dropout=0.1)
+    hf.use_tree_attention(disable_dropout(model))
+
+
 def test_rotations_that_depend_on_the_longest_path_of_the_row():
     with pytest.raises(ValueError, match="rope_type dynamic"):
         hf.use_tree_attention(tiny_model("qwen2", rope_scaling={"rope_type": "dynamic", "factor": 4.0}))

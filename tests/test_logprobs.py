@@ -1,6 +1,7 @@
 """The chunked head against the model's own logits: values, gradients, families, wrappers, memory, bad input."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,6 +148,25 @@ def test_the_head_forward_is_restored_even_after_an_error(model, batch):
     with pytest.raises(ValueError, match="backend"):
         token_logprobs(model, batch, backend="none of them")
     assert "forward" not in vars(model.lm_head)
+
+
+def test_threads_that_share_a_model_take_turns():
+    shared = tree_twin(tiny_model("qwen3"))
+    batches = [make_batch(NAMED[name]) for name in ("ragged_turns", "worked_example")]
+    with torch.no_grad():
+        expected = [token_logprobs(shared, one) for one in batches]
+        alone = shared(**batches[0].model_inputs()).logits
+
+    def score(one):
+        with torch.no_grad():
+            return [token_logprobs(shared, one) for _ in range(20)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for want, found in zip(expected, threads.map(score, batches), strict=True):
+            assert all(torch.equal(x, want) for x in found)
+    assert "forward" not in vars(shared.lm_head)
+    with torch.no_grad():
+        assert torch.equal(shared(**batches[0].model_inputs()).logits, alone)
 
 
 def test_two_runs_give_the_same_bits(model, batch):

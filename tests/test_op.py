@@ -8,6 +8,8 @@ import sys
 import cases
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -301,6 +303,7 @@ def test_backends_names_every_kernel_with_a_reason():
     ("change", "message"),
     [
         (dict(backend="flash"), "backend 'flash' is unknown: use one of auto, reference, cpu, triton, cuda, gather"),
+        (dict(backend=["auto"]), "backend is a list: give one of auto, reference"),
         (dict(backend="cuda"), "backend 'cuda': runs on CUDA tensors"),
         (dict(backend="gather"), "backend 'gather': "),
         (dict(window=0), "window must be at least 1"),
@@ -315,6 +318,7 @@ def test_backends_names_every_kernel_with_a_reason():
         (dict(q=torch.zeros(1, 6, 4, 8)), "q must be"),
         (dict(q=torch.zeros(7, 4, 8)), "q has 7 tokens but the plan is for 6"),
         (dict(q=torch.zeros(6, 5, 8)), "q has 5 heads, k 2, v 2"),
+        (dict(q=torch.zeros(6, 0, 8)), "q has 0 heads, k 2, v 2"),
         (dict(k=torch.zeros(6, 2, 9)), "q has head dim 8 but k 9"),
         (dict(v=torch.zeros(6, 2, 8, dtype=torch.float64)), "v has dtype torch.float64"),
         (dict(q=torch.zeros(6, 4, 8, dtype=torch.int32)), "q has dtype torch.int32"),
@@ -361,6 +365,58 @@ def test_a_second_derivative_is_refused(of, watched):
     penalty = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)[0].square().sum()
     with pytest.raises(RuntimeError, match="second derivative"):
         penalty.backward()
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_forward_mode_is_refused_or_right(backend):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    q, k, v = tensors(6, dtype=torch.float32)
+    dq = torch.ones_like(q)
+
+    def attend(q):
+        return tk.tree_attention(q, k, v, plan, backend=backend)
+
+    if backend == "reference":
+        tangent = torch.func.jvp(attend, (q,), (dq,))[1]
+        assert torch.allclose(tangent, (attend(q + 1e-2 * dq) - attend(q - 1e-2 * dq)) / 2e-2, atol=1e-3)
+        return
+    for transformed in (
+        lambda: torch.func.jvp(attend, (q,), (dq,)),
+        lambda: torch.func.grad(lambda q: attend(q).sum())(q),
+    ):
+        with pytest.raises(RuntimeError, match="under no transform"):
+            transformed()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        attend(forward_ad.make_dual(q, dq))
+    with forward_ad.dual_level():
+        assert torch.equal(attend(q), attend(q.clone()))
+    assert tk.tree_attention(q, k, v, plan, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(backend, low):
+    plan = tk.TreePlan.build(torch.from_numpy(cases.random_subtree_end(60, 2)))
+    # products beyond what float16 holds
+    q, k, v = (300 * x for x in tensors(60, dtype=torch.float32))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def results(watch):
+        with watch:
+            out, lse = tk.tree_attention(q, k, v, plan, backend=backend, return_lse=True)
+        # not under autocast, which torch leaves for the forward
+        return out, lse, *torch.autograd.grad(out.square().sum(), leaves)
+
+    expected, found = results(contextlib.nullcontext()), results(torch.autocast("cpu", low))
+    assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_default_device_does_not_watch():
+    q, k, v = tensors(2, dtype=torch.float32)
+    with torch.device("cpu"):
+        assert op.is_plain(q, k, v)
+        with BaseTorchFunctionMode():
+            assert not op.is_plain(q, k, v)
 
 
 def test_the_gradient_of_sinks_is_the_same_in_blocks_of_rows(monkeypatch):

@@ -1,5 +1,8 @@
 """TreePlan against the ancestor walk: validation, positions, pairs, tile classes, lists and orders."""
 
+import copy
+import io
+import pickle
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -177,6 +180,9 @@ def test_validation_is_the_definition_for_every_array_of_five():
 def test_the_first_bad_index_is_named():
     with pytest.raises(ValueError, match=r"subtree_end\[2\] = 2 must lie in \(2, 4\]"):
         TreePlan.build(torch.tensor([4, 3, 2, 9]))
+    # what is out of range changes where others seem to be
+    with pytest.raises(ValueError, match=r"subtree_end\[4\] = 1 must lie in \(4, 5\]"):
+        TreePlan.build(torch.tensor([4, 2, 4, 4, 1]))
     with pytest.raises(ValueError, match=r"subtree_end\[2\] = 4 crosses"):
         TreePlan.build(torch.tensor([5, 3, 4, 4, 5]))
     with pytest.raises(TypeError, match="integer"):
@@ -185,6 +191,38 @@ def test_the_first_bad_index_is_named():
         TreePlan.build(torch.tensor([[1]]))
     with pytest.raises(ValueError, match="must be positive"):
         TreePlan.build(torch.tensor([1])).tile_lists(0, 1)
+
+
+def test_the_index_that_is_named_is_the_first_bad_one():
+    """For every array of five: the first token that ends nowhere or beyond the innermost interval open there."""
+    for end in np.ndindex(*(7,) * 5):
+        first, open_ends = None, []
+        for t, stop in enumerate(end):
+            while open_ends and open_ends[-1] <= t:
+                open_ends.pop()
+            if not t < stop <= 5 or (open_ends and stop > open_ends[-1]):
+                first = t
+                break
+            open_ends.append(stop)
+        if first is not None:
+            with pytest.raises(ValueError, match=rf"subtree_end\[{first}\] = {end[first]} "):
+                TreePlan.build(torch.tensor(end))
+
+
+def test_a_copy_begins_anew():
+    """What backends made of a plan may be addresses, and may not suit another device."""
+    plan = TreePlan.build(torch.from_numpy(cases.named_subtree_end("worked_example")))
+    plan.tile_lists(16, 16)
+    plan.made_once("mine", lambda: [plan.position])
+    plan.calls["call"] = ()
+    for other in (copy.copy(plan), copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
+        assert not (other.calls or other.derived or other._tile_lists) and plan.calls and plan.derived
+        assert torch.equal(other.subtree_end, plan.subtree_end) and torch.equal(other.position, plan.position)
+        assert (other.num_pairs, other.longest_path, other.num_tokens) == (17, 4, 6)
+    saved = io.BytesIO()
+    torch.save(plan, saved)
+    saved.seek(0)
+    assert torch.load(saved, map_location="meta", weights_only=False).device.type == "meta"
 
 
 def test_empty_plan():

@@ -22,7 +22,18 @@ def drawing(model: nn.Module) -> list[str]:
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:
-    """Sets all that ``drawing`` finds, and what the configs say of it, to 0; returns the model."""
+    """Sets all that ``drawing`` finds, and what the configs say of it, to 0; returns the model.
+
+    Raises ``ValueError`` for PhiMoE with ``router_jitter_noise``, before anything is changed: that number also bounds
+    which experts count outside training, where samplers use it.
+    """
+    for path, module in model.named_modules():
+        noise = vars(module).get("router_jitter_noise")
+        if noise:
+            raise ValueError(
+                f"{path}.router_jitter_noise={noise} draws in training and weighs experts outside it: set it to 0 in"
+                " the config that trainer and samplers load the model with, or take another model"
+            )
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0

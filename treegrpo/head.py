@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from treegrpo_kernels import head as passes
 
@@ -125,7 +126,7 @@ class ChunkedHead(torch.autograd.Function):
 
     ``pairs`` says which row scores which of ``labels`` [P]. Forward keeps only the log-sum-exp; backward computes each
     chunk's logits again and writes its part of every gradient, dW summed in float32. No atomics: the same inputs give
-    the same bits.
+    the same bits. There is no second derivative. A label outside the vocabulary has NaN for its log-prob.
     """
 
     @staticmethod
@@ -154,6 +155,7 @@ class ChunkedHead(torch.autograd.Function):
         return torch.empty_like(picked).index_copy_(0, pairs.order, picked), entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, lse, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -199,7 +201,8 @@ class _Chunk:
         z.div_(self.options.temperature)
         lse[self.rows] = chunk_lse = torch.logsumexp(z, -1)
         row = self.pair_rows[self.pairs] - self.rows.start
-        picked[self.pairs] = z[row, self.labels[self.pairs]] - chunk_lse[row]
+        label, known = self._known_labels(z.shape[1])
+        picked[self.pairs] = torch.where(known, z[row, label] - chunk_lse[row], float("nan"))
         if entropy is not None:
             p = torch.exp(z - chunk_lse[:, None])
             entropy[self.rows] = chunk_lse - torch.linalg.vecdot(p, z)
@@ -233,8 +236,15 @@ class _Chunk:
         else:
             slant = dentropy[:, None] * (log_p + entropy[:, None])
             dz = log_p.exp() * (-row_sum[:, None] - slant)
-        dz.index_put_((row, self.labels[self.pairs]), own, accumulate=True)
+        label, known = self._known_labels(z.shape[1])
+        dz.index_put_((row, label), torch.where(known, own, 0), accumulate=True)
         return dz.mul_(slope / self.options.temperature)
+
+    def _known_labels(self, vocab: int) -> tuple[Tensor, Tensor]:
+        """The pairs' labels, and which of them are in the vocabulary: no others have a log-prob, here or fused."""
+        labels = self.labels[self.pairs]
+        known = (labels >= 0) & (labels < vocab)
+        return torch.where(known, labels, 0), known
 
     @property
     def _transform(self) -> dict[str, float]:

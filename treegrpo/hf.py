@@ -329,7 +329,7 @@ def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[
 
 def _compare_with_leaves(model: nn.Module, name: str, logits: Tensor, ids: Tensor) -> None:
     """The packed forward against each leaf alone without a tree; the yardstick is a chain through both attentions."""
-    errors = torch.zeros(len(ids), dtype=torch.float64)
+    errors = torch.zeros(len(ids), dtype=torch.float64, device="cpu")
     for leaf in CHECK_LEAVES:
         rows = torch.tensor(leaf, device=ids.device)
         errors[list(leaf)] = _relative_error(logits[rows], _forward_alone(model, ids[rows]))

@@ -8,12 +8,14 @@ backward: memory beyond the hidden rows is O(chunk * V + V * E), whatever T.
 
 The model is entered through ``model(...)``: for that one call its output head hands the hidden rows on, and the
 log-probs are computed inside it. So the hooks of DDP and FSDP, PEFT and gradient checkpointing see an ordinary forward
-and backward.
+and backward. (A plain ``model(...)`` in another thread would meet that head meanwhile: give each thread a model, or
+take turns.)
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,19 +282,24 @@ class Tied(torch.autograd.Function):
         return grad, torch.zeros(shape, dtype=dtype, device=device)
 
 
+# one lock a head: a second thread's call would swap the first one's away
+_swaps: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
 @contextmanager
 def _swapped(head: nn.Module, forward: Any) -> Iterator[None]:
-    """Replaces ``head.forward`` on the instance for one call."""
-    had_own = "forward" in vars(head)
-    own = head.forward
-    head.forward = forward
-    try:
-        yield
-    finally:
-        if had_own:
-            head.forward = own
-        else:
-            del head.forward
+    """Replaces ``head.forward`` on the instance for one call; other threads' calls on the same head wait."""
+    with _swaps.setdefault(head, threading.RLock()):
+        had_own = "forward" in vars(head)
+        own = head.forward
+        head.forward = forward
+        try:
+            yield
+        finally:
+            if had_own:
+                head.forward = own
+            else:
+                del head.forward
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import op, reference
 from .plan import TreePlan
@@ -75,7 +76,11 @@ def tree_attention(
     """
     if not isinstance(plan, TreePlan):
         raise ValueError(f"plan is a {type(plan).__name__}: give a TreePlan, TreePlan.build(subtree_end)")
+    if not isinstance(backend, str):
+        raise ValueError(f"backend is a {type(backend).__name__}: give one of {', '.join(b.value for b in _BACKENDS)}")
     plain = op.is_plain(q, k, v, sinks)
+    if (not plain or forward_ad._current_level >= 0) and backend not in ("reference", Backend.REFERENCE):
+        op.refuse_transforms(q, k, v, sinks)
     scale = None if scale is None else float(scale)
     # all that the checks and choices read of the arguments: what passed once with this plan passes again
     key = plain and (
@@ -298,7 +303,7 @@ def _check(
             )
         if x.dtype != q.dtype or not x.dtype.is_floating_point:
             raise ValueError(f"{name} has dtype {x.dtype}; q, k and v need one floating dtype (q has {q.dtype})")
-    if k.shape[1] != v.shape[1] or k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+    if k.shape[1] != v.shape[1] or 0 in (q.shape[1], k.shape[1]) or q.shape[1] % k.shape[1] != 0:
         raise ValueError(
             f"q has {q.shape[1]} heads, k {k.shape[1]}, v {v.shape[1]}: k and v must agree and divide q's number"
         )

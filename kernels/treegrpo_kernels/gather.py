@@ -49,7 +49,9 @@ def layout_of(plan: TreePlan) -> Layout:
     """The plan's layout, built once per plan in O(P)."""
     layout = _layouts.get(plan)
     if layout is None:
-        layout = _layouts[plan] = _build_layout(plan.subtree_end.long())
+        # kept for calls that save it for their backward, whoever comes first
+        with torch.inference_mode(False), torch.no_grad():
+            layout = _layouts[plan] = _build_layout(plan.subtree_end.long())
     return layout
 
 
@@ -232,55 +234,42 @@ def _torch_varlen(
     # torch 2.11 takes grouped heads without being told, later ones want the flag
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return varlen_attn(
-            q,
-            k,
-            v,
-            layout.cu_q,
-            layout.cu_k,
-            layout.max_q,
-            layout.max_k,
-            return_aux=AuxRequest(lse=True),
-            scale=scale,
-            window_size=_window_size(window),
-            **grouped,
-        )
-
-    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    out, lse = _FixedOrder.apply(call, q, k, v) if deterministic and differentiated else call(q, k, v)
+    out, lse = varlen_attn(
+        q,
+        k,
+        v,
+        layout.cu_q,
+        layout.cu_k,
+        layout.max_q,
+        layout.max_k,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+        window_size=_window_size(window),
+        **grouped,
+    )
+    if deterministic:
+        fix_order(out)
     return out, lse.transpose(0, 1)
 
 
-class _FixedOrder(torch.autograd.Function):
-    """``call(q, k, v) -> (out, lse)`` with its backward run under torch's deterministic switch: its varlen attention
-    offers no other way to ask for a fixed order of addition."""
+def fix_order(out: Tensor) -> None:
+    """Has the autograd node that made ``out`` run under torch's deterministic switch: torch's varlen attention offers
+    no other way to ask for a fixed order of addition."""
+    if out.grad_fn is None:
+        return
+    before: list[tuple[bool, bool]] = []
 
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        call: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad():
-            ctx.out, lse = call(*ctx.leaves)
-        lse = lse.detach()
-        ctx.mark_non_differentiable(lse)
-        return ctx.out.detach(), lse
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    def switch_on(grads: tuple[Tensor | None, ...]) -> None:
         asked = torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        before.append((asked, torch.is_deterministic_algorithms_warn_only_enabled()))
         torch.use_deterministic_algorithms(True)
-        try:
-            grads = torch.autograd.grad(ctx.out, ctx.leaves, dout, retain_graph=True)
-        finally:
-            torch.use_deterministic_algorithms(asked, warn_only=warn_only)
-        return (None, *grads)
+
+    def switch_back(grads_in: tuple[Tensor | None, ...], grads_out: tuple[Tensor | None, ...]) -> None:
+        asked, warn_only = before.pop()
+        torch.use_deterministic_algorithms(asked, warn_only=warn_only)
+
+    out.grad_fn.register_prehook(switch_on)
+    out.grad_fn.register_hook(switch_back)
 
 
 def _window_size(window: int) -> tuple[int, int]:

@@ -56,11 +56,7 @@ def _arch_of(device: torch.device) -> int:
 
 def tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:
     """What the kernels read of a plan, as one flat list for :func:`attn_fwd` and :func:`attn_bwd`; made once a plan."""
-    key = "cuda sm90", num_kv_heads
-    made = plan.derived.get(key)
-    if made is None:
-        made = plan.derived[key] = _make_tile_tensors(plan, num_kv_heads)
-    return made
+    return plan.made_once(("cuda sm90", num_kv_heads), lambda: _make_tile_tensors(plan, num_kv_heads))
 
 
 def _make_tile_tensors(plan: TreePlan, num_kv_heads: int) -> list[Tensor]:

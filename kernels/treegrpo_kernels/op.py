@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from . import flops
 
@@ -233,9 +236,27 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and _functions_are_watched())
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd._profiler_enabled()
     ):
         return False
     return all(x is None or type(x) is Tensor or type(x) is Parameter for x in tensors)
+
+
+def _functions_are_watched() -> bool:
+    """A default device is a mode too, one that means nothing to calls on tensors."""
+    return any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise ``RuntimeError`` under a transform of torch.func, whose wrapped tensors would stay in the plan, and for
+    dual tensors: an operator without a rule for their tangents would drop them in silence."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "tree_attention runs under no transform of torch.func (grad, vmap, jvp): take torch.autograd"
+        )
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("tree_attention has no forward-mode derivative: take backend='reference'")

@@ -19,6 +19,7 @@ serve); both give the same integers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -64,13 +65,20 @@ class TreePlan:
         self.num_tokens = subtree_end.shape[0]
         self.num_pairs = num_pairs
         self.longest_path = longest_path
-        self.device = subtree_end.device
         self._window_pairs: dict[int, int] = {}
         self._tile_lists: dict[tuple[int, int, int], TileLists] = {}
         # what a backend made of the plan, under the backend's own keys
         self.derived: dict[object, list[Tensor]] = {}
         # what api.py decided for the shapes, dtypes and options of calls with this plan
         self.calls: dict[tuple, tuple] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.subtree_end.device
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles begin without what was made of the plan, which holds addresses and is true of a device."""
+        return vars(self) | {"_tile_lists": {}, "derived": {}, "calls": {}}
 
     @classmethod
     def build(cls, subtree_end: Tensor, *, device: torch.device | str | None = None) -> TreePlan:
@@ -117,16 +125,7 @@ class TreePlan:
                 raise ValueError(f"block_m and block_n must be positive, got {block_m} and {block_n}")
             if key[2] < 0:
                 raise ValueError(f"window must be at least 1, got {window}: use None for no window")
-            if torch.compiler.is_compiling():
-                raise ValueError(
-                    "tile lists cannot be built inside torch.compile, for their length depends on the tree: call"
-                    f" plan.tile_lists({block_m}, {block_n}, {window}) before the compiled function"
-                )
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    "tile lists cannot be built while a CUDA graph is captured, for their length depends on the tree:"
-                    " call tree_attention once with this plan and these shapes before the capture"
-                )
+            self._refuse_while_recorded()
             kernels = _kernels(self.device) if self.num_tokens else None
             build = kernels.tile_lists if kernels else _build_tile_lists
             lists = self._tile_lists[key] = TileLists(*key, **build(self.subtree_end, self.position, *key))
@@ -137,6 +136,27 @@ class TreePlan:
         made already, else those of (block_m, block_n). Of what is returned only the tensors ``kv_*`` are meant."""
         made = (lists for lists in self._tile_lists.values() if lists.block_n == block_n)
         return next(made, None) or self.tile_lists(block_m, block_n)
+
+    def made_once(self, key: object, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What ``make`` makes of the plan, kept in ``derived`` under ``key``."""
+        made = self.derived.get(key)
+        if made is None:
+            self._refuse_while_recorded()
+            made = self.derived[key] = make()
+        return made
+
+    def _refuse_while_recorded(self) -> None:
+        """What is made of a plan depends on the tree and outlives the call: no compiler, no graph may hold it."""
+        if torch.compiler.is_compiling():
+            within, before = "inside torch.compile", "the compiled function"
+        elif self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            within, before = "while a CUDA graph is captured", "the capture"
+        else:
+            return
+        raise ValueError(
+            f"tile lists cannot be built {within}, for their length depends on the tree: call tree_attention once with"
+            f" this plan and these shapes before {before}"
+        )
 
     def __repr__(self) -> str:
         return f"TreePlan(num_tokens={self.num_tokens}, num_pairs={self.num_pairs}, device={str(self.device)!r})"
@@ -187,12 +207,14 @@ def _first_violation(end: Tensor) -> str:
     num_tokens = end.shape[0]
     index = torch.arange(num_tokens, device=end.device)
     out_of_range = _out_of_range(end, index)
+    # a token that ends nowhere is let end at once, lest others be blamed for it
+    given, end = end, torch.where(out_of_range, index + 1, end)
     closing = torch.bincount(end.clamp(0, num_tokens), minlength=num_tokens + 1)[:num_tokens]
     bad = out_of_range | _crossing(end, index - closing.cumsum(0), index)
     first = int(bad.to(torch.int8).argmax())
     cure = "lay each tree out depth first, every node's tokens contiguous (treegrpo.pack does)"
     if out_of_range[first]:
-        return f"subtree_end[{first}] = {int(end[first])} must lie in ({first}, {num_tokens}]; {cure}"
+        return f"subtree_end[{first}] = {int(given[first])} must lie in ({first}, {num_tokens}]; {cure}"
     return f"subtree_end[{first}] = {int(end[first])} crosses the subtree it lies in; {cure}"
 
 

@@ -12,6 +12,8 @@ Plain differentiable torch on any device. Queries go block by block, each recomp
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -35,8 +37,25 @@ def tree_attention(
     """Dense prefix-tree attention.
 
     q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv] of one floating dtype, subtree_end int [T]. Computes in float32, or float64
-    for float64 inputs. Returns out [T,Hq,Dv] in q's dtype and, if asked, lse [T,Hq] in the computing dtype.
+    for float64 inputs, under autocast too. Returns out [T,Hq,Dv] in q's dtype and, if asked, lse [T,Hq] in the dtype
+    of the computation.
     """
+    has_autocast = torch.amp.is_autocast_available(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if has_autocast else contextlib.nullcontext():
+        return _attend(q, k, v, subtree_end, scale, window, softcap, sinks, return_lse)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    subtree_end: Tensor,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     num_tokens, num_heads, head_dim = q.shape
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = head_dim**-0.5 if scale is None else scale

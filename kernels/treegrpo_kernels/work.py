@@ -7,7 +7,6 @@ float32 partial, and the partials of a tile are added in the order of the pieces
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -51,25 +50,13 @@ def work_items(plan: TreePlan, tile: Tile, num_kv_heads: int, window: int = 0) -
     tiles 0 to 3, which are 10 to 7 query tiles long, are parted.
     """
     key = "dkv items", tile, num_kv_heads, window
-    return _made_once(plan, key, lambda: _make_work_items(plan, tile, num_kv_heads, window))
+    return plan.made_once(key, lambda: _make_work_items(plan, tile, num_kv_heads, window))
 
 
 def num_slots(num_tokens: int, block_n: int, items: Tensor, parted: Tensor) -> int:
     """How many partials the items of :func:`work_items` write: every key tile that is not parted is one item."""
     num_parted = parted.shape[0]
     return items.shape[0] - (-(-num_tokens // block_n) - num_parted) if num_parted else 0
-
-
-def _made_once(plan: TreePlan, key: tuple, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-    made = plan.derived.get(key)
-    if made is None:
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "the work of dK/dV cannot be laid out inside torch.compile, for it depends on the tree: call"
-                " tree_attention once with this plan before the compiled function"
-            )
-        made = plan.derived[key] = make()
-    return made
 
 
 def _make_work_items(plan: TreePlan, tile: Tile, num_kv_heads: int, window: int) -> list[Tensor]:
@@ -120,7 +107,7 @@ def query_lists(plan: TreePlan, tile: Tile, window: int) -> list[Tensor]:
         nothing = [torch.empty(0, dtype=torch.int32, device=plan.device) for _ in range(2)]
         return [plan.key_lists(tile.block_m, tile.block_n).kv_order, *nothing]
     key = ("dkv query lists", tile.block_m, tile.block_n, window)
-    return _made_once(plan, key, lambda: _make_query_lists(plan, tile, window))
+    return plan.made_once(key, lambda: _make_query_lists(plan, tile, window))
 
 
 def first_visible(plan: TreePlan, window: int, multiple: int) -> Tensor:

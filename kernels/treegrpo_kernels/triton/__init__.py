@@ -98,10 +98,7 @@ def tile_tensors(
         return hopper.tile_tensors(plan, config, v.shape[1], window)
     config = config or choose(q.shape[-1], v.shape[-1], q.dtype, arch_of(q.device))
     key = config, v.shape[1], window
-    made = plan.derived.get(key)
-    if made is None:
-        made = plan.derived[key] = _make_tile_tensors(plan, config, v.shape[1], window)
-    return made
+    return plan.made_once(key, lambda: _make_tile_tensors(plan, config, v.shape[1], window))
 
 
 def _make_tile_tensors(plan: TreePlan, config: Config, num_kv_heads: int, window: int) -> list[Tensor]:

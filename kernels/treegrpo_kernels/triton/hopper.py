@@ -99,10 +99,7 @@ def tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window
     """
     # only parting depends on the heads
     key = config, num_kv_heads if config.split else 0, window
-    made = plan.derived.get(key)
-    if made is None:
-        made = plan.derived[key] = _make_tile_tensors(plan, config, num_kv_heads, window)
-    return made
+    return plan.made_once(key, lambda: _make_tile_tensors(plan, config, num_kv_heads, window))
 
 
 def _make_tile_tensors(plan: TreePlan, config: HopperConfig, num_kv_heads: int, window: int) -> list[Tensor]:

@@ -25,13 +25,6 @@ _STREAM = 3
 MAX_ENCODED = 4096
 
 
-class Launches(dict):
-    """Prepared launches by their keys. They hold addresses: a copy or a pickle of what owns them begins with none."""
-
-    def __reduce__(self) -> tuple:
-        return Launches, ()
-
-
 class Launch(Protocol):
     """A kernel with everything it is launched with: common.Launch, hopper_common.HopperLaunch."""
 
@@ -92,7 +85,7 @@ class PreparedLaunch:
 
 
 def launch(
-    known: Launches,
+    known: dict[tuple, PreparedLaunch | None],
     key: tuple,
     make: Callable[[], Launch],
     names: tuple[str, ...],
@@ -107,7 +100,7 @@ def launch(
     addresses = [x.data_ptr() for x in tensors]
     # Triton compiles for strides, and for addresses that are multiples of 16
     key = (key, *[x.stride() for x in tensors], *[address % 16 == 0 for address in addresses])
-    known = Launches() if hooked() else known
+    known = {} if hooked() else known
     prepared = known.get(key)
     if prepared is None:
         described = make()
@@ -125,14 +118,14 @@ def new_shape(sizes: Iterable[int], like: Tensor) -> Tensor:
     """An empty tensor of shape (0, *sizes): a tile configuration, which so travels through the operator with the lists
     made for it, and with it, as an attribute, what is prepared for launches on them."""
     shape = torch.empty((0, *sizes), dtype=torch.int32, device=like.device)
-    shape.launches = Launches()
+    shape.launches = {}
     return shape
 
 
-def launches_of(shape: Tensor) -> Launches:
+def launches_of(shape: Tensor) -> dict[tuple, PreparedLaunch | None]:
     """What is prepared for the lists that ``shape`` opens; where a tracer put another tensor in its place, nothing."""
     found = getattr(shape, "launches", None)
-    return Launches() if found is None else found
+    return {} if found is None else found
 
 
 def prepare(
