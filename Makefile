@@ -104,6 +104,7 @@ test-tritons: $(BUILT)
 	  echo "== Triton $$release"; folder=$(CURDIR)/.triton/$$release; \
 	  test -d $$folder || $(PY) -m pip install -q --no-deps --target $$folder triton==$$release || exit 1; \
 	  PYTHONPATH=$$folder TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot || exit 1; \
+	  PYTHONPATH=$$folder TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot --arch 90 --head-dim 256 --dtype bf16 || exit 1; \
 	  PYTHONPATH=$$folder $(PY) -m pytest -q tests/test_prepared.py tests/test_hopper.py tests/test_hopper_emulated.py tests/test_triton.py || exit 1; \
 	done
 
