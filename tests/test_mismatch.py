@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from treegrpo.loss import grpo_loss
-from treegrpo.mismatch import importance_sampling_ratio
+from treegrpo.metrics import StepMetrics
+from treegrpo.mismatch import MODES, importance_sampling_ratio
 
 NAN = math.nan
 OLD = torch.tensor([0.0, -1.0, -2.0, 0.0, -1.0, -3.0])
@@ -34,11 +35,35 @@ def test_weights_by_hand(case):
     weights, metrics = importance_sampling_ratio(OLD, SAMPLED, MASK, OFFSETS, mode=mode, clip_min=low, clip_max=high)
     torch.testing.assert_close(weights, torch.tensor(CASES[case], dtype=torch.float32))
     expected = (math.log(2) + 0 + math.log(4) + math.log(2)) / 4
-    assert float(metrics["sampling/sampling_logp_difference/mean"]) == pytest.approx(expected, rel=1e-5)
-    assert float(metrics["sampling/sampling_logp_difference/max"]) == pytest.approx(math.log(4), rel=1e-5)
+    assert float(metrics["sampling/sampling_logp_difference/mean"][0]) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["sampling/sampling_logp_difference/max"][0]) == pytest.approx(math.log(4), rel=1e-5)
     kept = weights[MASK.bool()]
     for name, value in (("min", kept.min()), ("max", kept.max())):
-        assert float(metrics[f"sampling/importance_sampling_ratio/{name}"]) == pytest.approx(float(value))
+        assert float(metrics[f"sampling/importance_sampling_ratio/{name}"][0]) == pytest.approx(float(value))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_metrics_of_rows_put_together_are_those_of_one_row(mode):
+    """Leaves of 3, 2 and 1 tokens, of which the last leaf's and one more are unknown."""
+    torch.manual_seed(0)
+    old, sampled, mask = torch.randn(6), torch.randn(6), torch.tensor([0, 1, 1, 1, 1, 1])
+    sampled[1] = sampled[5] = NAN
+    bounds = [0, 3, 5, 6]
+    options = dict(mode=mode, clip_max=1.2)
+
+    def together(rows):
+        whole = StepMetrics()
+        for first, last in rows:
+            part, offsets = slice(bounds[first], bounds[last]), torch.tensor(bounds[first : last + 1]) - bounds[first]
+            _, metrics = importance_sampling_ratio(old[part], sampled[part], mask[part], offsets, **options)
+            for name, (value, weight) in metrics.items():
+                whole.add_loss({name: value}, weight)
+        return whole.reduced()
+
+    expected = together([(0, 3)])
+    assert len(expected) == 5
+    for rows in ([(0, 2), (2, 3)], [(0, 1), (1, 3)], [(0, 1), (1, 2), (2, 3)]):
+        assert together(rows) == pytest.approx(expected)
 
 
 def test_unknown_log_probs_weigh_one_and_unknown_modes_are_refused():

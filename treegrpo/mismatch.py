@@ -33,7 +33,7 @@ def importance_sampling_ratio(
     clip_min: float | None = None,
     clip_max: float | None = 3.0,
     any_known: bool | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
     """`(weights [L], metrics)`; weights are 1 outside the mask, and where the sampling log-prob is unknown (NaN).
 
     Args:
@@ -42,9 +42,10 @@ def importance_sampling_ratio(
         leaf_offsets: int64 [B + 1].
         any_known: whether some trained token's log-prob is known; None asks the tensors, for which a GPU is waited for.
 
-    Metrics, 0-d: sampling/sampling_logp_difference/{mean,max} over trained tokens with a known log-prob,
-    sampling/importance_sampling_ratio/{min,mean,max} over trained tokens ("sequence": over leaves). Empty where no
-    log-prob is known.
+    Metrics, each with the number of tokens or leaves it is of, both 0-d, so that rows can be put together:
+    sampling/sampling_logp_difference/{mean,max} and sampling/importance_sampling_ratio/{min,mean,max}, over trained
+    tokens with a known log-prob, the ratio of the sequence modes over leaves with such tokens. Empty where there are
+    none.
 
     Raises:
         ValueError: an unknown mode.
@@ -61,18 +62,19 @@ def importance_sampling_ratio(
         sums = torch.segment_reduce(difference.double(), "sum", offsets=leaf_offsets, axis=0, unsafe=True, initial=0)
         weights = _clipped(sums.exp().to(old_logp.dtype), mode, clip_min, clip_max)
         ratio = torch.repeat_interleave(weights, leaf_offsets.diff(), output_size=old_logp.numel())
-        counted = torch.ones_like(weights, dtype=torch.bool)
+        some = torch.segment_reduce(known.double(), "sum", offsets=leaf_offsets, axis=0, unsafe=True, initial=0)
+        counted = some > 0
     else:
         ratio = weights = _clipped(difference.exp(), mode, clip_min, clip_max)
-        counted = trained
+        counted = known
     # sums and bounds, not boolean indexing, whose length only the device knows
-    distance = difference.abs()
+    distance, num_known, num_counted = difference.abs(), known.sum(), counted.sum()
     metrics = {
-        "sampling/sampling_logp_difference/mean": distance.sum() / known.sum(),
-        "sampling/sampling_logp_difference/max": distance.max(),
-        "sampling/importance_sampling_ratio/min": torch.where(counted, weights, math.inf).min(),
-        "sampling/importance_sampling_ratio/mean": torch.where(counted, weights, 0).sum() / counted.sum(),
-        "sampling/importance_sampling_ratio/max": torch.where(counted, weights, -math.inf).max(),
+        "sampling/sampling_logp_difference/mean": (distance.sum() / num_known, num_known),
+        "sampling/sampling_logp_difference/max": (distance.max(), num_known),
+        "sampling/importance_sampling_ratio/min": (torch.where(counted, weights, math.inf).min(), num_counted),
+        "sampling/importance_sampling_ratio/mean": (torch.where(counted, weights, 0).sum() / num_counted, num_counted),
+        "sampling/importance_sampling_ratio/max": (torch.where(counted, weights, -math.inf).max(), num_counted),
     }
     return torch.where(trained, ratio, ones), metrics
 

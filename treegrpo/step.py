@@ -299,7 +299,8 @@ def row_loss(
     if row.is_blank:
         return loss, logp
     metrics.add_loss(loss_metrics, row.counts["leaf_tokens"])
-    metrics.add_loss(mismatch, row.counts["known"])
+    for name, (value, weight) in mismatch.items():
+        metrics.add_loss({name: value}, weight)
     metrics.add("tree/unique_tokens", batch.num_tokens, how="sum")
     metrics.add("tree/chain_tokens", batch.num_chain_tokens, how="sum")
     metrics.add("tree/pairs", batch.num_pairs, how="sum")
