@@ -33,11 +33,15 @@ def calls(part: str) -> list[dict]:
 
     if part in ("hopper", "sm90"):
         found = [dict(d=64, dtype=torch.bfloat16, heads=(4, 4)), dict(d=128, dtype=torch.bfloat16, heads=(4, 1))]
-        # windows are the Triton kernels' alone
+        # windows and heads of 256 are the Triton kernels' alone
         of_window = dict(window=100) if part == "hopper" else {}
-        return [*found, dict(d=64, dtype=torch.bfloat16, heads=(8, 1), sinks=True, **of_window)]
+        of_width = [dict(d=256, dtype=torch.bfloat16, heads=(4, 1))] if part == "hopper" else []
+        return [*found, dict(d=64, dtype=torch.bfloat16, heads=(8, 1), sinks=True, **of_window), *of_width]
     every = dict(window=100, softcap=15.0, sinks=True)
-    some = [dict(d=96, dtype=torch.bfloat16, heads=(8, 2), sinks=True), dict(d=64, heads=(4, 4), dtype=torch.float32)]
+    some = [
+        dict(d=96, dtype=torch.bfloat16, heads=(8, 2), softcap=15.0, sinks=True),
+        dict(d=64, heads=(4, 4), dtype=torch.float32),
+    ]
     if part == "plain":
         # through descriptors, through pointers, in fp32
         return [dict(d=64, dtype=torch.bfloat16, heads=(8, 1), **every), *some]

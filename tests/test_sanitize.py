@@ -23,21 +23,26 @@ def report(*accesses):
     )
 
 
-DKV, FWD = "hopper_backward_dkv.py", "hopper_forward.py"
+DKV, WIDE, WALK, FWD = "hopper_backward_dkv.py", "hopper_dkv_wide.py", "hopper_dkv_walk.py", "hopper_forward.py"
 
 
 def test_values_handed_over_by_a_barrier_pass():
-    text = report(("Write", place(DKV, "s_lse.index(slot).store")), ("Read", place(DKV, "s_lse.index(slot).load")))
-    text += "\n" + report(
+    text = ""
+    for reader in (DKV, WIDE):
+        text += report(
+            ("Write", place(WALK, "s_lse.index(slot).store")), ("Read", place(reader, "s_lse.index(slot).load"))
+        )
+        text += "\n"
+    text += report(
         ("Read", place(FWD, "def tree_attention_fwd")),
         ("Write", place(FWD, "gl.warp_specialize(")),
         ("Write", place(FWD, "def tree_attention_fwd")),
     )
-    assert sanitize.hazards(text) == (3, [])
+    assert sanitize.hazards(text) == (4, [])
 
 
 def test_any_other_pair_fails():
-    stored, loaded = place(DKV, "s_lse.index(slot).store"), place(DKV, "s_delta.index(slot).load")
+    stored, loaded = place(WALK, "s_lse.index(slot).store"), place(DKV, "s_delta.index(slot).load")
     other = place(DKV, "mbarrier.arrive")
     for pair in ((stored, loaded), (stored, stored), (other, loaded), ("elsewhere.py:3", loaded)):
         explained, others = sanitize.hazards(report(("Write", pair[0]), ("Read", pair[1])))
