@@ -24,6 +24,8 @@ KERNELS = {
     "hopper_128": ("triton", 128, BF16, {}),
     "hopper_64": ("triton", 64, FP16, {}),
     "hopper_window": ("triton", 128, BF16, dict(window=100)),
+    "hopper_256": ("triton", 256, BF16, {}),
+    "hopper_padded": ("triton", 96, BF16, {}),
     "plain_128": ("triton", 128, BF16, dict(softcap=15.0)),
     "plain_window": ("triton", 64, BF16, dict(window=100, softcap=15.0)),
     "plain_fp32": ("triton", 64, FP32, {}),
@@ -73,7 +75,9 @@ def changes(runs, rounds):
 
 
 @gpu
-@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "hopper_64", "hopper_window"]))
+@pytest.mark.parametrize(
+    ("backend", "d", "dtype", "options"), of(["hopper_128", "hopper_64", "hopper_window", "hopper_256"])
+)
 def test_the_same_bits_a_thousand_times(backend, d, dtype, options):
     assert changes(calls(backend, d, dtype, options, FORESTS), 1000) == 0
 
@@ -112,7 +116,9 @@ def test_two_streams_at_once(backend, d, dtype, options):
 
 
 @gpu
-@pytest.mark.parametrize(("backend", "d", "dtype", "options"), of(["hopper_128", "cuda_128", "cuda_portable"]))
+@pytest.mark.parametrize(
+    ("backend", "d", "dtype", "options"), of(["hopper_128", "hopper_padded", "cuda_128", "cuda_portable"])
+)
 def test_inside_torch_compile(backend, d, dtype, options):
     """In one graph, once the plan has been used with these shapes: the same bits."""
     subtree_end = FORESTS["random"]
