@@ -42,21 +42,23 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 SHARED_LIMIT = {arch: kib * 1024 for arch, kib in _KIB.items()}
 
+OF_36 = triton.__version__.startswith("3.6.")
 # bytes, stores and loads, by kernel and head dim: ptxas parks loop-invariant words of these on the stack. In the loops
 # over tiles the consumers only read: dK/dV one to three words a thread and tile, at 256 none in full tiles and up to
-# twenty in others (and its producer up to fifteen)
+# twenty in others (and its producer up to fifteen). With 3.9 dK reads nineteen in full tiles, dQ at most one
 SPILLS_ALLOWED = {
     ("hopper_dkv", 64): 128,
     ("hopper_dkv", 128): 128,
-    ("hopper_dkv", 256): 576,
+    ("hopper_dkv", 256): 576 if OF_36 else 768,
     ("hopper_dkv_split", 64): 192,
     ("hopper_dkv_split", 128): 192,
-    ("hopper_dkv_split", 256): 576,
-    ("hopper_fwd", 256): 64,
+    ("hopper_dkv_split", 256): 576 if OF_36 else 768,
+    ("hopper_dq", 256): 0 if OF_36 else 608,
+    ("hopper_fwd", 256): 64 if OF_36 else 256,
 }
 # the plain kernels' tiles were chosen with Triton 3.6, where none spills: 3.8 and 3.9 do, 12 bytes at sm_80 and up to
 # 160 at sm_120
-SPILLS_OF_NEWER = 0 if triton.__version__.startswith("3.6.") else 160
+SPILLS_OF_NEWER = 0 if OF_36 else 160
 
 WITHOUT_PRODUCTS = ("delta", "dkv_sum", "head_score", "head_slope")
 
