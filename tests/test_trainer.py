@@ -191,6 +191,53 @@ def test_later_checkpoints_are_set_aside_when_a_run_goes_back(files, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_a_checkpoint_set_aside_before_stays(files, tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    run(files, tmp_path, **save)
+    first = str(tmp_path / "checkpoint-1")
+    old = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    for rate in (1e-3, 1e-4):
+        run(files, tmp_path, resume_from_checkpoint=first, **{**save, "learning_rate": rate})
+    names = {path.name for path in tmp_path.glob("*-2*")}
+    assert names == {"checkpoint-2", "superseded-2", "superseded-2-2"}
+    kept = load_file(tmp_path / "superseded-2" / "model.safetensors")
+    assert largest_difference(old, kept) == 0.0
+
+
+def test_a_checkpoint_of_another_run_leaves_a_run_alone(files, tmp_path, monkeypatch):
+    save = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    run(files, tmp_path / "a", **save)
+    run(files, tmp_path / "b", learning_rate=1e-3, **{**save, "max_steps": 2})
+    other, before = tmp_path / "a" / "checkpoint-1", listing(tmp_path / "b")
+    with pytest.raises(ValueError, match="b already holds a run"):
+        run(files, tmp_path / "b", resume_from_checkpoint=str(other), **save)
+    assert listing(tmp_path / "b") == before
+    # the folder may be written in another way
+    monkeypatch.chdir(tmp_path / "b")
+    run(files, "../b", resume_from_checkpoint="checkpoint-2", **save)
+    assert [row["step"] for row in read_metrics("metrics.jsonl")] == [1, 2, 3]
+    run(files, tmp_path / "b", resume_from_checkpoint=str(other), overwrite_output_dir=True, **save)
+    assert [row["step"] for row in read_metrics("metrics.jsonl")] == [2, 3]
+    assert [path.name for path in checkpoint.listed(".")] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_run_does_not_remove_what_it_reads(files, tmp_path):
+    run(files, tmp_path, max_steps=1, save_strategy="steps")
+    last, rollouts = tmp_path / "checkpoint-1", tmp_path / "rollouts" / "step-1.jsonl"
+    rollouts.parent.mkdir()
+    shutil.copy(files[0], rollouts)
+    before = listing(tmp_path)
+    for name, value in (
+        ("model", str(last)),
+        ("rollouts", f"replay:{rollouts}"),
+        ("tokenizer", str(last)),
+        ("resume_from_checkpoint", "latest"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: the run needs .* overwrite_output_dir would remove with"):
+            Trainer(settings(files, tmp_path, overwrite_output_dir=True, **{name: value}))
+        assert listing(tmp_path) == before
+
+
 def test_the_optimiser_settings_are_those_of_the_run_that_goes_on(files, tmp_path):
     schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "max_steps": 4}
     run(files, tmp_path, save_strategy="steps", save_steps=2, **schedule)
@@ -292,8 +339,9 @@ def test_old_run_is_not_overwritten_unasked(files, tmp_path):
     run(files, tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(settings(files, tmp_path))
-    for name in ("best", "rollouts", "checkpoint-7", "superseded-9", "mine"):
-        (tmp_path / name).mkdir()
+    names = ("best", "rollouts", "checkpoint-7", "superseded-9", "superseded-9-2", ".checkpoint-8.tmp")
+    for name in (*names, "weights/weights-12-ab-3", "mine"):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").touch()
     (tmp_path / "unfinished-step-3.jsonl.gz").touch()
     run(files, tmp_path, max_steps=2, overwrite_output_dir=True)

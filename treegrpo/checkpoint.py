@@ -14,6 +14,7 @@ Nothing in it depends on how many processes wrote it: any number of them resumes
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -31,6 +32,10 @@ _PREFIX = "checkpoint-"
 _MANIFEST = "manifest.json"
 _OLD = "old_logprobs-"
 _SUPERSEDED = "superseded-"
+# What a run writes beside its checkpoints; those of a server's engine are the weights it was last told to load.
+_FILES = ("metrics.jsonl", "unfinished-step-*.jsonl.gz")
+_FOLDERS = (f"{_SUPERSEDED}*", "best", "rollouts", "weights/weights-*")
+_FOLDERS += (f".{_PREFIX}*.tmp", ".best.tmp", "weights/.weights-*.tmp")
 
 
 def path_of(output_dir: str | Path, step: int) -> Path:
@@ -121,28 +126,57 @@ def _mapped(state: dict[str, Any], change: Callable[[torch.Tensor, Any], torch.T
 def set_aside(output_dir: str | Path, step: int) -> list[Path]:
     """Renames the checkpoints after `step`, from which a run goes on, to `superseded-<step>`; returns where they are.
 
-    They belong to another continuation: as checkpoints they would be the newest, and push out those to come.
+    They belong to another continuation: as checkpoints they would be the newest, and push out those to come. One that
+    was set aside before stays: the next of the same step is `superseded-<step>-2`.
     """
     moved = []
     for path in listed(output_dir):
         number = int(path.name.removeprefix(_PREFIX))
         if number > step:
-            aside = path.with_name(f"{_SUPERSEDED}{number}")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = (f"{_SUPERSEDED}{number}{f'-{again}' if again > 1 else ''}" for again in itertools.count(1))
+            aside = next(free for name in names if not (free := path.with_name(name)).exists())
             os.replace(path, aside)
             moved.append(aside)
     return moved
 
 
+def is_own(path: Path, output_dir: str | Path) -> bool:
+    """Whether the checkpoint `path` is one of the run in `output_dir`."""
+    return Path(output_dir).resolve() in (path.absolute().parent.resolve(), path.resolve().parent)
+
+
+def _written(output_dir: Path) -> list[Path]:
+    """Files and folders that a run wrote into its folder; config.yaml, which the next run replaces, is not among
+    them."""
+    folders = [*listed(output_dir), *(path for pattern in _FOLDERS for path in output_dir.glob(pattern))]
+    files = [path for pattern in _FILES for path in output_dir.glob(pattern)]
+    return [*(path for path in folders if path.is_dir()), *files]
+
+
+def check_removable(output_dir: str | Path, inputs: dict[str, str | Path]) -> None:
+    """ValueError where `remove_run` would remove one of the `inputs`, paths by the names of their settings."""
+    written = {path.resolve(): path for path in _written(Path(output_dir))}
+    for name, given in inputs.items():
+        place = Path(given).resolve()
+        for path in (place, *place.parents):
+            if path in written:
+                raise ValueError(
+                    f"{name}: the run needs {given}, which overwrite_output_dir would remove with {written[path]};"
+                    " leave that out, give another output_dir, or move it out of there first"
+                )
+
+
 def remove_run(output_dir: str | Path) -> None:
     """Removes what a run wrote into its folder, and nothing else."""
     output_dir = Path(output_dir)
-    for pattern in ("metrics.jsonl", "unfinished-step-*.jsonl.gz"):
-        for path in output_dir.glob(pattern):
+    for path in _written(output_dir):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()
-    folders = [*listed(output_dir), *output_dir.glob(f"{_SUPERSEDED}*"), output_dir / "best", output_dir / "rollouts"]
-    for path in folders:
-        shutil.rmtree(path, ignore_errors=True)
+    weights = output_dir / "weights"
+    if weights.is_dir() and not any(weights.iterdir()):
+        weights.rmdir()
 
 
 def remove_old(output_dir: str | Path, keep: int | None) -> None:

@@ -90,11 +90,7 @@ class Trainer:
             self._check_rollouts(trajectories)
         resume = config.resume_from_checkpoint
         self.checkpoint = checkpoints.find(config.output_dir, resume) if resume else None
-        if not resume and not config.overwrite_output_dir and (self.output_dir / "metrics.jsonl").exists():
-            raise ValueError(
-                f"output_dir {self.output_dir} already holds a run: give another, or --overwrite-output-dir, or"
-                " --resume-from-checkpoint latest"
-            )
+        self._check_output()
 
         self.parallel = Parallel(bf16=config.bf16)
         self.accelerator = self.parallel.accelerator
@@ -391,17 +387,36 @@ class Trainer:
         for tree in self.replay.trees:
             step.check_budget(tree, config)
 
+    def _check_output(self) -> None:
+        """ValueError where output_dir holds another run that is to stay, or what this one reads is to go with it."""
+        config = self.config
+        if config.overwrite_output_dir:
+            inputs = {
+                "rollouts": config.rollouts_file if config.is_replay else "",
+                "retriever": config.retriever.removeprefix("bm25:"),
+                "resume_from_checkpoint": self.checkpoint,
+                **{name: getattr(config, name) for name in ("model", "tokenizer", "dataset", "eval_dataset")},
+            }
+            checkpoints.check_removable(self.output_dir, {name: path for name, path in inputs.items() if path})
+        elif self.checkpoint is not None and checkpoints.is_own(self.checkpoint, self.output_dir):
+            return
+        elif (self.output_dir / "metrics.jsonl").exists():
+            raise ValueError(
+                f"output_dir {self.output_dir} already holds a run: give another, or --overwrite-output-dir, or"
+                " --resume-from-checkpoint latest"
+            )
+
     def _check_backend(self) -> None:
         backend = self.config.backend
         if backend != "auto" and (reason := treegrpo_kernels.backends(self.device)[backend]):
             raise ValueError(f"backend {backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
 
     def _open_output(self) -> MetricsFile:
-        if self.checkpoint:
+        if self.config.overwrite_output_dir:
+            checkpoints.remove_run(self.output_dir)
+        elif self.checkpoint:
             for path in checkpoints.set_aside(self.output_dir, self.step):
                 print(f"resuming at step {self.step}: a later checkpoint is now {path}", file=sys.stderr)
-        elif self.config.overwrite_output_dir:
-            checkpoints.remove_run(self.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.output_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         return MetricsFile(self.output_dir / "metrics.jsonl", self.step)
