@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
 import json
+import os
 import random
+import signal
 import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +29,7 @@ from treegrpo.envs.retrievers import BM25Retriever
 from treegrpo.envs.search import SearchEnv
 from treegrpo.envs.tags import format_valid, last_answer
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 CAREFUL = Carelessness(lazy=0, eager=0, wrong_fact=0, wrong_page=0, no_search=0)
 
@@ -182,6 +191,82 @@ def test_the_study_resumes_and_compares_at_equal_tokens(box, tmp_path):
         study.run(console, **{**options, "seeds": 1})
     with pytest.raises(ValueError, match="budgets: 3"):
         study.run(console, **{**options, "budgets": (3,)})
+
+
+# Stands in for a training run: seed 0 is done at once, then one fails or all take a minute.
+STAND_IN = """
+import os, sys, time
+from dataclasses import asdict
+from pathlib import Path
+
+def run_cell(cell, seed, tokens, learning_rate, num_questions, folder):
+    if seed == 0:
+        return {**asdict(cell), "name": cell.name, "seed": seed, "accuracy": {2: [1, 4]}, "seconds": 0.0}
+    (Path(folder) / f"{cell.key}-s{seed}").write_text(str(os.getpid()))
+    if folder.endswith("fails"):
+        raise KeyError("no such column")
+    time.sleep(60)
+
+if __name__ == "__main__":
+    import stand_in
+    from rich.console import Console
+    from treegrpo import study
+
+    study.run_cell = stand_in.run_cell
+    folder = Path(sys.argv[1])
+    study.run(Console(), seeds=3, budgets=(2,), workers=2, runs_dir=folder, results_dir=folder, folder=folder)
+"""
+
+
+def waited_for(condition) -> bool:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not condition():
+        time.sleep(0.05)
+    return condition()
+
+
+def test_ctrl_c_ends_the_study_and_its_workers(tmp_path):
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    study_run = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert waited_for(lambda: sum(len(path.read_text()) > 0 for path in tmp_path.glob("*-s1")) == 2)
+        os.killpg(study_run.pid, signal.SIGINT)
+        error = study_run.communicate(timeout=20)[1]
+        assert study_run.returncode == -signal.SIGINT and "KeyboardInterrupt" in error
+        for started in tmp_path.glob("*-s1"):
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(started.read_text()), 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(study_run.pid, signal.SIGKILL)
+        study_run.wait()
+    assert len([*tmp_path.rglob("*-s0.json")]) == 2
+    assert not [*tmp_path.glob("*-s2")]
+
+
+def test_a_failed_run_of_the_study_keeps_the_others(tmp_path, monkeypatch):
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "fails"
+    folder.mkdir()
+    monkeypatch.setattr(study, "run_cell", importlib.import_module("stand_in").run_cell)
+    jobs = [(cell, seed) for seed in (1, 0) for cell in study.CELLS]
+    found = []
+    for some in (jobs[14:16], jobs):
+        results = map(found.append, study._results(some, (1, 0.1, 4, str(folder)), workers=1))
+        with pytest.raises(KeyError, match="no such column"):
+            list(results)
+    # of the second time only what the pool had taken up before it failed
+    assert len(found) == 1 and len([*folder.iterdir()]) < 15
 
 
 def test_study_numbers_by_hand():

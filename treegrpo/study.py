@@ -10,17 +10,19 @@ One JSON file a run; a run whose file is there is not run again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +175,14 @@ def run(
     missing = [job for job in jobs if not _file(runs_dir, *job).exists()]
     console.print(f"{len(jobs)} runs of {tokens:,} sampled tokens, {len(missing)} to do; each a file in {runs_dir}")
     args = (tokens, learning_rate, num_questions, str(folder))
-    for index, result in enumerate(_results(missing, args, workers or os.cpu_count() or 1), 1):
-        accuracy = result["accuracy"][2]
-        write_whole(runs_dir / f"{_key(result)}.json", json.dumps(result))
-        console.print(
-            f"{index}/{len(missing)} budget {result['budget']} {result['name']}, seed {result['seed']}: two hops"
-            f" {accuracy[0] / accuracy[1]:.1%}, {result['seconds']:.0f} s"
-        )
+    with contextlib.closing(_results(missing, args, workers or os.cpu_count() or 1)) as found:
+        for index, result in enumerate(found, 1):
+            accuracy = result["accuracy"][2]
+            write_whole(runs_dir / f"{_key(result)}.json", json.dumps(result))
+            console.print(
+                f"{index}/{len(missing)} budget {result['budget']} {result['name']}, seed {result['seed']}: two hops"
+                f" {accuracy[0] / accuracy[1]:.1%}, {result['seconds']:.0f} s"
+            )
     results = [json.loads(_file(runs_dir, *job).read_text()) for job in jobs]
     for result in results:
         result["accuracy"] = {int(hops): value for hops, value in result["accuracy"].items()}
@@ -200,14 +203,40 @@ def machine() -> dict[str, Any]:
     return {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
 
-def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Iterable[dict]:
+def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Iterator[dict]:
+    """Results as they come. After a job that fails no other begins, those that run are waited for, and the error comes
+    last; whatever else ends this early, Ctrl-C above all, ends the jobs too."""
     if not jobs:
         return
+    others = multiprocessing.active_children()
     # A fresh interpreter each: a fork of a process that has run torch may hang.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_cell, cell, seed, *args) for cell, seed in jobs]
-        for future in as_completed(futures):
-            yield future.result()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    failed: Exception | None = None
+    try:
+        waiting = {pool.submit(run_cell, cell, seed, *args) for cell, seed in jobs}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                if error := future.exception():
+                    failed = failed or error
+                else:
+                    yield future.result()
+            if failed:
+                waiting = {future for future in waiting if not future.cancel()}
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
+    if failed:
+        raise failed
+
+
+def _ignore_interrupts() -> None:
+    """In a worker, where Ctrl-C would end only its job: the study ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _key(result: dict) -> str:
