@@ -125,6 +125,23 @@ def test_evaluation_keeps_the_best_checkpoint_which_loads_in_plain_transformers(
     assert all(t.reward is not None for t in load(rollouts[0]))
 
 
+def sometimes(prompts, completions, completion_ids, **columns) -> list[None]:
+    """Applies to nothing here."""
+    return [None] * len(completions)
+
+
+def test_every_evaluation_is_kept_and_reads_as_json(box, tmp_path):
+    changes = {"eval_dataset": str(box / "validation.jsonl"), "eval_rows": 2, "eval_steps": 2, "logging_steps": 3}
+    changes["reward_funcs"] = ("boxes:token_reward", "test_online:sometimes")
+    history, _, trainer = run(box, tmp_path, max_steps=5, groups_per_step=1, **changes)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 3, 4, 5] and rows[1:] == history
+    kept = [row["eval_reward"] for row in rows if "eval_reward" in row]
+    assert kept == [row["eval_reward"] for row in trainer.evaluations] and len(kept) == 4
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert "eval_rewards/token_reward/mean" in rows[0]
+
+
 def test_eval_samples_on_the_settings_of_the_run(box, tmp_path, capsys):
     from treegrpo.cli import main
 

@@ -77,6 +77,27 @@ def test_report_shows_first_last_and_mean(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([{"step": 0, "eval_reward": 0.25}], "0 steps, 0.0 s in the 0 logged ones."),
+        ([{"step": 1}], "1 steps, 0.0 s in the 0 logged ones."),
+        (
+            [{"step": 1, "num_tokens": 20, "step_time": 2.0, "kl": None}, {"step": 2, "eval_reward": 0.5}],
+            "2 steps, 2.0 s in the 1 logged ones, 20 tokens of trajectories.",
+        ),
+    ],
+    ids=["evaluated_only", "no_number", "last_evaluated_only"],
+)
+def test_report_of_rows_without_all_numbers(tmp_path, rows, text):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for row in rows:
+        file.write(row)
+    picture, page = write_report(tmp_path)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert text in page.read_text() and "Packed rows" not in page.read_text()
+
+
+@pytest.mark.parametrize(
     ("value", "text"), [(12345.0, "12,345"), (0.000123456, "0.0001235"), (1234.5, "1,234.5"), (-2.0, "-2")]
 )
 def test_numbers(value, text):

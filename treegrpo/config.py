@@ -126,7 +126,7 @@ class TrainConfig(RolloutConfig):
     """Hold the frozen base in 4 bits (nf4, by bitsandbytes) under its adapters: QLoRA. Needs lora_r."""
 
     logging_steps: int = 1
-    """Write metrics every so many steps."""
+    """Write metrics every so many steps, and with every evaluation."""
     save_steps: int = 500
     """Checkpoint every so many steps; 0 only at the end. Ctrl-C writes one too."""
     save_strategy: Literal["steps", "no"] = "steps"

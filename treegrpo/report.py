@@ -28,6 +28,7 @@ _CURVES = (
     "learning_rate",
     "completions/mean_length",
 )
+_PACKING = {"tree/unique_tokens", "tree/chain_tokens", "batch/packing_ratio"}
 
 
 class RunProgress:
@@ -93,8 +94,8 @@ def _rows(history: list[dict[str, Any]]) -> list[tuple[str, float, float, float]
     names = dict.fromkeys(name for row in history for name in row if name != "step")
     rows = []
     for name in names:
-        values = [row[name] for row in history if row.get(name) is not None]
-        rows.append((name, values[0], values[-1], sum(values) / len(values)))
+        if values := [row[name] for row in history if row.get(name) is not None]:
+            rows.append((name, values[0], values[-1], sum(values) / len(values)))
     return rows
 
 
@@ -127,9 +128,9 @@ def _draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [name for name in _CURVES if any(name in row for row in history)]
+    names = [name for name in _CURVES if any(row.get(name) is not None for row in history)]
     columns = 4
-    lines = -(-len(names) // columns)
+    lines = max(1, -(-len(names) // columns))
     figure, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.8 * lines), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
@@ -149,15 +150,19 @@ def _draw_curves(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def _page(run_dir: Path, history: list[dict[str, Any]], picture: str) -> str:
-    last = history[-1]
-    seconds = sum(row.get("step_time", 0.0) for row in history)
+    times = [row["step_time"] for row in history if row.get("step_time") is not None]
+    tokens = [f", {number(row['num_tokens'])} tokens of trajectories" for row in history if "num_tokens" in row]
+    # An evaluation before the first step has no packed rows.
+    packed = [row for row in history if row.keys() >= _PACKING]
     lines = [
         f"# Run {run_dir.name}",
         "",
-        f"{last['step']} steps, {seconds:.1f} s in the {len(history)} logged ones, {number(last['num_tokens'])}"
-        " tokens of trajectories.",
-        f"Packed rows held {number(last['tree/unique_tokens'])} unique of {number(last['tree/chain_tokens'])} tokens"
-        f" in the last step ({last['batch/packing_ratio']:.2f}x).",
+        f"{history[-1]['step']} steps, {sum(times):.1f} s in the {len(times)} logged ones{''.join(tokens[-1:])}.",
+        *(
+            f"Packed rows held {number(row['tree/unique_tokens'])} unique of {number(row['tree/chain_tokens'])} tokens"
+            f" in the last step ({row['batch/packing_ratio']:.2f}x)."
+            for row in packed[-1:]
+        ),
         "",
         f"![curves]({picture})",
         "",

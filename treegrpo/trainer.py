@@ -133,7 +133,7 @@ class Trainer:
         """Runs to the end and returns the logged rows. ValueError on a loss that is not finite; the last checkpoint
         stays. On Ctrl-C, or when an engine gives up, a checkpoint of the last whole step is written first."""
         try:
-            return [row for row in self.steps() if self._is_logged(row["step"])]
+            return [row for row in self.steps() if self._is_logged(row)]
         finally:
             self.close()
 
@@ -163,7 +163,7 @@ class Trainer:
                     try:
                         row |= self._evaluate(progress)
                     finally:
-                        if main and self._is_logged(self.step):
+                        if main and self._is_logged(row):
                             metrics_file.write(row)
                     is_due = config.save_steps and self.step % config.save_steps == 0
                     if config.save_strategy == "steps" and (is_due or self._is_done()):
@@ -173,8 +173,10 @@ class Trainer:
                 self._leave(error)
                 raise
 
-    def _is_logged(self, step: int) -> bool:
-        return step % self.config.logging_steps == 0 or self._is_done()
+    def _is_logged(self, row: dict[str, Any]) -> bool:
+        is_due = row["step"] % self.config.logging_steps == 0 or self._is_done()
+        # nothing else keeps an evaluation
+        return is_due or "eval_reward" in row
 
     def _is_done(self) -> bool:
         limit = self.config.max_generated_tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -317,7 +318,8 @@ def evaluate(
     gather: Callable[[list], list] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """One chain a row: mean rewards under TRL's names with the prefix eval_; `eval_rewards` has one a row, in order."""
+    """One chain a row: mean rewards under TRL's names with the prefix eval_; `eval_rewards` has one a row, in order. A
+    reward that applied to no row is left out."""
     chain = dataclasses.replace(
         options, num_trees=1, num_expansions=0, temperature=temperature, top_p=1.0, token_budget=None
     )
@@ -332,7 +334,8 @@ def evaluate(
     stats = sum((group.stats for _, group, _ in pairs), RolloutStats())
     result: dict[str, Any] = {"eval_reward": float(np.mean(rewards)), "eval_rewards": rewards}
     for name in dict.fromkeys(name for _, _, part in pairs for name in part):
-        result[f"eval_{name}"] = _mean(np.array([part.get(name, np.nan) for _, _, part in pairs]))
+        mean = _mean(np.array([part.get(name, np.nan) for _, _, part in pairs]))
+        result |= {} if math.isnan(mean) else {f"eval_{name}": mean}
     result |= {f"eval_{name}": value for name, value in stats.as_metrics().items()}
     lengths = [len(group.completion_ids[0]) for _, group, _ in pairs]
     return result | {"eval_completions/mean_length": float(np.mean(lengths))}
