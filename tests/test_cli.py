@@ -186,6 +186,8 @@ def test_errors_are_one_line_and_exit_2(argv, message, capsys, tmp_path, monkeyp
         ("learning_rat: 1", "unknown setting 'learning_rat'; did you mean learning_rate"),
         ("max_steps: many", "max_steps='many'"),
         ("bf16: 1", "write true or false"),
+        ("config: y.yaml", "config='y.yaml' is a flag only: leave it out of the file"),
+        (f"max_steps: {10**30}", "max_steps=10+: must be a whole number >= 1 and below"),
         ("max_steps: 1.5", "max_steps=1.5"),
         ("max_steps: .inf", "max_steps=inf"),
         ("- 1", "must be a mapping"),

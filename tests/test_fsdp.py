@@ -124,7 +124,7 @@ def online_jobs(folder, box):
         ("fsdp2", FSDP2 | RESHARD, recomputed),
         ("on", FSDP2 | KEEP, resumed),
     ):
-        given = online_config(box, folder / f"online-{name}", **changes, **more).to_dict()
+        given = online_config(box, folder / f"online-{name}", **changes).to_dict() | more
         cache = {"XDG_CACHE_HOME": str(folder / "cache")}
         jobs[f"online-{name}"] = dict(settings=given, environment=environment | cache)
     return jobs

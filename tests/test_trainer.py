@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from treegrpo import Trajectory, checkpoint
-from treegrpo.config import TrainConfig
+from treegrpo.config import TrainConfig, read_config
 from treegrpo.metrics import read_metrics
 from treegrpo.trainer import Trainer
 
@@ -349,6 +349,15 @@ def test_old_run_is_not_overwritten_unasked(files, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl", "mine"}
 
 
+def test_the_settings_of_a_run_do_not_say_how_it_was_started(files, tmp_path):
+    run(files, tmp_path, max_steps=1, save_strategy="steps", overwrite_output_dir=True)
+    run(files, tmp_path, max_steps=2, save_strategy="steps", resume_from_checkpoint="latest")
+    config = read_config(tmp_path / "config.yaml")
+    assert config == settings(files, tmp_path, max_steps=2, save_strategy="steps")
+    with pytest.raises(ValueError, match="already holds a run"):
+        Trainer(config)
+
+
 def test_loss_that_is_not_finite_stops_before_the_update(tmp_path):
     rows = tiny.trajectories(logprobs=True)
     # A log-prob this low is legal, but its ratio overflows; the reward makes the advantage negative.
@@ -413,6 +422,11 @@ def bad_rows(kind: str) -> list[Trajectory]:
         ("good", {"model": "no/such/folder"}, "no such folder or config file"),
         ("good", {"rollouts": "replay:nothing.jsonl"}, "no such file: nothing.jsonl"),
         ("good", {"rollouts": "vllm:host"}, "give replay:FILE"),
+        ("good", {"dataset": "x.jsonl"}, "dataset='x.jsonl' is for rollouts that are sampled"),
+        ("good", {"eval_dataset": "x.jsonl"}, "leave eval_dataset out, or give an engine"),
+        ("good", {"eval_steps": 5}, "eval_steps=5 is for rollouts that are sampled"),
+        ("good", {"save_rollouts": True}, "save_rollouts=True is for rollouts"),
+        ("good", {"overlap_rollouts": True}, "overlap_rollouts=True is for rollouts"),
         ("good", {"resume_from_checkpoint": "latest"}, "no checkpoint-"),
         ("good", {"lr_scheduler_type": "sideways"}, "sideways"),
     ],
@@ -453,6 +467,9 @@ def test_bad_rollout_files_write_nothing(tmp_path, line, message):
         ({"groups_per_step": 0}, "groups_per_step=0"),
         ({"groups_per_step": 2.5}, "groups_per_step=2.5: must be a whole number >= 1"),
         ({"max_steps": True}, "max_steps=True"),
+        ({"seed": 2**63}, r"seed=9223372036854775808: must be a whole number >= 0 and below 2\*\*63"),
+        ({"learning_rate": 10**400}, "must be a finite number >= 0"),
+        ({"delta": float("inf")}, "delta=inf"),
         ({"max_steps": None}, "max_steps=None"),
         ({"adam_beta1": 1.0}, "adam_beta1=1.0: must be below 1"),
         ({"advantage_options": ("norm=foo",)}, "advantage_options: norm is 'foo': use one of"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -140,10 +140,13 @@ class TrainConfig(RolloutConfig):
         kinds = {field.name: str(field.type) for field in dataclasses.fields(self)}
         for name, low in {**_AT_LEAST, **rollouts.AT_LEAST}.items():
             value, is_whole = getattr(self, name), kinds[name].startswith("int")
-            kind = numbers.Integral if is_whole else numbers.Real
-            fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and value >= low
-            if not fits and not (value is None and "None" in kinds[name]):
-                raise ValueError(f"{name}={value!r}: must be a {'whole' if is_whole else 'finite'} number >= {low}")
+            kind, high = (numbers.Integral, 2**63 - 1) if is_whole else (numbers.Real, sys.float_info.max)
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not (is_number and low <= value <= high) and not (value is None and "None" in kinds[name]):
+                limit = " and below 2**63" if is_number and is_whole and value > high else ""
+                raise ValueError(
+                    f"{name}={value!r}: must be a {'whole' if is_whole else 'finite'} number >= {low}{limit}"
+                )
         for name in ("adam_beta1", "adam_beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be below 1")
@@ -192,6 +195,12 @@ class TrainConfig(RolloutConfig):
                 raise ValueError(f"rollouts: no such file: {self.rollouts_file}")
             if self.token_budget is not None:
                 raise ValueError("token_budget bounds what is sampled for a prompt; packed rows have row_token_budget")
+            for name in ("dataset", "eval_dataset", "eval_steps", "save_rollouts", "overlap_rollouts"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is for rollouts that are sampled, and rollouts={self.rollouts}"
+                        f" reads logged ones: leave {name} out, or give an engine"
+                    )
         else:
             from treegrpo.rollout.build import check_settings
 
@@ -216,10 +225,11 @@ class TrainConfig(RolloutConfig):
         return self.rollouts.removeprefix("replay:")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to config.yaml."""
+        """Plain values, as written to config.yaml: the settings of the run, without those of how it was started."""
         values = dataclasses.asdict(self)
-        values.pop("config")
-        values.pop("dry_run")
+        # Kept, the last two would erase or resume the run that is started with this file.
+        for name in ("config", "dry_run", "overwrite_output_dir", "resume_from_checkpoint"):
+            values.pop(name)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -290,7 +300,9 @@ def _typed(path: Path, name: str, value: Any) -> Any:
     import difflib
 
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    if name not in fields or name == "config":
+    if name == "config":
+        raise ValueError(f"config {path}: config={value!r} is a flag only: leave it out of the file")
+    if name not in fields:
         near = difflib.get_close_matches(str(name), fields, n=1)
         raise ValueError(f"config {path}: unknown setting {name!r}{f'; did you mean {near[0]}?' if near else ''}")
     kind = str(fields[name].type)
