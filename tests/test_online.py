@@ -125,14 +125,14 @@ def test_evaluation_keeps_the_best_checkpoint_which_loads_in_plain_transformers(
     assert all(t.reward is not None for t in load(rollouts[0]))
 
 
-def sometimes(prompts, completions, completion_ids, **columns) -> list[None]:
+def nowhere(prompts, completions, completion_ids, **columns) -> list[None]:
     """Applies to nothing here."""
     return [None] * len(completions)
 
 
 def test_every_evaluation_is_kept_and_reads_as_json(box, tmp_path):
     changes = {"eval_dataset": str(box / "validation.jsonl"), "eval_rows": 2, "eval_steps": 2, "logging_steps": 3}
-    changes["reward_funcs"] = ("boxes:token_reward", "test_online:sometimes")
+    changes["reward_funcs"] = ("boxes:token_reward", "test_online:nowhere")
     history, _, trainer = run(box, tmp_path, max_steps=5, groups_per_step=1, **changes)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 3, 4, 5] and rows[1:] == history
@@ -169,25 +169,48 @@ class Interrupter:
         return [0.1 * (i % 3) for i in range(len(completions))]
 
 
-def test_ctrl_c_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(box, tmp_path):
+def use(trainer, reward):
+    trainer.online.sampler = dataclasses.replace(trainer.online.sampler, reward_funcs=[reward])
+    return trainer
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError], ids=["ctrl_c", "reward_raises"])
+def test_a_run_that_ends_early_writes_a_checkpoint_and_goes_on_as_if_nothing_had_been(box, tmp_path, error):
     def trainer(output, **changes):
-        made = Trainer(online_config(box, output, max_steps=4, save_strategy="steps", **changes))
-        return made
+        return Trainer(online_config(box, output, max_steps=4, save_strategy="steps", **changes))
 
-    def use(made, reward):
-        made.online.sampler = dataclasses.replace(made.online.sampler, reward_funcs=[reward])
-        return made
-
-    whole = use(trainer(tmp_path / "whole"), Interrupter(KeyboardInterrupt(), 99))
+    whole = use(trainer(tmp_path / "whole"), Interrupter(error(), 99))
     whole.train()
-    cut = use(trainer(tmp_path / "cut"), Interrupter(KeyboardInterrupt(), 2))
-    with pytest.raises(KeyboardInterrupt):
+    cut = use(trainer(tmp_path / "cut"), Interrupter(error("no such column"), 2))
+    with pytest.raises(error, match="no such column"):
         cut.train()
     (path,) = checkpoint.listed(tmp_path / "cut")
     assert path.name == "checkpoint-2"
-    again = use(trainer(tmp_path / "cut", resume_from_checkpoint="latest"), Interrupter(KeyboardInterrupt(), 99))
+    again = use(trainer(tmp_path / "cut", resume_from_checkpoint="latest"), Interrupter(error(), 99))
     again.train()
     assert same(dict(whole.policy.named_parameters()), dict(again.policy.named_parameters()))
+
+
+def test_a_step_that_does_not_fit_is_kept_for_a_larger_budget(box, tmp_path):
+    _, weights, _ = run(box, tmp_path / "whole")
+    cut = Trainer(online_config(box, tmp_path / "cut", save_strategy="steps"))
+
+    def shrink(step, model):
+        cut.config = dataclasses.replace(cut.config, row_token_budget=5 if step else None)
+
+    cut.on_gradients = shrink
+    with pytest.raises(ValueError, match="over row_token_budget=5"):
+        cut.train()
+    (path,) = checkpoint.listed(tmp_path / "cut")
+    assert path.name == "checkpoint-2" and (path / "rollouts-0.jsonl.gz").exists()
+    _, again, _ = run(box, tmp_path / "cut", resume_from_checkpoint="latest")
+    assert same(weights, again)
+
+
+def test_a_reward_that_does_not_apply_names_the_row(box, tmp_path):
+    changes = {"reward_funcs": ("test_online:nowhere",), "shuffle": False, "groups_per_step": 1}
+    with pytest.raises(ValueError, match=r"None for completion 0 \(leaf 0 of group 'train.jsonl:.*:0@0', row 0\): add"):
+        run(box, tmp_path, **changes)
 
 
 def test_ctrl_c_in_an_evaluation_keeps_the_metrics_of_its_step(box, tmp_path):
@@ -288,7 +311,7 @@ def group(place: int, rewards: list[float], reads: list[str]) -> SampledGroup:
 class Scripted(Sampler):
     """Groups whose rewards are equal at every third row."""
 
-    def sample(self, rows, groups, options, seeds, progress=None):
+    def sample(self, rows, groups, options, seeds, progress=None, indices=None):
         found = [group(row["index"], [0.0, float(row["index"] % 3 != 0)], READS) for row in rows]
         return found, [{"rewards/x/mean": 1.0} for _ in rows]
 

@@ -312,6 +312,8 @@ def test_score_adds_what_applies() -> None:
 def test_score_refuses_what_is_no_reward() -> None:
     with pytest.raises(ValueError, match="every reward gave None for completion 1"):
         run([three])
+    with pytest.raises(ValueError, match=r"None for completion 1 \(leaf 3 of group 'g'\): add"):
+        run([three], places=["leaf 0 of group 'f'", "leaf 3 of group 'g'"])
     for bad, message in (
         ([1.0, float("nan")], "reward bad gave nan for completion 1"),
         ([float("inf"), 1], "reward bad gave inf for completion 0"),

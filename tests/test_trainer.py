@@ -132,7 +132,7 @@ def test_a_checkpoint_from_before_rollouts_were_sampled_resumes(files, tmp_path)
     (path, last) = checkpoint.listed(tmp_path)
     shutil.rmtree(last)
     state = json.loads((path / "trainer_state.json").read_text())
-    del state["generated_tokens"], state["best_reward"]
+    del state["generated_tokens"], state["best_reward"], state["lora_alpha"], state["lora_target_modules"]
     (path / "trainer_state.json").write_text(json.dumps(state))
     sizes = json.loads((path / "manifest.json").read_text())
     sizes["trainer_state.json"] = (path / "trainer_state.json").stat().st_size
@@ -333,6 +333,17 @@ def test_other_order_settings_are_refused_on_resume(files, tmp_path):
         Trainer(settings(files, tmp_path, max_steps=6, seed=7, resume_from_checkpoint="latest"))
     with pytest.raises(ValueError, match="nothing left"):
         Trainer(settings(files, tmp_path, resume_from_checkpoint="latest"))
+
+
+def test_other_adapters_are_refused_on_resume(files, tmp_path):
+    lora = {"lora_r": 2, "lora_target_modules": ("q_proj", "v_proj")}
+    run(files, tmp_path, save_strategy="steps", max_steps=1, **lora)
+    resumed = {**lora, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ValueError, match="made with lora_alpha=16, this run has 64"):
+        Trainer(settings(files, tmp_path, lora_alpha=64, **resumed))
+    with pytest.raises(ValueError, match=r"lora_target_modules=\['q_proj', 'v_proj'\], this run has \['all-linear'\]"):
+        Trainer(settings(files, tmp_path, **{**resumed, "lora_target_modules": ("all-linear",)}))
+    assert len(run(files, tmp_path, **resumed)[0]) == 2
 
 
 def test_old_run_is_not_overwritten_unasked(files, tmp_path):

@@ -128,7 +128,7 @@ class TrainConfig(RolloutConfig):
     logging_steps: int = 1
     """Write metrics every so many steps, and with every evaluation."""
     save_steps: int = 500
-    """Checkpoint every so many steps; 0 only at the end. Ctrl-C writes one too."""
+    """Checkpoint every so many steps; 0 only at the end. Ctrl-C writes one too, as does an error outside an update."""
     save_strategy: Literal["steps", "no"] = "steps"
     """no writes no checkpoint at all."""
     save_total_limit: int | None = None

@@ -250,11 +250,13 @@ def score(
     trainer_state: Any = None,
     log_extra: Callable | None = None,
     log_metric: Callable | None = None,
+    places: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Runs all reward functions on n completions, the async ones together, and adds them up.
 
     Returns `(rewards, per_function)`: rewards float64 [n], the sum of weight times value over the functions that
-    apply; per_function by name, float64 [n], NaN where a function gave None. `weights` None: all 1.
+    apply; per_function by name, float64 [n], NaN where a function gave None. `weights` None: all 1. `places` says of
+    every completion where it comes from, for errors.
     Raises ValueError naming the function and the index where a value is missing, not finite or no number, and naming
     the completion for which every function gave None.
     """
@@ -284,11 +286,14 @@ def score(
         for index, output in zip(waiting, _run_together([outputs[i] for i in waiting]), strict=True):
             outputs[index] = output
     names = _unique([reward_name(function) for function in reward_funcs])
-    values = np.stack([_checked(name, output, num) for name, output in zip(names, outputs, strict=True)])
+    called = [f"completion {i}" for i in range(num)]
+    if places is not None:
+        called = [f"{name} ({place})" for name, place in zip(called, places, strict=True)]
+    values = np.stack([_checked(name, output, called) for name, output in zip(names, outputs, strict=True)])
     missing = np.isnan(values).all(0)
     if missing.any():
         raise ValueError(
-            f"every reward gave None for completion {int(missing.argmax())}: add a reward that applies to it, or leave "
+            f"every reward gave None for {called[int(missing.argmax())]}: add a reward that applies to it, or leave "
             "its row out of the data"
         )
     total = np.nansum(values * np.array(weights)[:, None], axis=0)
@@ -300,7 +305,8 @@ def reward_name(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _checked(name: str, output: Any, num: int) -> np.ndarray:
+def _checked(name: str, output: Any, called: list[str]) -> np.ndarray:
+    num = len(called)
     if isinstance(output, (str, dict)) or not hasattr(output, "__len__") or len(output) != num:
         size = len(output) if hasattr(output, "__len__") else type(output).__name__
         raise ValueError(f"reward {name} returned {size} values for {num} completions: return a list with one each")
@@ -311,9 +317,9 @@ def _checked(name: str, output: Any, num: int) -> np.ndarray:
         try:
             values[index] = float(value)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"reward {name} gave {value!r} for completion {index}: return numbers or None") from error
+            raise ValueError(f"reward {name} gave {value!r} for {called[index]}: return numbers or None") from error
         if not math.isfinite(values[index]):
-            raise ValueError(f"reward {name} gave {value!r} for completion {index}: return finite numbers, or None")
+            raise ValueError(f"reward {name} gave {value!r} for {called[index]}: return finite numbers, or None")
     return values
 
 

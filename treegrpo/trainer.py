@@ -26,7 +26,6 @@ from treegrpo.metrics import MetricsFile, StepMetrics
 from treegrpo.parallel import Parallel, copy_weights
 from treegrpo.report import RunProgress, progress_bar
 from treegrpo.rollout import build
-from treegrpo.rollout.engine import EngineError
 from treegrpo.rollout.replay import Replay, check_recorded, check_vocabulary
 from treegrpo.summary import step_summary
 from treegrpo.tree import RolloutTree, Trajectory, load, save
@@ -45,7 +44,8 @@ _ONLINE_SETTINGS = (
     "top_p",
     "overlap_rollouts",
 )
-# A resumed run reads the same groups in the same order only if these stay as they were.
+# A resumed run reads the same groups in the same order only if these stay as they were; its adapters are those of the
+# checkpoint, scale and places included.
 _ORDER_SETTINGS = (
     "seed",
     "shuffle",
@@ -54,6 +54,8 @@ _ORDER_SETTINGS = (
     "num_iterations",
     "samples",
     "lora_r",
+    "lora_alpha",
+    "lora_target_modules",
 )
 
 
@@ -131,7 +133,8 @@ class Trainer:
 
     def train(self) -> list[dict[str, Any]]:
         """Runs to the end and returns the logged rows. ValueError on a loss that is not finite; the last checkpoint
-        stays. On Ctrl-C, or when an engine gives up, a checkpoint of the last whole step is written first."""
+        stays. On Ctrl-C, and on whatever is raised outside an update (an engine that gives up, a reward function), a
+        checkpoint of the last whole step is written first."""
         try:
             return [row for row in self.steps() if self._is_logged(row)]
         finally:
@@ -151,13 +154,16 @@ class Trainer:
         with progress_bar(
             config.attention, self.step, config.max_steps, enabled=main and not config.disable_tqdm
         ) as progress:
+            is_updating = False
             try:
                 if self.step == 0 and (row := self._evaluate(progress)) and main:
                     metrics_file.write({"step": 0, **row})
                 while not self._is_done():
                     started = time.perf_counter()
                     self._next_data(progress)
+                    is_updating = True
                     row = self._update()
+                    is_updating = False
                     row = {"step": self.step, **row, "step_time": time.perf_counter() - started}
                     progress.advance(row)
                     try:
@@ -169,8 +175,10 @@ class Trainer:
                     if config.save_strategy == "steps" and (is_due or self._is_done()):
                         self.save()
                     yield row
-            except (KeyboardInterrupt, EngineError) as error:
-                self._leave(error)
+            except (KeyboardInterrupt, Exception) as error:
+                # Ctrl-C never comes in the middle of an update; whatever else fails inside one may have damaged it.
+                if not is_updating or isinstance(error, KeyboardInterrupt):
+                    self._leave(error)
                 raise
 
     def _is_logged(self, row: dict[str, Any]) -> bool:
@@ -309,12 +317,14 @@ class Trainer:
     def _order_state(self) -> dict[str, Any]:
         """What decides the order of the data; a resumed run must have the same."""
         names = _ORDER_SETTINGS if self.online is None else (*_ORDER_SETTINGS, *_ONLINE_SETTINGS)
-        state = {name: getattr(self.config, name) for name in names}
+        # lists, as JSON gives them back
+        values = ((name, getattr(self.config, name)) for name in names)
+        state = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
         num_groups = len(self.replay.trees) if self.online is None else len(self.online.rows)
         return state | {"num_groups": num_groups}
 
     def _leave(self, error: BaseException) -> None:
-        """Before an interrupted run ends: a checkpoint of the last whole step, and what the engine still delivered."""
+        """Before a run ends early: a checkpoint of the last whole step, and what the engine still delivered."""
         if self.config.save_strategy == "no":
             return
         if self.online is not None:
@@ -332,6 +342,9 @@ class Trainer:
         groups in use."""
         state, saved, old = checkpoints.load_state(path)
         for name, value in self._order_state().items():
+            # Checkpoints from before these two were recorded lack them.
+            if name not in state and name in ("lora_alpha", "lora_target_modules"):
+                continue
             if state.get(name) != value:
                 raise ValueError(
                     f"checkpoint {path} was made with {name}={state.get(name)}, this run has {value}; resume with the"

@@ -60,9 +60,11 @@ class Sampler:
         options: SearchOptions,
         seeds: Sequence[int],
         progress: Progress | None = None,
+        indices: Sequence[int] | None = None,
     ) -> tuple[list[SampledGroup], list[dict[str, float]]]:
         """The groups of `rows`, every trajectory with its reward, and for each the means of its reward functions
-        (rewards/{name}/mean, NaN where a function did not apply) beside what they logged about all of them.
+        (rewards/{name}/mean, NaN where a function did not apply) beside what they logged about all of them. `indices`
+        says where in their dataset the rows are, for errors; without it they count from 0.
 
         Raises:
             ValueError: a bad row or reward; nothing is kept of the step.
@@ -86,6 +88,7 @@ class Sampler:
             error.trajectories = [t for group in done for t in group.trajectories]
             raise
         leaves = [(group, leaf) for group in sampled for leaf in range(len(group.trajectories))]
+        row_of = dict(zip(groups, range(len(rows)) if indices is None else indices, strict=True))
         columns = {name for row in rows for name in row} - {"prompt"}
         logged: dict[str, list[float]] = {}
         rewards, by_function = score(
@@ -97,6 +100,7 @@ class Sampler:
             columns={name: [group.row.get(name) for group, _ in leaves] for name in sorted(columns)},
             environments=[group.environments[leaf] for group, leaf in leaves],
             log_metric=lambda name, value: logged.setdefault(name, []).append(value),
+            places=[f"leaf {leaf} of group {group.group!r}, row {row_of[group.group]}" for group, leaf in leaves],
         )
         common = {name: float(np.mean(values)) for name, values in logged.items()}
         parts, begin = [], 0
@@ -253,11 +257,13 @@ class OnlineRollouts:
     ) -> list[tuple[SampledGroup, dict[str, float]]]:
         """Every process samples its share of the places; all get all of them, in order."""
         own = [place for i, place in enumerate(places) if i % self.world == self.rank]
-        rows = [self.rows[self.order[place]] for place in own]
+        indices = [self.order[place] for place in own]
+        rows = [self.rows[index] for index in indices]
         # A place, not a row, names a group: a small dataset comes round twice in a step.
-        groups = [f"{group_id(row, self.order[p], self.source)}@{p}" for row, p in zip(rows, own, strict=True)]
+        named = zip(rows, indices, own, strict=True)
+        groups = [f"{group_id(row, index, self.source)}@{place}" for row, index, place in named]
         seeds = [_seed(self.seed, place) for place in own]
-        sampled, means = self.sampler.sample(rows, groups, self.options, seeds, progress)
+        sampled, means = self.sampler.sample(rows, groups, self.options, seeds, progress, indices)
         for group in sampled:
             group.environments = []  # they may hold what cannot travel between processes
         pairs = self.gather(list(zip(own, sampled, means, strict=True)))
@@ -324,9 +330,8 @@ def evaluate(
         options, num_trees=1, num_expansions=0, temperature=temperature, top_p=1.0, token_budget=None
     )
     own = range(rank, len(rows), world)
-    sampled, means = sampler.sample(
-        [rows[i] for i in own], [f"eval-{i}" for i in own], chain, [_seed(seed, i) for i in own], progress
-    )
+    groups, seeds = [f"eval-{i}" for i in own], [_seed(seed, i) for i in own]
+    sampled, means = sampler.sample([rows[i] for i in own], groups, chain, seeds, progress, own)
     for group in sampled:
         group.environments = []
     pairs = sorted((gather or (lambda items: items))(list(zip(own, sampled, means, strict=True))), key=lambda p: p[0])
