@@ -17,9 +17,10 @@ import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny import largest_difference, listing, run, settings
 
 from treegrpo import Trajectory, checkpoint
-from treegrpo.config import TrainConfig, read_config
+from treegrpo.config import TrainConfig
 from treegrpo.metrics import read_metrics
 from treegrpo.trainer import Trainer
 
@@ -30,33 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[Path, Path]:
     return tiny.write(tmp_path_factory.mktemp("tiny"))
-
-
-def settings(files, folder, **changes) -> TrainConfig:
-    rollouts, model = files
-    base = {
-        "rollouts": f"replay:{rollouts}",
-        "model": str(model),
-        "output_dir": str(folder),
-        "groups_per_step": 2,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return TrainConfig(**{**base, **changes})
-
-
-def run(files, folder, **changes):
-    """`(logged rows, parameters by name)` of one run."""
-    trainer = Trainer(settings(files, folder, **changes))
-    history = trainer.train()
-    return history, {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-
-
-def largest_difference(a, b) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
 
 
 @pytest.mark.parametrize(
@@ -180,64 +154,6 @@ def test_a_tree_over_the_budget_is_cut_between_its_leaves(files, tmp_path, loss_
     assert largest_difference(weights, again) < 1e-3
 
 
-def test_later_checkpoints_are_set_aside_when_a_run_goes_back(files, tmp_path):
-    save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
-    run(files, tmp_path, max_steps=4, **save)
-    first = str(tmp_path / "checkpoint-2")
-    run(files, tmp_path, max_steps=3, resume_from_checkpoint=first, **save)
-    assert [path.name for path in checkpoint.listed(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
-    assert checkpoint.find(tmp_path, "latest").name == "checkpoint-3"
-    assert load_file(tmp_path / "superseded-4" / "model.safetensors")
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
-def test_a_checkpoint_set_aside_before_stays(files, tmp_path):
-    save = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-    run(files, tmp_path, **save)
-    first = str(tmp_path / "checkpoint-1")
-    old = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    for rate in (1e-3, 1e-4):
-        run(files, tmp_path, resume_from_checkpoint=first, **{**save, "learning_rate": rate})
-    names = {path.name for path in tmp_path.glob("*-2*")}
-    assert names == {"checkpoint-2", "superseded-2", "superseded-2-2"}
-    kept = load_file(tmp_path / "superseded-2" / "model.safetensors")
-    assert largest_difference(old, kept) == 0.0
-
-
-def test_a_checkpoint_of_another_run_leaves_a_run_alone(files, tmp_path, monkeypatch):
-    save = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    run(files, tmp_path / "a", **save)
-    run(files, tmp_path / "b", learning_rate=1e-3, **{**save, "max_steps": 2})
-    other, before = tmp_path / "a" / "checkpoint-1", listing(tmp_path / "b")
-    with pytest.raises(ValueError, match="b already holds a run"):
-        run(files, tmp_path / "b", resume_from_checkpoint=str(other), **save)
-    assert listing(tmp_path / "b") == before
-    # the folder may be written in another way
-    monkeypatch.chdir(tmp_path / "b")
-    run(files, "../b", resume_from_checkpoint="checkpoint-2", **save)
-    assert [row["step"] for row in read_metrics("metrics.jsonl")] == [1, 2, 3]
-    run(files, tmp_path / "b", resume_from_checkpoint=str(other), overwrite_output_dir=True, **save)
-    assert [row["step"] for row in read_metrics("metrics.jsonl")] == [2, 3]
-    assert [path.name for path in checkpoint.listed(".")] == ["checkpoint-2", "checkpoint-3"]
-
-
-def test_a_run_does_not_remove_what_it_reads(files, tmp_path):
-    run(files, tmp_path, max_steps=1, save_strategy="steps")
-    last, rollouts = tmp_path / "checkpoint-1", tmp_path / "rollouts" / "step-1.jsonl"
-    rollouts.parent.mkdir()
-    shutil.copy(files[0], rollouts)
-    before = listing(tmp_path)
-    for name, value in (
-        ("model", str(last)),
-        ("rollouts", f"replay:{rollouts}"),
-        ("tokenizer", str(last)),
-        ("resume_from_checkpoint", "latest"),
-    ):
-        with pytest.raises(ValueError, match=rf"{name}: the run needs .* overwrite_output_dir would remove with"):
-            Trainer(settings(files, tmp_path, overwrite_output_dir=True, **{name: value}))
-        assert listing(tmp_path) == before
-
-
 def test_the_optimiser_settings_are_those_of_the_run_that_goes_on(files, tmp_path):
     schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "max_steps": 4}
     run(files, tmp_path, save_strategy="steps", save_steps=2, **schedule)
@@ -305,68 +221,6 @@ def test_checkpoint_loads_anywhere_and_metrics_have_trl_names(files, tmp_path):
     assert rows == history and all(isinstance(json.dumps(row), str) for row in rows)
     first = history[0]
     assert first["tree/unique_tokens"] < first["tree/chain_tokens"] and first["tree/flop_ratio"] > 1
-
-
-def listing(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def test_cut_checkpoint_is_refused_and_nothing_changes(files, tmp_path):
-    run(files, tmp_path, save_strategy="steps")
-    path = checkpoint.listed(tmp_path)[-1]
-    for name in ("model.safetensors", "optimizer.pt"):
-        whole = (path / name).read_bytes()
-        (path / name).write_bytes(whole[: len(whole) // 2])
-        before = listing(tmp_path)
-        with pytest.raises(ValueError, match=rf"checkpoint-3 is damaged: {name} has .* bytes instead of"):
-            Trainer(settings(files, tmp_path, max_steps=6, resume_from_checkpoint="latest"))
-        assert listing(tmp_path) == before
-        (path / name).write_bytes(whole)
-    (path / "optimizer.pt").unlink()
-    with pytest.raises(ValueError, match=r"optimizer.pt is missing"):
-        Trainer(settings(files, tmp_path, max_steps=6, resume_from_checkpoint=str(path)))
-
-
-def test_other_order_settings_are_refused_on_resume(files, tmp_path):
-    run(files, tmp_path, save_strategy="steps")
-    with pytest.raises(ValueError, match="made with seed=42, this run has 7"):
-        Trainer(settings(files, tmp_path, max_steps=6, seed=7, resume_from_checkpoint="latest"))
-    with pytest.raises(ValueError, match="nothing left"):
-        Trainer(settings(files, tmp_path, resume_from_checkpoint="latest"))
-
-
-def test_other_adapters_are_refused_on_resume(files, tmp_path):
-    lora = {"lora_r": 2, "lora_target_modules": ("q_proj", "v_proj")}
-    run(files, tmp_path, save_strategy="steps", max_steps=1, **lora)
-    resumed = {**lora, "resume_from_checkpoint": "latest"}
-    with pytest.raises(ValueError, match="made with lora_alpha=16, this run has 64"):
-        Trainer(settings(files, tmp_path, lora_alpha=64, **resumed))
-    with pytest.raises(ValueError, match=r"lora_target_modules=\['q_proj', 'v_proj'\], this run has \['all-linear'\]"):
-        Trainer(settings(files, tmp_path, **{**resumed, "lora_target_modules": ("all-linear",)}))
-    assert len(run(files, tmp_path, **resumed)[0]) == 2
-
-
-def test_old_run_is_not_overwritten_unasked(files, tmp_path):
-    run(files, tmp_path, max_steps=1)
-    with pytest.raises(ValueError, match="already holds a run"):
-        Trainer(settings(files, tmp_path))
-    names = ("best", "rollouts", "checkpoint-7", "superseded-9", "superseded-9-2", ".checkpoint-8.tmp")
-    for name in (*names, "weights/weights-12-ab-3", "mine"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "file").touch()
-    (tmp_path / "unfinished-step-3.jsonl.gz").touch()
-    run(files, tmp_path, max_steps=2, overwrite_output_dir=True)
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl", "mine"}
-
-
-def test_the_settings_of_a_run_do_not_say_how_it_was_started(files, tmp_path):
-    run(files, tmp_path, max_steps=1, save_strategy="steps", overwrite_output_dir=True)
-    run(files, tmp_path, max_steps=2, save_strategy="steps", resume_from_checkpoint="latest")
-    config = read_config(tmp_path / "config.yaml")
-    assert config == settings(files, tmp_path, max_steps=2, save_strategy="steps")
-    with pytest.raises(ValueError, match="already holds a run"):
-        Trainer(config)
 
 
 def test_loss_that_is_not_finite_stops_before_the_update(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from treegrpo import Trajectory, save
+from treegrpo.config import TrainConfig
 
 VOCAB = 48
 MODEL = {
@@ -62,3 +63,39 @@ def write(folder: Path, rows: list[Trajectory] | None = None, **model) -> tuple[
     save(rollouts, trajectories() if rows is None else rows)
     config.write_text(json.dumps({**MODEL, **model}))
     return rollouts, config
+
+
+def settings(files, folder, **changes) -> TrainConfig:
+    """Three steps on what `write` wrote."""
+    rollouts, model = files
+    base = {
+        "rollouts": f"replay:{rollouts}",
+        "model": str(model),
+        "output_dir": str(folder),
+        "groups_per_step": 2,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return TrainConfig(**{**base, **changes})
+
+
+def run(files, folder, **changes):
+    """`(logged rows, parameters by name)` of one run."""
+    from treegrpo.trainer import Trainer
+
+    trainer = Trainer(settings(files, folder, **changes))
+    history = trainer.train()
+    return history, {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+
+
+def largest_difference(a, b) -> float:
+    """Of two dicts of tensors with the same names."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder`."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
