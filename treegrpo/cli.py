@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from treegrpo.config import TrainConfig, read_config
-from treegrpo.files import write_whole
+from treegrpo.files import check_file, check_folder, write_whole
 from treegrpo.rollout.engine import EngineError
 
 _File = tyro.conf.Positional[Path]
@@ -47,6 +47,7 @@ def inspect(
     from treegrpo.inspect import draw, tree_lines
     from treegrpo.samples import call_trees
 
+    check_file(png, "--png")
     trees = _read_forest(file)
     if group is not None:
         chosen = [tree for tree in trees if tree.group == group]
@@ -93,6 +94,7 @@ def flops(
     from treegrpo.flops import report
     from treegrpo.models import read_model_config
 
+    check_file(json, "--json")
     trajectories = load(_existing(file))
     trees = build_forest(split_calls(trajectories) if samples == "call" else trajectories)
     result = report(read_model_config(model), trees, share_across_groups=share_across_groups)
@@ -139,6 +141,7 @@ def evaluate(
     from treegrpo.evaluate import evaluate as run
     from treegrpo.report import number
 
+    check_file(json, "--json")
     _quiet_transformers()
     if rollouts.startswith("replay:"):
         result = run(
@@ -198,6 +201,7 @@ def export(
 
     from treegrpo.export import export as write
 
+    check_folder(out.parent, "OUT")
     _quiet_transformers()
     print(f"wrote {write(checkpoint, out, config=config, dtype=getattr(torch, dtype))}")
 
@@ -239,6 +243,7 @@ def convert(
     from treegrpo import build_forest, save
     from treegrpo.convert import convert_records, read_records
 
+    check_file(out, "OUT")
     records = read_records(_existing(file))
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
@@ -285,6 +290,7 @@ def demo(
     """
     from treegrpo.demo import run
 
+    check_folder(output_dir, "--output-dir")
     _quiet_transformers()
     run(
         _console(),
@@ -324,6 +330,8 @@ def study(
     """
     from treegrpo.study import run
 
+    check_folder(runs_dir, "--runs-dir")
+    check_folder(results_dir, "--results-dir")
     _quiet_transformers()
     run(
         _console(),
@@ -343,6 +351,7 @@ def train(config: TrainConfig) -> None:
     from treegrpo.report import final_table
     from treegrpo.trainer import Trainer
 
+    check_folder(config.output_dir, "--output-dir")
     _quiet_transformers()
     if config.dry_run:
         from treegrpo.dryrun import run_plan, table
@@ -371,14 +380,14 @@ def _commands(defaults: TrainConfig) -> dict[str, Callable]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns 0; 2 after printing what was wrong with the input, 1 when a rollout engine gave up, 130 on
-    Ctrl-C."""
+    """Entry point. Returns 0; 2 after printing what was wrong with the input or a file, 1 when a rollout engine gave
+    up, 130 on Ctrl-C."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         # The file's values become the defaults of the flags, so it is read before they are parsed.
         defaults = read_config(path) if (path := _config_flag(argv)) else TrainConfig()
         tyro.extras.subcommand_cli_from_dict(_commands(defaults), prog="treegrpo", description=_DESCRIPTION, args=argv)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except EngineError as error:

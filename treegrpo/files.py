@@ -26,8 +26,36 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path}, line {number + 1}: {damage}") from error
 
 
+def check_folder(folder: str | Path, setting: str) -> None:
+    """ValueError unless files can be written into `folder`, or it can be made; asked before the work, makes nothing.
+
+    Args:
+        folder: where files will go.
+        setting: what the user gave it with, named in the error.
+    """
+    folder = Path(folder)
+    found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not found.is_dir():
+        raise ValueError(f"{setting} {folder}: {found} is a file, not a folder; give another place")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(f"{setting} {folder}: {found} cannot be written to; give another place")
+
+
+def check_file(path: str | Path | None, setting: str) -> None:
+    """ValueError unless `path` (None: nothing is asked for) can be written; its folder may still be missing."""
+    if path is None:
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"{setting} {path} is a folder: give the name of a file")
+    check_folder(Path(path).parent, setting)
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen half written."""
+    """Writes a file that is never seen half written; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ def visible_fraction(subtree_end: np.ndarray, canvas: int = _CANVAS) -> np.ndarr
 
 
 def draw(tree: RolloutTree, path: str | Path, title: str | None = None) -> None:
-    """Writes a PNG: the tree over depth, the packed row, and the mask (sampled, never T x T)."""
+    """Writes a PNG, and its folder: the tree over depth, the packed row, and the mask (sampled, never T x T)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,6 +103,7 @@ def draw(tree: RolloutTree, path: str | Path, title: str | None = None) -> None:
         mask, cmap="Blues", vmin=0, vmax=1.3, extent=(0, size, size, 0), interpolation="nearest", aspect="auto"
     )
     axes["mask"].set(xlabel=f"key; {tree.num_pairs:,} visible pairs", ylabel="query (index in the packed row)")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

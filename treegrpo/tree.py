@@ -341,11 +341,12 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Trajectory))
 def save(path: str | os.PathLike, trajectories: Iterable[Trajectory]) -> None:
     """Write one JSON object per trajectory and line; compressed, with repeatable bytes, when the name ends in `.gz`.
 
-    A whole file or nothing: it is written under a temporary name and renamed. Unknown log-probs (NaN) become null,
-    every other number is written so that `load` gives it back bit for bit.
+    A whole file or nothing: it is written under a temporary name and renamed; its folder is made where it is missing.
+    Unknown log-probs (NaN) become null, every other number is written so that `load` gives it back bit for bit.
     Raises ValueError naming the trajectory if its `info` is not plain JSON.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as raw:

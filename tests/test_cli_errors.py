@@ -1,0 +1,83 @@
+"""What the commands refuse, before the work where they can, in one line that names the flag or the file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+from test_convert import CHATML, TALK, byte_tokenizer
+
+from treegrpo import load
+from treegrpo.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must end with 2, and gives what it printed as its error."""
+
+    def run(*argv) -> str:
+        assert main([str(word) for word in argv]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and "Traceback" not in err
+        return err
+
+    return run
+
+
+def _chat(tmp_path):
+    byte_tokenizer(CHATML).save_pretrained(tmp_path / "tokenizer")
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps({"messages": TALK, "group": "g", "reward": 1}) + "\n")
+    return source, tmp_path / "tokenizer"
+
+
+def test_the_folder_of_an_output_is_made(tmp_path):
+    rollouts, model = tiny.write(tmp_path)
+    source, tokenizer = _chat(tmp_path)
+    for argv, name in (
+        (["eval", "--model", model, "--rollouts", f"replay:{rollouts}", "--json"], "a/eval.json"),
+        (["flops", rollouts, "--model", model, "--json"], "b/flops.json"),
+        (["inspect", rollouts, "--png"], "c/tree.png"),
+        (["convert", "--tokenizer", tokenizer, source], "d/tokens.jsonl"),
+    ):
+        assert main([*map(str, argv), str(tmp_path / name)]) == 0
+        assert (tmp_path / name).stat().st_size
+        assert [path.name for path in (tmp_path / name).parent.iterdir()] == [(tmp_path / name).name]
+    assert len(load(tmp_path / "d" / "tokens.jsonl")) == 1
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, refused):
+    def no_work(*args, **kwargs):
+        raise AssertionError("the work has begun")
+
+    for name in ("models.read_model_config", "load", "convert.read_records", "demo.run", "study.run"):
+        monkeypatch.setattr(f"treegrpo.{name}", no_work)
+    rollouts, model = tiny.write(tmp_path)
+    in_file = rollouts / "x"
+    for argv in (
+        ["eval", "--model", model, "--rollouts", f"replay:{rollouts}", "--json", in_file],
+        ["flops", rollouts, "--model", model, "--json", in_file],
+        ["inspect", rollouts, "--png", in_file],
+        ["convert", "--tokenizer", model, rollouts, in_file],
+        ["train", "--rollouts", f"replay:{rollouts}", "--model", model, "--output-dir", rollouts],
+        ["train", "--rollouts", f"replay:{rollouts}", "--model", model, "--output-dir", in_file, "--dry-run"],
+        ["export", model, in_file],
+        ["demo", "--output-dir", rollouts],
+        ["study", "--runs-dir", in_file],
+    ):
+        assert f"{rollouts} is a file, not a folder" in refused(*argv)
+    assert "is a folder: give the name of a file" in refused("inspect", rollouts, "--png", tmp_path)
+
+
+def test_a_failed_write_is_one_line(tmp_path, monkeypatch, refused):
+    rollouts, model = tiny.write(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", str(tmp_path / "x.json"))
+
+    monkeypatch.setattr("treegrpo.files.os.replace", full)
+    assert "No space left" in refused("flops", rollouts, "--model", model, "--json", tmp_path / "x.json")
+    assert not list(tmp_path.glob("*x.json*"))
