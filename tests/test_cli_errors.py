@@ -8,7 +8,7 @@ import pytest
 import tiny
 from test_convert import CHATML, TALK, byte_tokenizer
 
-from treegrpo import load
+from treegrpo import load, models
 from treegrpo.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,3 +81,36 @@ def test_a_failed_write_is_one_line(tmp_path, monkeypatch, refused):
     monkeypatch.setattr("treegrpo.files.os.replace", full)
     assert "No space left" in refused("flops", rollouts, "--model", model, "--json", tmp_path / "x.json")
     assert not list(tmp_path.glob("*x.json*"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[:8] + b"zz" + data[10:]]
+)
+def test_damaged_weights_are_named(tmp_path, damage, refused):
+    rollouts, model = tiny.write(tmp_path)
+    models.build_model(model, 0).save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    for command in ("eval", "train"):
+        err = refused(command, "--model", tmp_path / "model", "--rollouts", f"replay:{rollouts}")
+        assert f"model {tmp_path / 'model'}: cannot load its weights" in err and "whole .safetensors files" in err
+
+
+@pytest.mark.parametrize("values", [{"vocab_size": "48"}, {"num_hidden_layers": -1}, {"num_attention_heads": None}])
+def test_values_of_a_config_that_make_no_model_are_named(tmp_path, values, refused):
+    rollouts, model = tiny.write(tmp_path, **values)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(model.read_text())
+    for place, named in ((model, model), (tmp_path / "folder", tmp_path / "folder")):
+        err = refused("eval", "--model", place, "--rollouts", f"replay:{rollouts}")
+        assert f"model {named}" in err and "mend" in err
+
+
+def test_adapters_alone_are_no_model(tmp_path, refused):
+    rollouts, model = tiny.write(tmp_path)
+    flags = ["--rollouts", f"replay:{rollouts}", "--model", model, "--output-dir", tmp_path / "out", "--lora-r", "2"]
+    assert main([*map(str, ["train", *flags]), "--max-steps", "1", "--disable-tqdm"]) == 0
+    adapters = tmp_path / "out" / "checkpoint-1"
+    for command in ("eval", "train"):
+        err = refused(command, "--model", adapters, "--rollouts", f"replay:{rollouts}")
+        assert f"`treegrpo export {adapters} OUT`" in err

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
-from treegrpo import models
+import torch
+
+import treegrpo_kernels
+from treegrpo import checkpoint as checkpoints
+from treegrpo import models, step
 from treegrpo.advantages import compute_advantages
 from treegrpo.config import TrainConfig
+from treegrpo.dropout import disable_dropout
 from treegrpo.rollout import build
 from treegrpo.tree import Trajectory, build_forest, load
+
+# A model up to here is built as it is to be checked, a larger one as a copy of few layers and a small vocabulary.
+_SMALL, _LARGEST = 20_000_000, 400_000_000
 
 
 def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
@@ -23,9 +32,15 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
     model_config = models.read_model_config(config.model)
     # An unknown estimator would otherwise show only after the first step was sampled.
     compute_advantages(_two_leaves(), config.advantage_estimator, **config.estimator_options())
+    _check_output(config)
+    _check_backend(config)
+    _check_schedule(config)
+    structure = _structure(config, model_config)
+    num_parameters = sum(parameter.numel() for parameter in structure.parameters())
     weights = "from the folder" if Path(config.model).is_dir() else f"random, seed {config.seed}"
     rows = [
-        ("model", f"{model_config.model_type}, {_num_parameters(model_config):,} parameters, weights {weights}"),
+        ("model", f"{model_config.model_type}, {num_parameters:,} parameters, weights {weights}"),
+        ("model family", _check_family(config, model_config, num_parameters)),
         ("trained", f"LoRA rank {config.lora_r}" if config.lora_r else "all weights"),
         ("rollouts", config.rollouts),
     ]
@@ -55,6 +70,8 @@ def _logged(config: TrainConfig, model_config: Any) -> list[tuple[str, str]]:
     if config.old_logprobs == "recorded":
         check_recorded(trajectories)
     trees = build_forest(trajectories)
+    for tree in trees:
+        step.check_budget(tree, config)
     chain, unique = sum(tree.num_chain_tokens for tree in trees), sum(tree.num_tokens for tree in trees)
     return [
         ("groups", f"{len(trees):,}, {len(trajectories):,} trajectories"),
@@ -96,12 +113,103 @@ def _epochs(config: TrainConfig, num_groups: int) -> str:
     return f"{reads / num_groups:.2f} epochs in {config.max_steps:,} steps"
 
 
-def _num_parameters(model_config: Any) -> int:
-    import torch
-    from transformers import AutoModelForCausalLM
+def _check_output(config: TrainConfig) -> None:
+    """As the trainer does: a run is neither lost nor continued by accident."""
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint:
+        checkpoints.find(folder, config.resume_from_checkpoint)
+    elif not config.overwrite_output_dir and (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"output_dir {folder} already holds a run: give another, or --overwrite-output-dir, or"
+            " --resume-from-checkpoint latest"
+        )
 
+
+def _check_backend(config: TrainConfig) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.backend != "auto" and (reason := treegrpo_kernels.backends(device)[config.backend]):
+        raise ValueError(f"backend {config.backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    try:
+        get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"lr_scheduler_type={config.lr_scheduler_type!r} with learning_rate={config.learning_rate:g}: {error}"
+        ) from error
+
+
+def _structure(config: TrainConfig, model_config: Any) -> torch.nn.Module:
+    """The model without weights, with the adapters of the run tried on it."""
+    folder = Path(config.model)
+    is_read = bool(config.lora_r or config.beta or not config.resume_from_checkpoint)
+    if is_read and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(f"model {folder}: no .safetensors file; give a folder with weights, or a config file")
+    if config.load_in_4bit:
+        models.check_bitsandbytes()
+        if not folder.is_dir():
+            raise ValueError(f"load_in_4bit needs a folder with weights, model={config.model!r} is a config file")
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(model_config).parameters())
+        model = models.from_config(model_config, folder)
+        if config.lora_r:
+            # on a copy: adapters change the modules they go to, and are none of the parameters counted
+            models.with_adapters(copy.deepcopy(model), config, None)
+    return model
+
+
+def _check_family(config: TrainConfig, model_config: Any, num_parameters: int) -> str:
+    """What was checked, in words. ValueError where tree attention would not compute what chains compute."""
+    from treegrpo.hf import use_tree_attention
+
+    if num_parameters <= _SMALL:
+        small, checked = model_config, "the self-check passes on random weights"
+    else:
+        small, checked = _small_copy(model_config), "the self-check passes on a random copy of few layers"
+        try:
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in models.from_config(small, config.model).parameters())
+        except ValueError as error:
+            return f"not checked: no small copy of it can be built ({error})"
+        if size > _LARGEST:
+            return f"not checked: two layers of it have {size:,} parameters; the run checks it at its start"
+    with models.seeded(config.seed):
+        model = models.from_config(small, config.model, dtype=torch.float32)
+    try:
+        use_tree_attention(disable_dropout(model))
+    except (LookupError, RuntimeError, TypeError) as error:
+        if small is not model_config:
+            return f"not checked: a small copy of it does not run ({error})"
+        raise ValueError(f"model {config.model}: its self-check failed ({error}); take another model") from error
+    return checked
+
+
+def _small_copy(model_config: Any) -> Any:
+    """The config with the first layers in which every kind occurs, few experts, all of them narrow, and few tokens."""
+    small = copy.deepcopy(model_config)
+    text = small.get_text_config()
+    num_layers, kinds = text.num_hidden_layers, list(getattr(text, "layer_types", None) or ())
+    num = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == num_layers:
+            setattr(text, name, value[:num])
+        elif name.endswith("intermediate_size") and isinstance(value, int):
+            setattr(text, name, min(value, 64))
+        elif name in ("num_experts", "num_local_experts", "n_routed_experts") and isinstance(value, int):
+            setattr(text, name, min(value, 32))
+    text.num_hidden_layers = min(num_layers, num)
+    text.vocab_size = min(text.vocab_size, 512)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    return small
 
 
 def _two_leaves() -> list:

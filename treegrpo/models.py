@@ -23,11 +23,17 @@ def read_model_config(path: str | Path) -> Any:
     """The transformers config of a model folder, a checkpoint folder, or a .json/.yaml file with `model_type`.
 
     Raises:
-        ValueError: nothing readable there, or an unknown model_type.
+        ValueError: nothing readable there, adapters alone, an unknown model_type, or a value of the wrong type.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = Path(path)
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model {path} holds LoRA adapters alone (adapter_config.json): `treegrpo export {path} OUT` merges them"
+            " into a folder that loads"
+        )
     try:
         if path.is_dir():
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -39,10 +45,34 @@ def read_model_config(path: str | Path) -> Any:
         return AutoConfig.for_model(**values)
     except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"model {path}: not a model folder or a config with model_type: {error}") from error
+    except StrictDataclassError as error:
+        file = path / "config.json" if path.is_dir() else path
+        raise ValueError(f"model {file}: {' '.join(str(error).split())}; mend that value") from error
 
 
 def vocabulary_size(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
+
+
+def from_config(config: Any, path: str | Path, **options: Any) -> torch.nn.Module:
+    """A causal LM with random weights, through tree attention. ValueError naming `path` where the values of its config
+    make no model."""
+    from transformers import AutoModelForCausalLM
+
+    from treegrpo.hf import ATTENTION
+
+    try:
+        return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, **options)
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+    ) as error:
+        raise ValueError(f"model {path}: its config makes no model ({error}); mend it") from error
 
 
 def build_model(
@@ -63,21 +93,28 @@ def build_model(
     Raises:
         ValueError: weights that cannot be read, quantisation without weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from treegrpo.hf import ATTENTION, use_tree_attention
 
     config = read_model_config(path)
-    options: dict[str, Any] = {"attn_implementation": ATTENTION, "dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32}
     if Path(path).is_dir() and weights:
         if quantization is not None:
-            _check_bitsandbytes()
+            check_bitsandbytes()
             options |= {"quantization_config": quantization, "device_map": {"": device or torch.device("cpu")}}
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+                path,
+                config=config,
+                attn_implementation=ATTENTION,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             cure = (
                 "a sharded checkpoint: `treegrpo export` makes a folder that loads"
                 if (Path(path) / SHARDS).is_dir()
@@ -88,7 +125,7 @@ def build_model(
         if quantization is not None:
             raise ValueError(f"load_in_4bit needs a folder with weights, model={str(path)!r} is a config file")
         with seeded(seed):
-            model = AutoModelForCausalLM.from_config(config, **options)
+            model = from_config(config, path, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights in a forward in eval mode, and have no gradients from then on
@@ -113,7 +150,7 @@ def build_policy(
             # before transformers 5 it takes no dtype, and gives the model's own
             takes_dtype = "dtype" in inspect.signature(model.dequantize).parameters
             model = model.dequantize(**({"dtype": torch.float32} if takes_dtype else {}))
-        model = _with_adapters(model, config, checkpoint)
+        model = with_adapters(model, config, checkpoint)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.lora_r:
@@ -121,7 +158,8 @@ def build_policy(
     return model.train()
 
 
-def _check_bitsandbytes() -> None:
+def check_bitsandbytes() -> None:
+    """ValueError where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("load_in_4bit needs bitsandbytes: pip install bitsandbytes")
 
@@ -135,7 +173,9 @@ def _quantization(config: TrainConfig) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def _with_adapters(model: torch.nn.Module, config: TrainConfig, checkpoint: Path | None) -> torch.nn.Module:
+def with_adapters(model: torch.nn.Module, config: TrainConfig, checkpoint: Path | None) -> torch.nn.Module:
+    """`model` with LoRA adapters, new ones or a checkpoint's. ValueError where there are no such modules, or it has
+    none."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if checkpoint is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from treegrpo import models
 from treegrpo.rollout.engine import RolloutEngine
 from treegrpo.rollout.search import SearchOptions
 
@@ -62,14 +63,32 @@ def search_options(config: TrainConfig) -> SearchOptions:
 
 
 def load_tokenizer(config: TrainConfig) -> Any:
-    """The tokenizer of the run, from disk. ValueError where there is none."""
+    """The tokenizer of the run, from disk. ValueError where there is none, or the model does not know its ids."""
     from transformers import AutoTokenizer
 
     folder = config.tokenizer or config.model
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer {folder!r} cannot be loaded ({error}): give --tokenizer FOLDER") from error
+    size = models.vocabulary_size(models.read_model_config(config.model))
+    if beyond := _beyond(tokenizer, size):
+        token, index = beyond[0]
+        raise ValueError(
+            f"tokenizer {folder!r}: {token!r} has id {index}, but the model {config.model!r} has ids 0 to {size - 1}:"
+            " give --tokenizer FOLDER, the one the model was trained with"
+        )
+    return tokenizer
+
+
+def _beyond(tokenizer: Any, vocab_size: int) -> list[tuple[str, int]]:
+    """`(token, id)` outside `[0, vocab_size)`, ascending."""
+    # Gemma's tokenizer has a special token for images that its models of text alone do not know
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    template = str(tokenizer.chat_template or "")
+    unused = {token for token in special if token not in template} - {tokenizer.bos_token, tokenizer.eos_token}
+    found = [(token, i) for token, i in tokenizer.get_vocab().items() if i >= vocab_size and token not in unused]
+    return sorted(found, key=lambda pair: pair[1])
 
 
 def make_engine(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -> RolloutEngine:

@@ -1,0 +1,114 @@
+"""A dry run refuses what would stop the run at its start, with the same words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from boxes import online_config, quick_box
+
+from treegrpo import Trajectory
+from treegrpo.cli import main
+from treegrpo.dryrun import run_plan
+from treegrpo.models import read_model_config
+from treegrpo.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    return quick_box(tmp_path_factory.mktemp("box"))
+
+
+@pytest.fixture
+def argv(tmp_path):
+    rollouts, model = tiny.write(tmp_path)
+    return ["train", "--rollouts", f"replay:{rollouts}", "--model", str(model), "--output-dir", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--row-token-budget", "12"], "over row_token_budget=12"),
+        (["--row-token-budget", "25", "--shared-tokens", "once"], "needs it in one row"),
+        pytest.param(
+            ["--backend", "cuda"],
+            "backend 'cuda' does not work here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (["--resume-from-checkpoint", "nowhere"], "nowhere is not a whole checkpoint"),
+        (["--resume-from-checkpoint", "latest"], "no checkpoint-* in"),
+        (["--lora-r", "2", "--lora-target-modules", "nosuch"], "Target modules {'nosuch'} not found"),
+        (["--lr-scheduler-type", "polynomial", "--learning-rate", "1e-8"], "must be smaller than initial lr"),
+        (["--lora-r", "2", "--load-in-4bit"], "load_in_4bit needs"),
+    ],
+)
+def test_settings_that_stop_the_run(more, message, argv, capsys):
+    for dry in (["--dry-run"], []):
+        assert main([*argv, *more, *dry]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_key_value_heads": 3}, "k and v must agree and divide q's number"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+        ({"model_type": "mamba"}, "take a model whose layers are all attention"),
+    ],
+)
+def test_models_that_stop_the_run(model, message, argv, tmp_path, capsys):
+    tiny.write(tmp_path, **model)
+    for dry in (["--dry-run"], []):
+        assert main([*argv, *dry]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_is_refused(argv, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("")
+    assert main([*argv, "--dry-run"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main([*argv, "--dry-run", "--overwrite-output-dir"]) == 0
+    assert "the self-check passes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_without_weights_is_refused(argv, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(tiny.MODEL))
+    argv[argv.index("--model") + 1] = str(tmp_path / "empty")
+    for dry in (["--dry-run"], []):
+        assert main([*argv, *dry]) == 2
+        assert ".safetensors" in capsys.readouterr().err
+
+
+def test_a_large_model_is_checked_as_a_small_copy(argv, tmp_path, capsys):
+    large = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 50_000, "num_hidden_layers": 8}
+    kinds = ["full_attention"] * 2 + ["sliding_attention"] * 6
+    rows = [Trajectory([1, 2, i], [0, 1, 1], reward=float(i), group="g") for i in (0, 1)]
+    tiny.write(tmp_path, rows, **large, layer_types=kinds, use_sliding_window=True, sliding_window=64)
+    assert main([*argv, "--dry-run"]) == 0
+    assert "a random copy of few layers" in " ".join(capsys.readouterr().out.split())
+    tiny.write(tmp_path, rows, **large, num_key_value_heads=3)
+    assert main([*argv, "--dry-run"]) == 2
+    assert "divide q's number" in capsys.readouterr().err
+    # three linear layers before the first of attention
+    tiny.write(tmp_path, rows, **large, model_type="qwen3_next", num_experts=4, num_experts_per_tok=2)
+    assert main([*argv, "--dry-run"]) == 2
+    assert "layers of type linear_attention" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(box, tmp_path):
+    model = tmp_path / "model.json"
+    size = read_model_config(box).vocab_size
+    values = {**tiny.MODEL, "vocab_size": size - 1, "max_position_embeddings": 512}
+    model.write_text(json.dumps(values))
+    config = online_config(box, tmp_path / "out", model=str(model), tokenizer=str(box))
+    for start in (run_plan, Trainer):
+        with pytest.raises(ValueError, match=rf"has id {size - 1}, but the model .* has ids 0 to {size - 2}"):
+            start(config)
+    model.write_text(json.dumps({**values, "vocab_size": size}))
+    run_plan(config)
