@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -354,9 +356,24 @@ def test_resolve_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts["search_em/official"] == pytest.approx([0.1, 0.8])
     assert parts["search_f1"] == pytest.approx([-0.2, 0.8])
     assert rewards == pytest.approx([2.9, 1.6])
-    for name in ("em", "search_em/best", "format/paper", "my_rewards:four"):
+    for name in ("em", "search_em/best", "format/paper", "my_rewards:four", "my_rewards_none:x"):
         with pytest.raises(ValueError, match=name):
             resolve_rewards([name])
+
+
+def test_a_module_in_the_working_folder_is_found(tmp_path: Path) -> None:
+    """As the console script starts: its own folder first on the path, not the working folder."""
+    (tmp_path / "my_own_rewards.py").write_text("def good(completions, **columns):\n    return [1.0]\n")
+    root = Path(__file__).resolve().parent.parent
+    code = (
+        f"import sys; sys.path[0] = '/nonexistent'; sys.path.append({str(root)!r})\n"
+        "from treegrpo.rewards import resolve_rewards\n"
+        "print(resolve_rewards(['my_own_rewards:good'])[0].__name__)\n"
+        "resolve_rewards(['my_own_rewards:bad'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "good\n"
+    assert "ValueError: reward_funcs='my_own_rewards:bad': module my_own_rewards" in done.stderr
 
 
 def test_environments_may_own_the_reward() -> None:

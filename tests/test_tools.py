@@ -387,10 +387,21 @@ def test_make_env_factory(chatml, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, message in (
         ("nothing", "give search, calculator or module:name"),
         ("search", "needs a retriever"),
-        ("my_envs:three", "has no class"),
-        ("my_envs:none", "has no class"),
+        ("my_envs:three", "env='my_envs:three' is of type int: give a class"),
+        ("my_envs:none", "env='my_envs:none': module my_envs .* has no 'none'"),
+        ("my_envs_none:x", "env='my_envs_none:x': cannot import my_envs_none"),
+        (".my_envs:x", "is no name of a module"),
     ):
         with pytest.raises(ValueError, match=message):
             make_env_factory(name, tokenizer=chatml)
     with pytest.raises(ValueError, match="format 'x'"):
         make_env_factory("calculator", options={"format": "x"})
+    with pytest.raises(ValueError, match=r"env='calculator' cannot be made: .*'document_template'; leave out"):
+        make_env_factory("calculator", options={"document_template": "{text}"})
+    user.Bare = type("Bare", (), {"reset": lambda self: None, "add": staticmethod(add)})
+    user.Needy = type("Needy", (SearchEnv,), {"__init__": lambda self, place: None})
+    for name in ("Bare", "add"):
+        with pytest.raises(ValueError, match=f"env='my_envs:{name}' cannot be made: .*'prompt_template'; leave out"):
+            make_env_factory(f"my_envs:{name}", tokenizer=chatml, options={"prompt_template": "{question}"})
+    with pytest.raises(ValueError, match=r"env='my_envs:Needy' cannot be made: .*'place'; give its arguments defaults"):
+        make_env_factory("my_envs:Needy")

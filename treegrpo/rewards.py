@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import inspect
 import math
 import threading
@@ -24,6 +23,7 @@ import numpy as np
 
 from treegrpo.answers import equal, exact_match, extract_result, f1_score, gold_answers, normalize_answer
 from treegrpo.envs.tags import Tags, format_valid, last_answer
+from treegrpo.plugin import load_attribute
 
 __all__ = [
     "VARIANTS",
@@ -202,7 +202,7 @@ def resolve_rewards(
     """Functions of their names: search_em, search_f1, math_answer, format, environment, or `module:function` of the
     user's own. `search_em/official` chooses a variant for one of them. The keywords go to ours that take them.
 
-    ValueError naming what is unknown; ImportError where the module cannot be imported.
+    ValueError naming what is unknown or cannot be imported.
     """
     return [_resolve(name, {"variant": variant, "tags": tags, "weight": weight}) for name in names]
 
@@ -216,10 +216,9 @@ def _resolve(name: str, options: dict[str, Any]) -> Callable:
         "environment": environment_reward,
     }
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        function = getattr(importlib.import_module(module), attribute, None)
+        function = load_attribute(name, "reward_funcs")
         if not callable(function):
-            raise ValueError(f"reward {name!r}: {module} has no function {attribute!r}")
+            raise ValueError(f"reward_funcs={name!r} is of type {type(function).__name__}: give a function")
         return function
     base, _, variant = name.partition("/")
     if base not in ours:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import json
 import logging
@@ -15,6 +14,7 @@ from treegrpo.envs.base import Environment, StepResult
 from treegrpo.envs.calculator import CalculatorEnv, calculate
 from treegrpo.envs.retrievers import Retriever, make_retriever
 from treegrpo.envs.search import SearchEnv
+from treegrpo.plugin import load_attribute
 from treegrpo.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ def make_env_factory(
                     TRL's environment_factory, a function or list of functions as tools
 
     `options` go to the constructor. The first environment is made here, so that what is wrong shows at once.
-    ValueError for an unknown name or a missing retriever; ImportError where the module cannot be imported.
+    ValueError for an unknown name, a missing retriever, options that the environment does not take.
     """
     options = dict(options or {})
     if isinstance(retriever, str):
@@ -313,32 +313,47 @@ def make_env_factory(
         if retriever is None:
             raise ValueError("the search environment needs a retriever: give bm25:PATH or http://host:port/retrieve")
         options.setdefault("chat", has_chat)
-        return _tried(lambda: SearchEnv(retriever, **options))
+        return _tried(name, SearchEnv, (retriever,), options)
     if name == "calculator":
         kind = options.pop("format", "tags")
         if kind not in ("tags", "tools"):
             raise ValueError(f"format {kind!r} of the calculator: give tags or tools")
         if kind == "tools":
-            return _tried(lambda: ToolEnv([calculate], tokenizer=tokenizer, **options))
+            return _tried(name, ToolEnv, ([calculate],), {"tokenizer": tokenizer, **options})
         options.setdefault("chat", has_chat)
-        return _tried(lambda: CalculatorEnv(**options))
-    module, colon, attribute = name.partition(":")
-    if not colon:
+        return _tried(name, CalculatorEnv, (), options)
+    if ":" not in name:
         raise ValueError(f"environment {name!r}: give search, calculator or module:name")
-    found = getattr(importlib.import_module(module), attribute, None)
+    found = load_attribute(name, "env")
     if isinstance(found, type) and issubclass(found, Environment):
         taken = inspect.signature(found).parameters
         given = {"tokenizer": tokenizer, "retriever": retriever}
         options = {key: value for key, value in given.items() if key in taken and value is not None} | options
-        return _tried(lambda: found(**options))
+        return _tried(name, found, (), options)
     if isinstance(found, type):
-        return _tried(lambda: FactoryEnv(lambda: found(**options), tokenizer=tokenizer))
+        _check_options(name, found, (), options)
+        return _tried(name, FactoryEnv, (lambda: found(**options),), {"tokenizer": tokenizer})
     tools = found if isinstance(found, (list, tuple)) else [found]
     if not all(map(callable, tools)):
-        raise ValueError(f"environment {name!r}: {module} has no class, function or list of functions {attribute!r}")
-    return _tried(lambda: ToolEnv(tools, tokenizer=tokenizer, **options))
+        raise ValueError(
+            f"env={name!r} is of type {type(found).__name__}: give a class, a function or a list of functions"
+        )
+    return _tried(name, ToolEnv, (tools,), {"tokenizer": tokenizer, **options})
 
 
-def _tried(make: Callable[[], Environment]) -> Callable[[], Environment]:
-    make()
-    return make
+def _tried(
+    name: str, kind: Callable[..., Environment], args: tuple, options: dict[str, Any]
+) -> Callable[[], Environment]:
+    """What makes an environment of these arguments, after it has made one."""
+    _check_options(name, kind, args, options)
+    kind(*args, **options)
+    return lambda: kind(*args, **options)
+
+
+def _check_options(name: str, kind: Callable[..., Any], args: tuple, options: dict[str, Any]) -> None:
+    try:
+        inspect.signature(kind).bind(*args, **options)
+    except TypeError as error:
+        own = [option for option in options if option not in ("chat", "tokenizer", "retriever")]
+        cure = f"leave out {', '.join(own)}" if own else "give its arguments defaults"
+        raise ValueError(f"env={name!r} cannot be made: {error}; {cure}") from error
