@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
 import pytest
 import tiny
 from test_convert import CHATML, TALK, byte_tokenizer
 
-from treegrpo import load, models
+from treegrpo import Trajectory, load, models
 from treegrpo.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,3 +116,86 @@ def test_adapters_alone_are_no_model(tmp_path, refused):
     for command in ("eval", "train"):
         err = refused(command, "--model", adapters, "--rollouts", f"replay:{rollouts}")
         assert f"`treegrpo export {adapters} OUT`" in err
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "flags", "kind"),
+    [
+        ("hf", ["--samples", "call"], "replay:FILE"),
+        ("hf", ["--attention", "tree"], "replay:FILE"),
+        ("hf", ["--row-token-budget", "5"], "replay:FILE"),
+        ("hf", ["--backend", "cpu"], "replay:FILE"),
+        ("replay:x.jsonl", ["--config", "run.yaml"], "an engine"),
+        ("replay:x.jsonl", ["--dataset", "rows.jsonl"], "an engine"),
+        ("replay:x.jsonl", ["--rows", "0"], "an engine"),
+    ],
+)
+def test_eval_refuses_flags_it_would_not_read(rollouts, flags, kind, refused):
+    err = refused("eval", "--model", "m", "--rollouts", rollouts, *flags)
+    assert f"{flags[0]}: only with rollouts of {kind}, not with {rollouts}" in err
+
+
+def test_eval_samples_with_the_temperature_and_seed_given(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "treegrpo.evaluate.evaluate_sampled", lambda config: seen.append(config) or {"eval_reward": 1.0}
+    )
+    settings = tmp_path / "run.yaml"
+    settings.write_text("eval_temperature: 0.5\nseed: 7\n")
+    argv = ["eval", "--model", "m", "--rollouts", "hf", "--config", str(settings)]
+    assert main(argv) == 0
+    assert main([*argv, "--temperature", "0", "--seed", "3", "--dataset", "rows.jsonl", "--rows", "2"]) == 0
+    assert [(config.eval_temperature, config.seed) for config in seen] == [(0.5, 7), (0.0, 3)]
+    assert (seen[1].eval_dataset, seen[1].eval_rows, seen[1].model) == ("rows.jsonl", 2, "m")
+
+
+def test_eval_refuses_numbers_that_mean_nothing(tmp_path, refused):
+    rollouts, model = tiny.write(tmp_path)
+    argv = ["eval", "--model", model, "--rollouts", f"replay:{rollouts}"]
+    assert "row_token_budget=0" in refused(*argv, "--row-token-budget", 0)
+    assert "temperature=0.0" in refused(*argv, "--temperature", 0)
+
+
+def test_eval_of_a_row_without_trained_tokens(tmp_path):
+    plain = Trajectory([1, 2, 3], [0, 0, 0], reward=0.0, group="plain")
+    rows = tiny.trajectories(1)
+    results = []
+    for held in (rows, [plain, *rows]):
+        rollouts, model = tiny.write(tmp_path, held)
+        argv = ["eval", "--model", model, "--rollouts", f"replay:{rollouts}", "--json", tmp_path / "eval.json"]
+        assert main([*map(str, argv), "--row-token-budget", "29"]) == 0
+        results.append(json.loads((tmp_path / "eval.json").read_text()))
+    assert results[1]["eval_num_groups"] == 2 and results[1]["eval_tree_vs_chain/max"] < 1e-4
+    assert math.isclose(results[0]["eval_logp/mean"], results[1]["eval_logp/mean"], rel_tol=1e-5)
+
+
+def test_an_empty_file_is_named(tmp_path, refused):
+    _, model = tiny.write(tmp_path)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for argv in (
+        ["eval", "--model", model, "--rollouts", f"replay:{empty}"],
+        ["inspect", empty],
+        ["flops", empty, "--model", model],
+        ["convert", empty, tmp_path / "out.jsonl", "--tokenizer", model],
+    ):
+        assert f"{empty} holds no trajectory" in refused(*argv)
+
+
+def test_inspect_leaves_out_groups_without_calls(tmp_path, capsys, refused):
+    plain = Trajectory([1, 2, 3], [0, 0, 0], group="plain")
+    unknown = [dataclasses.replace(row, reward=None) for row in tiny.trajectories(2)]
+    rollouts, _ = tiny.write(tmp_path, [plain, *unknown])
+    assert main(["inspect", str(rollouts), "--samples", "call", "--max-groups", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "group g0" in text and "1 more groups: give" in text and "1 groups left out: nothing in them" in text
+    assert "there is no call to draw" in refused("inspect", rollouts, "--samples", "call", "--group", "plain")
+    assert main(["inspect", str(rollouts), "--group", "plain"]) == 0
+    assert "more groups" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_inspect_draws_at_least_one_group(number, tmp_path, refused):
+    rollouts, _ = tiny.write(tmp_path)
+    err = refused("inspect", rollouts, "--max-groups", number, "--png", tmp_path / "x.png")
+    assert f"--max-groups {number}: give at least 1" in err and not (tmp_path / "x.png").exists()

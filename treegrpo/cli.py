@@ -43,12 +43,15 @@ def inspect(
         max_groups: Draw at most so many groups.
         png: Also write a picture of the first drawn group: tree, packed row and mask.
     """
+    from treegrpo import build_forest
     from treegrpo.advantages import compute_advantages
     from treegrpo.inspect import draw, tree_lines
     from treegrpo.samples import call_trees
 
     check_file(png, "--png")
-    trees = _read_forest(file)
+    if max_groups < 1:
+        raise ValueError(f"--max-groups {max_groups}: give at least 1")
+    trees = build_forest(_read_trajectories(file))
     if group is not None:
         chosen = [tree for tree in trees if tree.group == group]
         if not chosen:
@@ -56,6 +59,15 @@ def inspect(
                 f"group {group!r} is not in {file}; it has {', '.join(tree.group for tree in trees[:8])}, ..."
             )
         trees = chosen
+    num_untrained = 0
+    if samples == "call":
+        # a group of which nothing is trained has no call
+        trained = [tree for tree in trees if any(t.loss_mask.any() for t in tree.trajectories)]
+        num_untrained, trees = len(trees) - len(trained), trained
+        if not trees:
+            raise ValueError(
+                f"{file}: loss_mask is 0 everywhere, so there is no call to draw; leave out --samples call"
+            )
     shown = trees[:max_groups]
     has_rewards = all(t.reward is not None for tree in shown for t in tree.trajectories)
     advantages = compute_advantages(shown, advantage_estimator) if has_rewards else [None] * len(shown)
@@ -68,6 +80,8 @@ def inspect(
         console.print(tree_lines(tree, values))
     if len(trees) > len(shown):
         console.print(f"{len(trees) - len(shown)} more groups: give --group or --max-groups")
+    if num_untrained:
+        console.print(f"{num_untrained} groups left out: nothing in them is trained, so they have no call")
     if png is not None:
         draw(shown[0], png)
         console.print(f"wrote {png}")
@@ -90,12 +104,12 @@ def flops(
         share_across_groups: Count what several groups begin with once, as one packed batch would.
         json: Also write the numbers there.
     """
-    from treegrpo import build_forest, load, split_calls
+    from treegrpo import build_forest, split_calls
     from treegrpo.flops import report
     from treegrpo.models import read_model_config
 
     check_file(json, "--json")
-    trajectories = load(_existing(file))
+    trajectories = _read_trajectories(file)
     trees = build_forest(split_calls(trajectories) if samples == "call" else trajectories)
     result = report(read_model_config(model), trees, share_across_groups=share_across_groups)
     print(result.table())
@@ -107,12 +121,12 @@ def flops(
 def evaluate(
     model: str,
     rollouts: str,
-    samples: Literal["trajectory", "call"] = "trajectory",
-    attention: Literal["tree", "chain", "both"] = "both",
-    temperature: float = 1.0,
+    samples: Literal["trajectory", "call"] | None = None,
+    attention: Literal["tree", "chain", "both"] | None = None,
+    temperature: float | None = None,
     row_token_budget: int | None = None,
-    backend: str = "auto",
-    seed: int = 42,
+    backend: str | None = None,
+    seed: int | None = None,
     config: Path | None = None,
     dataset: Path | None = None,
     rows: int | None = None,
@@ -123,12 +137,14 @@ def evaluate(
     Args:
         model: A checkpoint or model folder, or a config for random weights.
         rollouts: replay:FILE, or an engine (hf, vllm, server:URL) that samples one chain a prompt.
-        samples: Whole trajectories, or one sample per assistant turn.
-        attention: tree, chain, or both: then the largest difference of a token's log-prob is shown.
-        temperature: The logits are divided by it.
-        row_token_budget: Unique tokens in one packed row.
-        backend: Kernel backend.
-        seed: Seed of random weights.
+        samples: With replay: whole trajectories (the default), or one sample per assistant turn.
+        attention: With replay: tree, chain, or both (the default): then the largest difference of a token's log-prob
+            is shown.
+        temperature: The logits are divided by it, default 1; with an engine it samples so, default the config's
+            eval_temperature.
+        row_token_budget: With replay: unique tokens in one packed row.
+        backend: With replay: kernel backend, default auto.
+        seed: Seed of random weights and of what is sampled; default 42, with an engine the config's.
         config: With an engine: the run's settings (environment, retriever, rewards), such as the config.yaml in its
             output_dir.
         dataset: With an engine: the prompts; default the eval_dataset of the config.
@@ -137,25 +153,23 @@ def evaluate(
     """
     from rich.table import Table
 
-    from treegrpo import load
     from treegrpo.evaluate import evaluate as run
     from treegrpo.report import number
 
     check_file(json, "--json")
     _quiet_transformers()
+    of_replay = dict(samples=samples, attention=attention, row_token_budget=row_token_budget, backend=backend)
+    of_both = dict(temperature=temperature, seed=seed)
     if rollouts.startswith("replay:"):
-        result = run(
-            model,
-            load(_existing(Path(rollouts.removeprefix("replay:")))),
-            samples=samples,
-            attention=attention,
-            temperature=temperature,
-            row_token_budget=row_token_budget,
-            backend=backend,
-            seed=seed,
-        )
+        _refuse(rollouts, "an engine", dict(config=config, dataset=dataset, rows=rows))
+        given = {name: value for name, value in {**of_replay, **of_both}.items() if value is not None}
+        trajectories = _read_trajectories(Path(rollouts.removeprefix("replay:")))
+        result = run(model, trajectories, **{"attention": "both", **given})
     else:
-        result = _sampled_evaluation(model, rollouts, config, dataset, rows)
+        _refuse(rollouts, "replay:FILE", of_replay)
+        result = _sampled_evaluation(
+            model, rollouts, config, eval_dataset=dataset, eval_rows=rows, eval_temperature=temperature, seed=seed
+        )
     table = Table(title=f"{model} on {rollouts}", title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -166,20 +180,22 @@ def evaluate(
         _write_json(json, result)
 
 
-def _sampled_evaluation(
-    model: str, rollouts: str, config: Path | None, dataset: Path | None, rows: int | None
-) -> dict[str, float]:
+def _refuse(rollouts: str, kind: str, flags: dict[str, object]) -> None:
+    """ValueError where a flag is given that these rollouts would not read."""
+    given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: only with rollouts of {kind}, not with {rollouts}; leave out")
+
+
+def _sampled_evaluation(model: str, rollouts: str, config: Path | None, **changes: object) -> dict[str, float]:
     from dataclasses import replace
 
     from treegrpo.evaluate import evaluate_sampled
 
     if config is None:
         raise ValueError(f"rollouts={rollouts!r} needs --config, the settings of the run (its output_dir/config.yaml)")
-    settings = read_config(config)
-    changes = {"eval_dataset": str(dataset)} if dataset is not None else {}
-    changes |= {"eval_rows": rows} if rows is not None else {}
-    settings = replace(settings, model=model, rollouts=rollouts, **changes)
-    return evaluate_sampled(settings)
+    changes = {name: str(x) if isinstance(x, Path) else x for name, x in changes.items() if x is not None}
+    return evaluate_sampled(replace(read_config(config), model=model, rollouts=rollouts, **changes))
 
 
 def export(
@@ -244,7 +260,7 @@ def convert(
     from treegrpo.convert import convert_records, read_records
 
     check_file(out, "OUT")
-    records = read_records(_existing(file))
+    records = _not_empty(file, read_records(_existing(file)))
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -422,10 +438,16 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read_forest(path: Path):
-    from treegrpo import build_forest, load
+def _read_trajectories(path: Path):
+    from treegrpo import load
 
-    return build_forest(load(_existing(path)))
+    return _not_empty(path, load(_existing(path)))
+
+
+def _not_empty(path: Path, rows: list) -> list:
+    if not rows:
+        raise ValueError(f"{path} holds no trajectory: give a file with at least one")
+    return rows
 
 
 def _write_json(path: Path, values: dict) -> None:

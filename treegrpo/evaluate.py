@@ -42,13 +42,19 @@ def evaluate(
 
     Raises:
         ValueError: no trajectories, a token outside the vocabulary, a tree over `row_token_budget`, an unusable
-            backend.
+            backend, a temperature that is not above 0.
     """
+    if row_token_budget is not None and row_token_budget < 1:
+        raise ValueError(f"row_token_budget={row_token_budget}: give at least 1, or leave it out")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: give a finite number above 0")
     if samples == "call":
         trajectories = split_calls(trajectories)
     trees = build_forest(trajectories)
     check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(model_path)), str(model_path))
-    budget = row_token_budget or max(_DEFAULT_BUDGET, max(tree.num_tokens for tree in trees))
+    budget = row_token_budget
+    if budget is None:
+        budget = max(_DEFAULT_BUDGET, max(tree.num_tokens for tree in trees))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = pack(trees, token_budget=budget)
     model = models.build_model(model_path, seed).to(device).eval()
@@ -62,7 +68,9 @@ def evaluate(
             logp, entropy = (batch.expand(x) for x in token_logprobs(model, batch, **options))
         if attention == "both":
             chain = chain_logprobs(model, batch, **options)[0]
-            sums.difference = max(sums.difference, float((logp - chain)[batch.leaf_mask].abs().max()))
+            difference = (logp - chain)[batch.leaf_mask].abs()
+            # a row in which nothing is trained has none
+            sums.difference = max(sums.difference, float(difference.max()) if difference.numel() else 0.0)
         sums.add(batch, logp, entropy)
     return sums.result(trees, attention)
 
