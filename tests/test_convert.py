@@ -155,6 +155,15 @@ def test_parse_arguments_gives_the_template_objects():
     assert '<call>add{"a": 2}</call>' in tokenizer.decode(trajectory.token_ids)
 
 
+@pytest.mark.parametrize("calls", ["x", ["x"], 5, [{"function": "f"}], [{"function": None}], {"function": {}}])
+def test_malformed_tool_calls_are_named(calls):
+    messages = [TALK[0], {"role": "assistant", "tool_calls": calls}]
+    with pytest.raises(
+        ValueError, match=r"record 0 \(group g\): messages\[1\]: tool_calls is .*: give a list of objects"
+    ):
+        convert_records([{"messages": messages, "group": "g"}], byte_tokenizer(CHATML), parse_arguments=True)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -189,13 +189,23 @@ def _clean_message(index: int, message: dict[str, Any], parse_arguments: bool) -
     clean = {key: value for key, value in message.items() if value is not None}
     clean.setdefault("content", "")
     if parse_arguments and clean.get("tool_calls"):
+        calls = clean["tool_calls"]
+        if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
+            raise ValueError(
+                f"messages[{index}]: tool_calls is {str(calls)[:80]!r}: give a list of objects, each with a function"
+                " object of name and arguments"
+            )
         try:
-            clean["tool_calls"] = [_parse_call(call) for call in clean["tool_calls"]]
-        except json.JSONDecodeError as error:
+            clean["tool_calls"] = [_parse_call(call) for call in calls]
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(
                 f"messages[{index}]: a tool call's arguments are not JSON ({error}); leave out --parse-arguments"
             ) from error
     return clean
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function", call), dict)
 
 
 def _parse_call(call: dict[str, Any]) -> dict[str, Any]:
