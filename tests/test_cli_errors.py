@@ -199,3 +199,31 @@ def test_inspect_draws_at_least_one_group(number, tmp_path, refused):
     rollouts, _ = tiny.write(tmp_path)
     err = refused("inspect", rollouts, "--max-groups", number, "--png", tmp_path / "x.png")
     assert f"--max-groups {number}: give at least 1" in err and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["demo", "--engine", "foo"], "engine='foo': choose one of hf, vllm, server:URL"),
+        (["demo", "--engine", "server:host"], "engine='server:host'"),
+        (["demo", "--steps", "0"], "steps=0: give at least 1"),
+        (["demo", "--compare-steps", "0"], "compare_steps=0: give at least 1"),
+        (["demo", "--backend", "foo"], "backend='foo': choose one of"),
+        (["demo", "--seed", "-1"], "seed=-1"),
+        (["demo", "--data", "nowhere"], "no rollouts at nowhere"),
+        (["study", "--tokens", "0"], "--tokens 0: give at least 1"),
+        (["study", "--questions", "0"], "--questions 0: give at least 1"),
+        (["study", "--workers", "0"], "--workers 0: give at least 1"),
+        (["study", "--learning-rate", "-1"], "--learning-rate -1.0"),
+        (["study", "--seeds", "1"], "seeds=1: an interval needs at least 2"),
+    ],
+)
+def test_arguments_are_checked_before_the_warm_start(argv, message, tmp_path, monkeypatch, refused):
+    def trained(*args, **kwargs):
+        raise AssertionError("the warm start has begun")
+
+    monkeypatch.setattr("treegrpo.demo.warm_start", trained)
+    monkeypatch.setattr("treegrpo.box.warmstart.warm_start", trained)
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*argv)
+    assert list(tmp_path.iterdir()) == []

@@ -346,6 +346,14 @@ def study(
     """
     from treegrpo.study import run
 
+    # the warm start takes a minute
+    for flag, value in (("--tokens", tokens), ("--questions", questions), ("--workers", workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value}: give at least 1")
+    if not 0 <= learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate {learning_rate}: give a finite number, at least 0")
+    if not budgets:
+        raise ValueError("--budgets is empty: give some of 2, 4, 8, 16")
     check_folder(runs_dir, "--runs-dir")
     check_folder(results_dir, "--results-dir")
     _quiet_transformers()

@@ -15,7 +15,9 @@ from typing import Any
 from treegrpo import compare
 from treegrpo.box.warmstart import ROLLOUT_SETTINGS, warm_start
 from treegrpo.config import TrainConfig
+from treegrpo.dryrun import check_backend
 from treegrpo.envs.data import read_rows
+from treegrpo.rollout.build import ENGINES, is_engine
 from treegrpo.trainer import Trainer
 
 PARTS = ("both", "learn", "compare")
@@ -50,10 +52,20 @@ def run(
     """Runs and prints to a rich Console; the learning part writes its report to `output_dir`.
 
     Raises:
-        ValueError: an unknown part, or no rollouts in `data`.
+        ValueError: an unknown part, an argument that its halves would refuse, or no rollouts in `data`.
     """
     if part not in PARTS:
         raise ValueError(f"part={part!r}: choose one of {', '.join(PARTS)}")
+    # the warm start takes a minute, the learning half several
+    for name, value in (("steps", steps), ("compare_steps", compare_steps)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give at least 1")
+    if not is_engine(engine):
+        raise ValueError(f"engine={engine!r}: choose one of {', '.join(ENGINES)}")
+    TrainConfig(backend=backend, seed=seed)
+    check_backend(backend)
+    if part == "both":
+        compare.read_rollouts(data)
     if part != "compare":
         learn(console, steps=steps, engine=engine, backend=backend, output_dir=output_dir, seed=seed)
     if part == "both":

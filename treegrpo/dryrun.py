@@ -33,7 +33,7 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
     # An unknown estimator would otherwise show only after the first step was sampled.
     compute_advantages(_two_leaves(), config.advantage_estimator, **config.estimator_options())
     _check_output(config)
-    _check_backend(config)
+    check_backend(config.backend)
     _check_schedule(config)
     structure = _structure(config, model_config)
     num_parameters = sum(parameter.numel() for parameter in structure.parameters())
@@ -125,10 +125,11 @@ def _check_output(config: TrainConfig) -> None:
         )
 
 
-def _check_backend(config: TrainConfig) -> None:
+def check_backend(backend: str) -> None:
+    """ValueError unless the backend works on the device that a run here takes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.backend != "auto" and (reason := treegrpo_kernels.backends(device)[config.backend]):
-        raise ValueError(f"backend {config.backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
+    if backend != "auto" and (reason := treegrpo_kernels.backends(device)[backend]):
+        raise ValueError(f"backend {backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
 
 
 def _check_schedule(config: TrainConfig) -> None:

@@ -21,9 +21,14 @@ ENGINES = ("hf", "vllm", "server:URL")
 _DEFAULT_REWARDS = {"search": ("search_em",), "calculator": ("math_answer",)}
 
 
+def is_engine(name: str) -> bool:
+    """Whether it names one of ENGINES."""
+    return name in ("hf", "vllm") or name.startswith(("server:http://", "server:https://"))
+
+
 def check_settings(config: TrainConfig) -> None:
     """ValueError unless `rollouts` is an engine and what it needs is given and exists; loads nothing."""
-    if config.rollouts not in ("hf", "vllm") and not config.rollouts.startswith(("server:http://", "server:https://")):
+    if not is_engine(config.rollouts):
         raise ValueError(f"rollouts={config.rollouts!r}: give replay:FILE, or an engine: {', '.join(ENGINES)}")
     if not config.dataset or not Path(config.dataset).is_file():
         raise ValueError(f"dataset={config.dataset!r}: no such file; sampling needs a file of prompts")
