@@ -162,6 +162,9 @@ def run_treegrpo(argv: list[str]) -> None:
         argv = [*argv, "--disable-tqdm"]
         if "--max-steps" not in argv and "--config" not in argv:
             argv += ["--max-steps", "2"]
+        if "--dry-run" in argv and "--output-dir" not in argv:
+            # all blocks of a page run in one folder, and the default is where another's run is
+            argv += ["--output-dir", "runs/dry"]
     from treegrpo.cli import main
 
     assert main(argv) == 0, f"treegrpo {shlex.join(argv)}"
