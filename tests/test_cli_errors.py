@@ -157,7 +157,7 @@ def test_eval_refuses_numbers_that_mean_nothing(tmp_path, refused):
 
 
 def test_eval_of_a_row_without_trained_tokens(tmp_path):
-    plain = Trajectory([1, 2, 3], [0, 0, 0], reward=0.0, group="plain")
+    plain = Trajectory([7, 8, 9], [0, 0, 0], reward=0.0, group="plain")
     rows = tiny.trajectories(1)
     results = []
     for held in (rows, [plain, *rows]):
