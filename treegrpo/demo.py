@@ -15,9 +15,9 @@ from typing import Any
 from treegrpo import compare
 from treegrpo.box.warmstart import ROLLOUT_SETTINGS, warm_start
 from treegrpo.config import TrainConfig
-from treegrpo.dryrun import check_backend
 from treegrpo.envs.data import read_rows
 from treegrpo.rollout.build import ENGINES, is_engine
+from treegrpo.startup import check_backend
 from treegrpo.trainer import Trainer
 
 PARTS = ("both", "learn", "compare")

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-import treegrpo_kernels
-from treegrpo import checkpoint as checkpoints
-from treegrpo import models, step
+from treegrpo import models, startup
 from treegrpo.advantages import compute_advantages
 from treegrpo.config import TrainConfig
 from treegrpo.dropout import disable_dropout
@@ -32,9 +30,9 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
     model_config = models.read_model_config(config.model)
     # An unknown estimator would otherwise show only after the first step was sampled.
     compute_advantages(_two_leaves(), config.advantage_estimator, **config.estimator_options())
-    _check_output(config)
-    check_backend(config.backend)
-    _check_schedule(config)
+    startup.find_checkpoint(config)
+    startup.check_backend(config.backend)
+    startup.schedule(config, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate))
     structure = _structure(config, model_config)
     num_parameters = sum(parameter.numel() for parameter in structure.parameters())
     weights = "from the folder" if Path(config.model).is_dir() else f"random, seed {config.seed}"
@@ -44,7 +42,7 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
         ("trained", f"LoRA rank {config.lora_r}" if config.lora_r else "all weights"),
         ("rollouts", config.rollouts),
     ]
-    rows += _logged(config, model_config) if config.is_replay else _sampled(config)
+    rows += _logged(config) if config.is_replay else _sampled(config)
     per_step = config.groups_per_step * config.gradient_accumulation_steps
     rows += [
         ("optimiser step", f"{per_step} groups, whole trees, used {config.num_iterations}x"),
@@ -61,17 +59,13 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def _logged(config: TrainConfig, model_config: Any) -> list[tuple[str, str]]:
-    from treegrpo.rollout.replay import check_recorded, check_rewards, check_vocabulary
+def _logged(config: TrainConfig) -> list[tuple[str, str]]:
+    from treegrpo.rollout.replay import check_rewards
 
     trajectories = load(config.rollouts_file)
     check_rewards(trajectories)
-    check_vocabulary(trajectories, models.vocabulary_size(model_config), config.model)
-    if config.old_logprobs == "recorded":
-        check_recorded(trajectories)
     trees = build_forest(trajectories)
-    for tree in trees:
-        step.check_budget(tree, config)
+    startup.check_logged(config, trajectories, trees)
     chain, unique = sum(tree.num_chain_tokens for tree in trees), sum(tree.num_tokens for tree in trees)
     return [
         ("groups", f"{len(trees):,}, {len(trajectories):,} trajectories"),
@@ -111,42 +105,6 @@ def _epochs(config: TrainConfig, num_groups: int) -> str:
     per_step = config.groups_per_step * config.gradient_accumulation_steps
     reads = math.ceil(config.max_steps / config.num_iterations) * per_step
     return f"{reads / num_groups:.2f} epochs in {config.max_steps:,} steps"
-
-
-def _check_output(config: TrainConfig) -> None:
-    """As the trainer does: a run is neither lost nor continued by accident."""
-    folder = Path(config.output_dir)
-    if config.resume_from_checkpoint:
-        checkpoints.find(folder, config.resume_from_checkpoint)
-    elif not config.overwrite_output_dir and (folder / "metrics.jsonl").exists():
-        raise ValueError(
-            f"output_dir {folder} already holds a run: give another, or --overwrite-output-dir, or"
-            " --resume-from-checkpoint latest"
-        )
-
-
-def check_backend(backend: str) -> None:
-    """ValueError unless the backend works on the device that a run here takes."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if backend != "auto" and (reason := treegrpo_kernels.backends(device)[backend]):
-        raise ValueError(f"backend {backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
-
-
-def _check_schedule(config: TrainConfig) -> None:
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
-    try:
-        get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"lr_scheduler_type={config.lr_scheduler_type!r} with learning_rate={config.learning_rate:g}: {error}"
-        ) from error
 
 
 def _structure(config: TrainConfig, model_config: Any) -> torch.nn.Module:

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-import treegrpo_kernels
 from treegrpo import checkpoint as checkpoints
-from treegrpo import models, step
+from treegrpo import models, startup, step
 from treegrpo.config import TrainConfig
 from treegrpo.files import write_whole
 from treegrpo.interrupt import uninterrupted
@@ -26,7 +25,7 @@ from treegrpo.metrics import MetricsFile, StepMetrics
 from treegrpo.parallel import Parallel, copy_weights
 from treegrpo.report import RunProgress, progress_bar
 from treegrpo.rollout import build
-from treegrpo.rollout.replay import Replay, check_recorded, check_vocabulary
+from treegrpo.rollout.replay import Replay
 from treegrpo.summary import step_summary
 from treegrpo.tree import RolloutTree, Trajectory, load, save
 
@@ -89,15 +88,13 @@ class Trainer:
         self.replay: Replay | None = None
         if is_logged:
             self.replay = Replay(trajectories, seed=config.seed, shuffle=config.shuffle)
-            self._check_rollouts(trajectories)
-        resume = config.resume_from_checkpoint
-        self.checkpoint = checkpoints.find(config.output_dir, resume) if resume else None
-        self._check_output()
+            startup.check_logged(config, trajectories, self.replay.trees)
+        self.checkpoint = startup.find_checkpoint(config)
 
         self.parallel = Parallel(bf16=config.bf16)
         self.accelerator = self.parallel.accelerator
         self.device = self.parallel.device
-        self._check_backend()
+        startup.check_backend(config.backend, self.device)
         self.policy = models.build_policy(config, self.checkpoint, self.device)
         self.model = self.parallel.wrap(self.policy)
         self.reference = models.Reference(config, self.parallel) if config.beta else None
@@ -110,7 +107,7 @@ class Trainer:
             # torch's own choice leaves sharded parameters to a loop over single ones
             foreach=True if self.parallel.sharding else None,
         )
-        self.schedule = self._schedule(self.optimizer)
+        self.schedule = startup.schedule(config, self.optimizer)
         self.whole_policy = self.policy
         """What engines sample from: under FSDP2 a copy, which `_sampling_policy` brings up to date."""
         self.tokenizer: Any = None
@@ -382,49 +379,6 @@ class Trainer:
                 eps=config.adam_epsilon,
                 weight_decay=config.weight_decay,
             )
-
-    def _schedule(self, optimizer: torch.optim.Optimizer):
-        from transformers import get_scheduler
-
-        config = self.config
-        return get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.max_steps,
-        )
-
-    def _check_rollouts(self, trajectories: list[Trajectory]) -> None:
-        config = self.config
-        if config.old_logprobs == "recorded":
-            check_recorded(trajectories)
-        check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(config.model)), config.model)
-        for tree in self.replay.trees:
-            step.check_budget(tree, config)
-
-    def _check_output(self) -> None:
-        """ValueError where output_dir holds another run that is to stay, or what this one reads is to go with it."""
-        config = self.config
-        if config.overwrite_output_dir:
-            inputs = {
-                "rollouts": config.rollouts_file if config.is_replay else "",
-                "retriever": config.retriever.removeprefix("bm25:"),
-                "resume_from_checkpoint": self.checkpoint,
-                **{name: getattr(config, name) for name in ("model", "tokenizer", "dataset", "eval_dataset")},
-            }
-            checkpoints.check_removable(self.output_dir, {name: path for name, path in inputs.items() if path})
-        elif self.checkpoint is not None and checkpoints.is_own(self.checkpoint, self.output_dir):
-            return
-        elif (self.output_dir / "metrics.jsonl").exists():
-            raise ValueError(
-                f"output_dir {self.output_dir} already holds a run: give another, or --overwrite-output-dir, or"
-                " --resume-from-checkpoint latest"
-            )
-
-    def _check_backend(self) -> None:
-        backend = self.config.backend
-        if backend != "auto" and (reason := treegrpo_kernels.backends(self.device)[backend]):
-            raise ValueError(f"backend {backend!r} does not work here: {reason}; `treegrpo doctor` shows which do")
 
     def _open_output(self) -> MetricsFile:
         if self.config.overwrite_output_dir:
