@@ -194,13 +194,13 @@ def test_the_first_bad_index_is_named():
 
 
 def test_the_index_that_is_named_is_the_first_bad_one():
-    """For every array of five: the first token that ends nowhere or beyond the innermost interval open there."""
-    for end in np.ndindex(*(7,) * 5):
+    """For every array of four: the first token that ends nowhere or beyond the innermost interval open there."""
+    for end in np.ndindex(*(6,) * 4):
         first, open_ends = None, []
         for t, stop in enumerate(end):
             while open_ends and open_ends[-1] <= t:
                 open_ends.pop()
-            if not t < stop <= 5 or (open_ends and stop > open_ends[-1]):
+            if not t < stop <= 4 or (open_ends and stop > open_ends[-1]):
                 first = t
                 break
             open_ends.append(stop)

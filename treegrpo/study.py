@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from treegrpo.files import write_whole
+from treegrpo.interrupt import uninterrupted
 
 CHAINS_PER_STEP = 96
 # Shares of the tokens after which the two-hop questions are asked, before the end.
@@ -212,23 +213,31 @@ def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Iterato
     # A fresh interpreter each: a fork of a process that has run torch may hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
     failed: Exception | None = None
+    # Ctrl-C in the middle of a call of the pool's could leave a lock taken that its own thread waits for at the end
     try:
-        waiting = {pool.submit(run_cell, cell, seed, *args) for cell, seed in jobs}
+        with uninterrupted():
+            waiting = {pool.submit(run_cell, cell, seed, *args) for cell, seed in jobs}
         while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                if error := future.exception():
+            with uninterrupted():
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+                errors = [future.exception() for future in done]
+                ended = [(e, None if e else f.result()) for e, f in zip(errors, done, strict=True)]
+            for error, result in ended:
+                if error:
                     failed = failed or error
                 else:
-                    yield future.result()
+                    yield result
             if failed:
-                waiting = {future for future in waiting if not future.cancel()}
-        pool.shutdown()
+                with uninterrupted():
+                    waiting = {future for future in waiting if not future.cancel()}
+        with uninterrupted():
+            pool.shutdown()
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.terminate()
+        with uninterrupted():
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
         raise
     if failed:
         raise failed
