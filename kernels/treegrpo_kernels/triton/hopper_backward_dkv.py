@@ -228,6 +228,7 @@ def tree_attention_bwd_dkv_hopper_kernel(
         mbarrier.init(bar_k_read.index(0), count=1)
     bars = (bars_kv, bars_q, bars_q_free, bar_k_read)
     buffers = (s_k, s_v, s_q, s_dout, s_lse, s_delta, s_row, s_first)
+    # Gluon takes no function chosen by an expression, and a tuple bound to a name loses its constants: hence two lists
     # fmt: off
     if BN == ROWS:
         gl.warp_specialize(
