@@ -42,17 +42,28 @@ $(STAMPS)/active: pyproject.toml
 	$(PY) -m pip install -q 'setuptools>=77' wheel ninja packaging
 	@touch $@
 
-$(BUILT): $(DEPS) $(SOURCES)
-	@echo "== building csrc and installing treegrpo in place, with what tests and demo need"
+# two halves that wait for different things: `make -j2 setup` does them at once
+INSTALLED := $(STAMPS)/installed-$(notdir $(DEPS))
+COMPILED  := $(STAMPS)/compiled-$(notdir $(DEPS))
+
+$(INSTALLED): $(DEPS) setup.py pyproject.toml
+	@echo "== installing treegrpo in place, with what tests and demo need"
 	@# pip would build in a folder of its own, and `make cuda` all over again
 	TREEGRPO_BUILD=none $(PY) -m pip install -q --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
+	@touch $@
+
+$(COMPILED): $(DEPS) $(SOURCES)
+	@echo "== building csrc in place"
 	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(COMPILED)
 	@$(PY) -c "from treegrpo_kernels import native; print('== cpu kernel:', native.cpu_info())"
 	@touch $@
 
 test: $(BUILT)
 	@echo "== tests"
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n auto --dist loadfile
 
 # an environment of its own: TRL brings many packages the rest does not need
 test-trl: $(BUILT)

@@ -1,4 +1,6 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, repeatable hypothesis, NaN-poisoned memory on request."""
+"""Shared set-up: Triton's interpreter where there is no GPU, as many processes as cores, repeatable hypothesis,
+NaN-poisoned memory on request.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -18,6 +20,13 @@ if not torch.cuda.is_available():
     # read by triton.jit when the kernels are imported, hence before any test module
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # the workers share the cores, and so do the processes they start
+    threads = max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 settings.register_profile(
     "ci", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -33,6 +42,12 @@ def interpreter_fault() -> str | None:
     if releases[0].startswith("3.6.") and tuple(map(int, releases[1].split(".")[:2])) >= (2, 4):
         return f"Triton {releases[0]}'s interpreter fails under numpy {releases[1]}: pip install 'numpy<2.4'"
     return None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many workers ``-n auto`` starts: none where there is a GPU, whose memory and clock tests want alone."""
+    return 0 if torch.cuda.is_available() else min(CORES, 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
