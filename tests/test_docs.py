@@ -292,15 +292,22 @@ def test_every_page_is_in_both_lists():
 
 
 @whole
-def test_picture_is_what_its_script_draws():
-    drawn = runpy.run_path(str(ROOT / "docs" / "forest.py"))["draw"]()
-    assert (ROOT / "docs" / "forest.svg").read_text(encoding="utf-8") == drawn
+@pytest.mark.parametrize("name", ["forest", "tiles"])
+def test_picture_is_what_its_script_draws(name):
+    drawn = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))["draw"]()
+    assert (ROOT / "docs" / f"{name}.svg").read_text(encoding="utf-8") == drawn
     xml.etree.ElementTree.fromstring(drawn)
 
 
 @whole
 def test_break_even_table_is_what_its_script_prints():
     assert runpy.run_path(str(ROOT / "docs" / "break_even.py"))["table"]() in README
+
+
+@whole
+def test_tile_table_is_what_its_script_prints():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "docs" / "tiles.py"))["table"]() in page
 
 
 def table_rows(text: str) -> list[list[str]]:
@@ -326,9 +333,8 @@ WORKLOADS = {
 }
 
 
-@whole
-def test_attention_table_is_the_committed_one():
-    """Every cell of README's table of races against the report it names."""
+def committed_races() -> dict[tuple[str, str], dict[str, dict[str, str]]]:
+    """{(workload, D): {pass: its row}} of the report that README names."""
     folder = re.search(r"`bench/results/(NVIDIA-[\w-]+)/` has the whole table", README)[1]
     report = (ROOT / "bench" / "results" / folder / "report.md").read_text(encoding="utf-8")
     header, _, *rows = table_rows(report[: report.index("Peak memory")])
@@ -338,7 +344,13 @@ def test_attention_table_is_the_committed_one():
             part = row[0].strip("*")
         else:
             found.setdefault((row[0], row[1]), {})[part] = dict(zip(header, row, strict=True))
+    return found
 
+
+@whole
+def test_attention_table_is_the_committed_one():
+    """Every cell of README's table of races against the report it names."""
+    found = committed_races()
     races = README[README.index("### Attention on an H200") : README.index("### Training steps on an H200")]
     shown = [row for row in table_rows(races) if row[0] in WORKLOADS]
     assert len(shown) == len(found)
@@ -348,6 +360,24 @@ def test_attention_table_is_the_committed_one():
         rivals = [over_ours(both[rival]) for rival in ("gathered paths", "chains, varlen FA2", "chains, cuDNN")]
         ours = [part["ours"].split()[0] for part in (forward, backward)]
         assert cells == [both["D"], both["tokens"], both["pairs"], *ours, " / ".join(flex), *rivals], name
+
+
+@whole
+def test_rates_of_the_kernels_page_are_the_committed_ones():
+    from bench import gpu_workloads
+    from treegrpo_kernels import TreePlan
+
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    shown = table_rows(page[page.index("## What came of it") :])[2:7]
+    assert len(shown) == 5
+    for name, *cells in shown:
+        forward, backward = (
+            int(found["ours"].split()[0]) for found in list(committed_races()[name, "128"].values())[:2]
+        )
+        plan = TreePlan.build(gpu_workloads.forest(name).subtree_end)
+        computed = forward * len(plan.tile_lists(128, 128).q_indices) * 128 * 128 / plan.num_pairs
+        rates = [forward, round(computed), f"{computed / 989:.0%}", backward, round(backward * 7 / 5)]
+        assert cells == list(map(str, rates)), name
 
 
 STEPS = ("grpo_star", "search_agent", "binary", "branching", "tau_whole", "tau_calls")
