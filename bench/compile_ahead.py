@@ -11,6 +11,10 @@ import os
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.workloads import Forest
 
 LIMIT_SECONDS = 120.0
 # (contender, head dim, tokens, window): lengths that are a multiple of 16 and not, for Triton tells them apart
@@ -19,28 +23,41 @@ JOBS = {
     "triton-128-odd": ("tree_triton", 128, 2055, 0),
     "triton-64-even": ("tree_triton", 64, 2048, 0),
     "triton-64-odd": ("tree_triton", 64, 2055, 0),
+    "triton-96": ("tree_triton", 96, 2055, 0),
+    "triton-256": ("tree_triton", 256, 2055, 0),
     "flex-128": ("flex", 128, 2055, 0),
     "flex-64": ("flex", 64, 2055, 0),
+    "flex-96": ("flex", 96, 2055, 0),
+    "flex-256": ("flex", 256, 2055, 0),
     "triton-window": ("tree_triton", 128, 2055, 1024),
     "flex-window": ("flex", 128, 2055, 1024),
     "flex-window-4k": ("flex", 128, 6000, 4096),
 }
+# tokens by which a job's second chain is longer, a multiple of 16
+LONGER = 16_384
+
+
+def forests(job: str) -> list[Forest]:
+    """Two chains: one length alone would have FlexAttention compiled for that length, and our dK/dV parts the key tiles
+    of short rows alone, by another kernel than that of long ones."""
+    from bench.workloads import chain, lay_out
+    from treegrpo import build_forest
+
+    _, _, num_tokens, window = JOBS[job]
+    lengths = (num_tokens, num_tokens + LONGER)
+    return [lay_out(job, tuple(build_forest(chain(length))), window=window) for length in lengths]
 
 
 def run(job: str) -> None:
-    """One forward and backward, in this process."""
+    """One forward and backward on each of the job's forests, in this process."""
     import torch
 
     from bench.gpu_baselines import CONTENDERS
     from bench.race import HEADS, KV_HEADS, Problem
-    from bench.workloads import chain, lay_out
-    from treegrpo import build_forest
 
-    name, head_dim, num_tokens, window = JOBS[job]
+    name, head_dim, _, _ = JOBS[job]
     device = torch.device("cuda")
-    # two lengths, so that a kernel for all lengths is what gets compiled
-    for length in (num_tokens, num_tokens + 1024):
-        forest = lay_out(job, tuple(build_forest(chain(length))), window=window)
+    for forest in forests(job):
         problem = Problem(forest, HEADS, KV_HEADS, head_dim, device, torch.bfloat16)
         contender = CONTENDERS[name]
         q, k, v, dout = problem.inputs(contender.layout)

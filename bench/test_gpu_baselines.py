@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import treegrpo_kernels as tk
-from bench import gpu_baselines, gpu_workloads, workloads
+from bench import compile_ahead, gpu_baselines, gpu_workloads, workloads
 from bench.baselines import Contender, Request, heads_first, tree_backend
 from bench.gpu_baselines import (
     FLEX_BLOCK,
@@ -27,7 +27,9 @@ from bench.gpu_baselines import (
     prefix_grouped,
     repeat_heads,
 )
-from bench.race import PASSES, Problem, block_error, race
+from bench.race import KV_HEADS, PASSES, Problem, block_error, race
+from bench.test_attention_gpu import CELLS
+from treegrpo_kernels import work
 
 CPU = torch.device("cpu")
 
@@ -183,6 +185,29 @@ def test_flex_is_traced_once_for_all_forests():
         mask = exact_block_mask(padded_end(problem.forest, CPU))
         assert problem.gate("blocks", call_flex(compiled, mask, q, k, v), ()) < 1e-5
     assert counter.frame_count == 1
+
+
+def test_what_the_races_compile_is_compiled_ahead(monkeypatch):
+    """As on an H200: a kernel that is first met in a race costs its stage up to half a minute."""
+    hopper = pytest.importorskip("treegrpo_kernels.triton.hopper")
+    monkeypatch.setattr(work, "multiprocessors", lambda device: 132)
+
+    def kernels(forest, head_dim):
+        """Those of ours with and without parted key tiles are two; FlexAttention has one for all forests."""
+        plan = tk.TreePlan.build(forest.subtree_end)
+        parted = len(work.work_items(plan, hopper.config(head_dim).dkv, KV_HEADS, forest.window)[1]) > 0
+        return {("tree_triton", head_dim, forest.window > 0, parted), ("flex", head_dim, forest.window > 0)}
+
+    ahead, raced = set(), set()
+    for job, (name, head_dim, _, _) in compile_ahead.JOBS.items():
+        for forest in compile_ahead.forests(job):
+            ahead |= {kernel for kernel in kernels(forest, head_dim) if kernel[0] == name}
+    for workload, head_dim in CELLS:
+        try:
+            raced |= kernels(gpu_workloads.forest(workload), head_dim)
+        except workloads.Unavailable:
+            continue
+    assert raced and not raced - ahead
 
 
 def test_a_kernel_that_errs_on_grouped_heads_is_found_out():
