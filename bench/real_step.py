@@ -22,7 +22,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -143,23 +143,18 @@ class Trainee:
             self.model.gradient_checkpointing_disable()
 
 
-@cache
-def _trainee(name: str, device: torch.device) -> Trainee:
-    return Trainee(name, device)
+_alive: dict[tuple[str, torch.device], Trainee] = {}
 
 
 def trainee(name: str, device: torch.device) -> Trainee:
     """The model of that name; one is alive at a time."""
-    made = _trainee.cache_info().currsize
-    found = _trainee(name, device)
-    if made and _trainee.cache_info().currsize > made:
-        _trainee.cache_clear()
-        found = None
+    if (name, device) not in _alive:
+        _alive.clear()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        found = _trainee(name, device)
-    return found
+        _alive[name, device] = Trainee(name, device)
+    return _alive[name, device]
 
 
 @dataclass
@@ -401,6 +396,8 @@ def measure(case: Case, device: torch.device, *, tiny: bool, rounds: int) -> tup
     net.set_checkpointing(case.checkpointing)
     problem.prepare(net)
     errors = check(net, problem)
+    # the first step makes the moments, which is no part of a later one
+    net.optimiser.step()
     is_long = problem.cost.chain.training > LONG_FLOPS
     names = timed_contenders(case, [name for name in CONTENDERS if name in errors], is_long)
     on_gpu = device.type == "cuda"

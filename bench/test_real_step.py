@@ -6,9 +6,11 @@ What is timed, counted and checked: real_step.py.
 from functools import cache
 
 import pytest
+import torch
 
-from bench import workloads
-from bench.real_step import CONTENDERS, WORKLOADS, Case, info_of, measure, usable
+from bench import real_step, workloads
+from bench.real_step import CONTENDERS, WORKLOADS, Case, info_of, measure, trainee, usable
+from bench.timing import Stopwatch
 
 # the most telling first: a run that is cut short has them
 CASES = [
@@ -29,8 +31,8 @@ def outcome(case, device, quick):
 
 
 def pytest_generate_tests(metafunc):
-    import torch
-
+    if "contender" not in metafunc.fixturenames:
+        return
     cases = CASES if torch.cuda.is_available() else TINY
     metafunc.parametrize(
         ("case", "contender"),
@@ -59,3 +61,28 @@ def test_real_step(case, contender, meter, device, quick):
         oracle="passed",
         oracle_error=found.errors[contender].gradient,
     )
+
+
+CPU = torch.device("cpu")
+
+
+def test_no_timed_step_makes_the_moments(monkeypatch):
+    net, known, once = trainee("tiny", CPU), [], Stopwatch.once
+    net.optimiser.state.clear()
+
+    def watched(self, *parts):
+        known.append(len(net.optimiser.state))
+        return once(self, *parts)
+
+    monkeypatch.setattr(Stopwatch, "once", watched)
+    measure(Case("tiny", "binary", False), CPU, tiny=True, rounds=1)
+    assert known and all(known)
+
+
+def test_a_model_is_made_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(real_step, "_alive", {})
+    monkeypatch.setattr(real_step, "Trainee", lambda name, device: made.append(name) or object())
+    for name in ("0.5b", "0.5b", "1.5b", "1.5b", "0.5b"):
+        trainee(name, CPU)
+    assert made == ["0.5b", "1.5b", "0.5b"] and len(real_step._alive) == 1
