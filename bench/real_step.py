@@ -11,7 +11,8 @@ gradients add up, as a trainer does that cannot hold a group's leaves at once.
 
 Model FLOPs are treegrpo.flops' training FLOPs: 3 x forward over visible pairs. Executed FLOPs add what is computed
 again: the head's logits in backward, under checkpointing every layer's forward, and the attention's scores and dP,
-which its two backward passes both compute (3.5 x its forward, not 2 x; masked elements of partial tiles are left out).
+which its two backward passes both compute (3.5 x its forward, not 2 x; 2.5 x in the one pass of the varlen kernels;
+masked elements of partial tiles are left out).
 MFU = model FLOPs / seconds / PEAK_FLOPS. Steps are timed in pairs, so that the second begins, as in training, while the
 host is still ahead of the device.
 """
@@ -302,11 +303,12 @@ def step(net: Trainee, problem: Problem, contender: str) -> Tensor:
     return loss
 
 
-def executed_flops(cost: flops.Cost, checkpointing: bool) -> int:
+def executed_flops(cost: flops.Cost, contender: str, checkpointing: bool) -> int:
     """What a step really multiplies; see the module's docstring."""
     again = cost.linear + cost.attention if checkpointing else 0
-    # forward 1, backward 7 products of which the forward has 2
-    return 3 * cost.linear + 4 * cost.head + int(4.5 * cost.attention) + again
+    # the forward's two products, then five in one pass or seven in two
+    products = 2 + (5 if contender == "chain_varlen" else 7)
+    return 3 * cost.linear + 4 * cost.head + products * cost.attention // 2 + again
 
 
 @dataclass
@@ -436,7 +438,7 @@ def info_of(case: Case, problem: Problem, outcome: Outcome, contender: str) -> d
         head_rows=cost.head_rows,
         rows=len(problem.rows(contender)),
         flops=cost.training,
-        executed_flops=executed_flops(cost, case.checkpointing),
+        executed_flops=executed_flops(cost, contender, case.checkpointing),
         peak_bytes=outcome.peak_bytes[contender],
         mfu=cost.training / timed["median_s"] / PEAK_FLOPS,
         gradient_error=outcome.errors[contender].gradient,

@@ -11,6 +11,7 @@ import torch
 from bench import real_step, workloads
 from bench.real_step import CONTENDERS, WORKLOADS, Case, info_of, measure, trainee, usable
 from bench.timing import Stopwatch
+from treegrpo.flops import Cost
 
 # the most telling first: a run that is cut short has them
 CASES = [
@@ -86,3 +87,10 @@ def test_a_model_is_made_once(monkeypatch):
     for name in ("0.5b", "0.5b", "1.5b", "1.5b", "0.5b"):
         trainee(name, CPU)
     assert made == ["0.5b", "1.5b", "0.5b"] and len(real_step._alive) == 1
+
+
+def test_executed_flops_are_those_of_the_contenders_backward():
+    cost = Cost(tokens=1, pairs=1, head_rows=1, linear=1000, attention=100, head=10)
+    of = {name: real_step.executed_flops(cost, name, False) for name in CONTENDERS}
+    assert of == {"tree": 3000 + 450 + 40, "chain": 3000 + 450 + 40, "chain_varlen": 3000 + 350 + 40}
+    assert real_step.executed_flops(cost, "tree", True) == of["tree"] + 1100
