@@ -69,7 +69,11 @@ def _give_up(config: pytest.Config, stderr: int) -> None:
     try:
         os.write(stderr, b"\n--bench-seconds are over: what runs is cut off here\n")
         faulthandler.dump_traceback(stderr)
-        config._benchmarksession.handle_saving()
+        session = config._benchmarksession
+        # what is being timed is no result, and without a round could not be written
+        running = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
+        session.benchmarks = [bench for bench in session.benchmarks if bench.fullname != running]
+        session.handle_saving()
     finally:
         os._exit(CUT_OFF)
 

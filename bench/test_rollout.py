@@ -126,6 +126,7 @@ def test_rollout(prompt_length, contender, meter, device, quick):
         baseline=(lambda: by_generate(device, quick, length)) if is_engine else None,
         baseline_name="generate" if is_engine else None,
         rounds=3,
+        clock="wall",
         suite="rollout",
         contender=contender,
         workload=f"prompt_{prompt_length}",

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import conftest
+from bench import conftest, test_pack, test_plan, test_rollout
 from bench.timing import REPLAY, Stopwatch, host_seconds, rounds_for, spread
 
 
@@ -79,6 +80,16 @@ def test_rounds_on_a_device_take_turns_with_the_baseline(benchmark, monkeypatch)
     benchmark.extra_info["oracle"] = "none"
 
 
+def test_what_the_host_does_or_waits_for_is_timed_by_the_wall():
+    """CUDA events would miss the millisecond in which the stream waits for the host: all of a small pack."""
+    asked, device = [], torch.device("cpu")
+    meter = SimpleNamespace(benchmark=SimpleNamespace(), measure=lambda run, clock, **_: asked.append(clock))
+    test_pack.test_pack("chain", "pack", meter, True)
+    test_plan.test_build("chain", meter, device, True)
+    test_rollout.test_rollout(64, "engine", meter, device, True)
+    assert asked == ["wall"] * 3
+
+
 HANGS = """
 import time
 
@@ -86,7 +97,8 @@ def test_quick(benchmark):
     benchmark.pedantic(lambda: None, rounds=2)
 
 def test_never_ends(benchmark):
-    time.sleep(600)
+    # a round that never ends leaves a bench that cannot be written
+    benchmark.pedantic(time.sleep, (600,))
 """
 
 
