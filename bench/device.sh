@@ -168,8 +168,10 @@ run_modules split tune_split.py
 run_modules tune tune.py
 run_modules profile 'profile*.py'
 counters="--set full --kernel-name-base demangled --kernel-name 'regex:sm90.*(forward|dq|dkv)_kernel' --launch-count 8"
+# a test that never ends leaves half of the time to the race
 run cuda 60 bash -c "
-  $python -m pytest $with_gpu_tests -m 'gpu and cuda_kernels' -q $workers --maxfail=10 -p no:cacheprovider; failed=\$?
+  timeout -s INT -k 5 \$(({limit} / 2)) $python -m pytest $with_gpu_tests -m 'gpu and cuda_kernels' -q $workers --maxfail=10 \
+    -p no:cacheprovider; failed=\$?
   $python -m bench.race_cuda $quick --out $out/race_cuda.json || failed=1
   if command -v compute-sanitizer; then
     timeout -k 5 90 compute-sanitizer --error-exitcode 9 $python tests/sanitize.py sm90 || failed=1

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="needs c
 @pytest.fixture
 def device(tmp_path):
     """`device(arguments, failing="pattern of what Python is asked")` -> (last table, lines of calls)."""
-    for name, text in {"python": PYTHON, "ncu": TOOL, "nvcc": TOOL, "compute-sanitizer": TOOL}.items():
+    timeout = f'{TOOL}exec {shutil.which("timeout")} "$@"\n'
+    tools = {"python": PYTHON, "ncu": TOOL, "nvcc": TOOL, "compute-sanitizer": TOOL, "timeout": timeout}
+    for name, text in tools.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
@@ -55,6 +57,13 @@ def test_every_stage_runs_its_commands(device):
     # a shell must not see the pattern as its own
     assert "--kernel-name|regex:sm90.*(forward|dq|dkv)_kernel|--launch-count|8|" in calls
     assert "tests/sanitize.py|sm90" in calls
+
+
+def test_cuda_tests_that_never_end_leave_time_for_the_race(device):
+    _, calls = device("--stages", "cuda", "--seconds", "112")
+    limit = int(re.search(r"-s\|INT\|-k\|8\|(\d+)\|bash", calls)[1])
+    (asked,) = re.findall(r"-k\|5\|(\d+)\|\S+python\|-m\|pytest", calls)
+    assert 30 < int(asked) <= limit / 2
 
 
 def test_a_quick_run_builds_too(device):
