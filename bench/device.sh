@@ -183,7 +183,7 @@ rm -rf "$parts"
 {
   echo
   echo "commit $commit on $gpu, results in $out"
-  [ -s "$out/bench.json" ] && $python -m bench.report "$out/bench.json" --short 2>&1 | head -n 90
+  [ -s "$out/bench.json" ] && $python -m bench.report "$out/bench.json" --short 2>&1
   missing=$($python -c "import treegrpo_kernels as tk
 print('; '.join(f'{name}: {why}' for name, why in tk.backends().items() if why and name != 'cpu'))" 2>> "$log")
   [ -n "$missing" ] && echo "kernels that do not work here: $missing"
