@@ -32,6 +32,8 @@ from bench.test_attention_gpu import CELLS
 from treegrpo_kernels import work
 
 CPU = torch.device("cpu")
+# the reference stands in where csrc was not built
+OURS = "reference" if tk.backends(CPU)["cpu"] else "cpu"
 
 
 def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window=0):
@@ -67,11 +69,11 @@ def plain_causal(forest, device):
 METHODS = {
     contender.name: contender
     for contender in (
-        tree_backend("cpu"),
+        Contender("tree_ours", "tree", always, tree_backend(OURS).prepare),
         Contender("chain_varlen", "leaf", always, lambda f, d: chain_varlen(f, d, varlen_of(f))),
         Contender("chain_padded", "padded", always, lambda f, d: padded_causal(f, plain_sdpa)),
         Contender("chain_leaves", "leaf", always, lambda f, d: leaf_by_leaf(f, plain_sdpa)),
-        Contender("chain_cpu", "leaf", always, lambda f, d: chain_ours(f, d, "cpu")),
+        Contender("chain_ours", "leaf", always, lambda f, d: chain_ours(f, d, OURS)),
         Contender("gather", "tree", always, lambda f, d: gathered(f, d, varlen_of(f))),
         Contender("prefix", "tree", always, lambda f, d: prefix_grouped(f, d, varlen_of(f))),
         Contender("dense_mask", "tree", always, gpu_baselines._dense_mask),
@@ -96,7 +98,7 @@ def test_every_method_passes_the_gate_and_a_wrong_one_does_not():
 
 @pytest.mark.parametrize("workload", ["search_2_6_16k", "binary_32k", "tau_calls_32k"])
 def test_methods_on_many_levels(workload):
-    names = ("tree_cpu", "chain_varlen", "chain_padded", "chain_leaves", "chain_cpu", "gather")
+    names = ("tree_ours", "chain_varlen", "chain_padded", "chain_leaves", "chain_ours", "gather")
     methods = {name: METHODS[name] for name in names}
     try:
         problem = problem_of(workload)
@@ -113,7 +115,7 @@ def test_methods_under_a_window(workload):
     assert 0 < forest.num_pairs < gpu_workloads.forest(workload.rsplit("_", 1)[0], True).num_pairs
     ends = forest.leaf_offsets[1:].repeat_interleave(forest.leaf_offsets.diff())
     assert forest.num_chain_pairs == tk.TreePlan.build(ends).count_pairs(forest.window)
-    names = ["tree_cpu", "chain_varlen", "chain_cpu", "gather", "dense_mask", "plain_causal"]
+    names = ["tree_ours", "chain_varlen", "chain_ours", "gather", "dense_mask", "plain_causal"]
     names += [] if one_level(forest.subtree_end) else ["prefix"]
     for name, outcome in race(problem, {name: METHODS[name] for name in names}, quick=True).items():
         assert (outcome.reason is None) == (name != "plain_causal"), f"{name}: {outcome.reason}"
