@@ -167,7 +167,9 @@ measure head 20 bench/test_head.py
 run_modules split tune_split.py
 run_modules tune tune.py
 run_modules profile 'profile*.py'
-counters="--set full --kernel-name-base demangled --kernel-name 'regex:sm90.*(forward|dq|dkv)_kernel' --launch-count 8"
+# at the clocks of the race: by default ncu would set others, on a machine that may be somebody else's too
+counters="--set full --clock-control none --kernel-name-base demangled --kernel-name 'regex:sm90.*(forward|dq|dkv)_kernel'"
+counters="$counters --launch-count 8"
 # a test that never ends leaves half of the time to the race
 run cuda 60 bash -c "
   timeout -s INT -k 5 \$(({limit} / 2)) $python -m pytest $with_gpu_tests -m 'gpu and cuda_kernels' -q $workers --maxfail=10 \

@@ -57,6 +57,7 @@ def test_every_stage_runs_its_commands(device):
         assert f"python -m bench.{module}" in calls, module
     # a shell must not see the pattern as its own
     assert "--kernel-name|regex:sm90.*(forward|dq|dkv)_kernel|--launch-count|8|" in calls
+    assert "--clock-control|none|" in calls
     assert "tests/sanitize.py|sm90" in calls
 
 
