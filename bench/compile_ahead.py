@@ -17,12 +17,10 @@ if TYPE_CHECKING:
     from bench.workloads import Forest
 
 LIMIT_SECONDS = 120.0
-# (contender, head dim, tokens, window): lengths that are a multiple of 16 and not, for Triton tells them apart
+# (contender, head dim, tokens, window)
 JOBS = {
-    "triton-128-even": ("tree_triton", 128, 2048, 0),
-    "triton-128-odd": ("tree_triton", 128, 2055, 0),
-    "triton-64-even": ("tree_triton", 64, 2048, 0),
-    "triton-64-odd": ("tree_triton", 64, 2055, 0),
+    "triton-128": ("tree_triton", 128, 2055, 0),
+    "triton-64": ("tree_triton", 64, 2055, 0),
     "triton-96": ("tree_triton", 96, 2055, 0),
     "triton-256": ("tree_triton", 256, 2055, 0),
     "flex-128": ("flex", 128, 2055, 0),
@@ -31,9 +29,8 @@ JOBS = {
     "flex-256": ("flex", 256, 2055, 0),
     "triton-window": ("tree_triton", 128, 2055, 1024),
     "flex-window": ("flex", 128, 2055, 1024),
-    "flex-window-4k": ("flex", 128, 6000, 4096),
 }
-# tokens by which a job's second chain is longer, a multiple of 16
+# tokens by which a job's second chain is longer
 LONGER = 16_384
 
 
