@@ -154,6 +154,24 @@ def test_a_tree_over_the_budget_is_cut_between_its_leaves(files, tmp_path, loss_
     assert largest_difference(weights, again) < 1e-3
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_metrics_do_not_depend_on_how_the_step_is_cut(tmp_path, loss_type):
+    """Two trained leaves of unlike length, both the better ones, and a worse one of which nothing is trained."""
+    rows = [
+        Trajectory([1, 2, *ids], [0, 0] + [is_trained] * len(ids), reward=reward, group="g")
+        for ids, is_trained, reward in (([3, 4, 5, 6, 7, 8], 1, 1.0), ([9], 1, 0.9), ([10] * 6, 0, 0.0))
+    ]
+    files = tiny.write(tmp_path, rows)
+    options = {"loss_type": loss_type, "importance_sampling_level": "sequence", "num_iterations": 2}
+    options |= {"groups_per_step": 1, "max_steps": 2, "epsilon": 0.02}
+    options |= {"epsilon_high": 1.02 if loss_type == "cispo" else None}
+    whole, _ = run(files, tmp_path / "a", **options)
+    cut, _ = run(files, tmp_path / "b", row_token_budget=8, **options)
+    assert cut[0]["tree/rows"] == 3 and whole[1]["ratio/min"] > 1
+    for name in (name for name in whole[1] if name.startswith(("clip_ratio", "cispo", "ratio", "entropy"))):
+        assert cut[1][name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-7), name
+
+
 def test_the_optimiser_settings_are_those_of_the_run_that_goes_on(files, tmp_path):
     schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 1, "max_steps": 4}
     run(files, tmp_path, save_strategy="steps", save_steps=2, **schedule)

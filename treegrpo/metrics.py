@@ -27,15 +27,17 @@ class StepMetrics:
         self._added: list[tuple[str, str, Any, Any]] = []
 
     def add(self, name: str, value: Any, *, weight: Any = 1.0, how: str = "mean") -> None:
-        """`how`: mean (weighted), sum, min or max. `value` and `weight` may be 0-d tensors; they are read in `reduced`,
-        all at once, so that a step does not wait for its device at every number."""
+        """`how`: mean (weighted), sum, min or max (of what has a weight). `value` and `weight` may be 0-d tensors; they
+        are read in `reduced`, all at once, so that a step does not wait for its device at every number."""
         self._added.append((name, how, *(x.detach() if isinstance(x, torch.Tensor) else x for x in (value, weight))))
 
-    def add_loss(self, metrics: dict[str, torch.Tensor], weight: Any) -> None:
-        """The metrics of `grpo_loss` for one batch with `weight` trained tokens."""
+    def add_loss(self, metrics: dict[str, torch.Tensor], weight: Any, clip_weight: Any = None) -> None:
+        """The metrics of `grpo_loss` for one batch with `weight` trained tokens; `clip_weight` is the number of leaves
+        where its clip ratios are means over those."""
         for name, value in metrics.items():
             how = "min" if name.endswith("min") else "max" if name.endswith("max") else "mean"
-            self.add(name, value, weight=weight, how=how)
+            is_over_leaves = clip_weight is not None and how == "mean" and "clip_ratio" in name
+            self.add(name, value, weight=clip_weight if is_over_leaves else weight, how=how)
 
     def _read(self) -> None:
         """Turns what was added into numbers: one read for all tensors of a device."""
@@ -47,6 +49,9 @@ class StepMetrics:
             for i, number in zip(places, read, strict=True):
                 numbers[i] = number
         for (name, how, *_), value, weight in zip(self._added, numbers[::2], numbers[1::2], strict=True):
+            if how in ("min", "max") and not weight:
+                # part of a cut tree may train nothing: its bounds are of no token
+                continue
             total = self._values.setdefault((name, how), [0.0, 0.0] if how in ("mean", "sum") else [value, 1.0])
             if how == "mean":
                 total[0] += value * weight

@@ -298,7 +298,8 @@ def row_loss(
     )
     if row.is_blank:
         return loss, logp
-    metrics.add_loss(loss_metrics, row.counts["leaf_tokens"])
+    num_ratios = batch.num_leaves if config.importance_sampling_level == "sequence" else None
+    metrics.add_loss(loss_metrics, row.counts["leaf_tokens"], num_ratios)
     for name, (value, weight) in mismatch.items():
         metrics.add_loss({name: value}, weight)
     metrics.add("tree/unique_tokens", batch.num_tokens, how="sum")
