@@ -242,14 +242,17 @@ def test_a_stopped_run_does_not_wait_for_what_it_samples_ahead(box, tmp_path):
 
 
 def test_ctrl_c_inside_an_update_waits_for_its_end(box, tmp_path):
-    """The signal comes while the optimiser writes: the checkpoint is that of the whole step."""
+    """The signal comes while the optimiser writes: the checkpoint is that of the whole step, whose row is written."""
     trainer = Trainer(online_config(box, tmp_path, save_strategy="steps"))
     step = trainer.optimizer.step
     trainer.optimizer.step = lambda *args: (signal.raise_signal(signal.SIGINT), step(*args))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert [path.name for path in checkpoint.listed(tmp_path)] == ["checkpoint-1"]
-    assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["online"]["waiting"] == []
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["online"]["waiting"] == []
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["step"] == 1 and row["num_tokens"] == state["num_tokens"] > 0
 
 
 def test_an_engine_that_gives_up_leaves_what_it_delivered(box, tmp_path, capsys):

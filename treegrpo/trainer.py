@@ -158,15 +158,18 @@ class Trainer:
                 while not self._is_done():
                     started = time.perf_counter()
                     self._next_data(progress)
-                    is_updating = True
-                    row = self._update()
-                    is_updating = False
-                    row = {"step": self.step, **row, "step_time": time.perf_counter() - started}
-                    progress.advance(row)
+                    is_updating, row = True, {}
+                    metrics, grad_norm = self._gradients()
                     try:
+                        # a Ctrl-C waits until the step is counted and has its row
+                        with uninterrupted():
+                            values = self._update(metrics, grad_norm)
+                            is_updating = False
+                            row = {"step": self.step, **values, "step_time": time.perf_counter() - started}
+                        progress.advance(row)
                         row |= self._evaluate(progress)
                     finally:
-                        if main and self._is_logged(row):
+                        if main and row and self._is_logged(row):
                             metrics_file.write(row)
                     is_due = config.save_steps and self.step % config.save_steps == 0
                     if config.save_strategy == "steps" and (is_due or self._is_done()):
@@ -236,8 +239,8 @@ class Trainer:
                 self._write_checkpoint(self.output_dir / "best")
         return result
 
-    def _update(self) -> dict[str, float]:
-        """One optimiser step over all rows; returns its metrics."""
+    def _gradients(self) -> tuple[StepMetrics, float]:
+        """Those of all rows, clipped; returns what was measured, and their norm."""
         config, accelerator, rows = self.config, self.accelerator, self.data.rows
         metrics = StepMetrics()
         total = accelerator.reduce(step.normalizers(rows, config, self.device), "sum").clamp(min=1)
@@ -263,17 +266,20 @@ class Trainer:
             )
         if self.on_gradients is not None:
             self.on_gradients(self.step, self.policy)
-        learning_rate = self.schedule.get_last_lr()[0]
-        with uninterrupted():
-            self.optimizer.step()
-            self.schedule.step()
-            self.step += 1
         metrics.add("perf/fwd_bwd_s", time.perf_counter() - began, how="max")
-        values = step_summary(self.data, metrics, accelerator, is_chain=config.attention == "chain")
+        return metrics, float(grad_norm)
+
+    def _update(self, metrics: StepMetrics, grad_norm: float) -> dict[str, float]:
+        """The optimiser's step; returns its numbers."""
+        learning_rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        values = step_summary(self.data, metrics, self.accelerator, is_chain=self.config.attention == "chain")
         self.num_tokens += int(values["tree/chain_tokens"])
         return {
             "loss": values.pop("loss"),
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             **values,
             **(self._sampled_metrics() if self.sampled else {}),
