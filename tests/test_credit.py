@@ -232,6 +232,11 @@ def test_leaves_without_steps():
     assert (first.tolist(), second.tolist()) == ([-1], [-2]) and third.shape == (0,)
     leaves = credits(build_tree([rows[0], silent]), "treepo")
     assert [x.size for x in leaves] == [1, 0]
+    for norm in ("none", "std_siblings"):
+        (none,) = credits(build_tree([silent]), "grid", baseline="siblings", norm=norm)
+        assert none.size == 0
+    (none,) = credits(build_tree([silent]), "treepo")
+    assert none.size == 0
 
 
 def test_nodes_of_a_forest():

@@ -227,7 +227,7 @@ def sibling_moments(nodes: StepNodes, leaf_values: np.ndarray, values: np.ndarra
     count = np.maximum(np.bincount(above, minlength=num) + np.bincount(nodes.leaf_end, minlength=num), 1)
     mean = (np.bincount(above, values[inner], num) + np.bincount(nodes.leaf_end, leaf_values, num)) / count
     squares = np.bincount(above, (values[inner] - mean[above]) ** 2, num)
-    squares += np.bincount(nodes.leaf_end, (leaf_values - mean[nodes.leaf_end]) ** 2, num)
+    squares = squares + np.bincount(nodes.leaf_end, (leaf_values - mean[nodes.leaf_end]) ** 2, num)
     return mean, np.sqrt(squares / count)
 
 
@@ -246,8 +246,9 @@ def all_ancestors_mean(
         values[alone] = 0.0
     num_leaves = leaf_values.size
     of_entry = weight[nodes.entry_node] * (leaf_values[nodes.entry_leaf] - values[nodes.entry_node])
+    # not in place: numpy counts nothing, as where no leaf has a step, in integers
     total = np.bincount(nodes.entry_leaf, of_entry, num_leaves)
-    total += weight[nodes.leaf_root] * (leaf_values - values[nodes.leaf_root])
+    total = total + weight[nodes.leaf_root] * (leaf_values - values[nodes.leaf_root])
     return total / (np.bincount(nodes.entry_leaf, weight[nodes.entry_node], num_leaves) + weight[nodes.leaf_root])
 
 
