@@ -139,3 +139,17 @@ def test_closed_engines_refuse(make_engine):
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         together(engine, [([5], greedy())])
+
+
+def test_closed_in_the_middle_of_a_completion_the_loop_ends_quietly(make_engine, caplog):
+    engine = make_engine(ends=False)
+
+    async def run():
+        task = asyncio.ensure_future(engine.generate([5], greedy(200)))
+        while engine.num_generated < 5:
+            await asyncio.sleep(0)
+        task.cancel()
+        engine.close()
+
+    asyncio.run(run())
+    assert not caplog.records

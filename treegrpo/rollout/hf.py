@@ -239,7 +239,8 @@ class HFEngine:
             for request in self._in_flight:
                 request.future.cancel()
             self._waiting.clear()
-            self._executor.submit(self._forget).result()
+            if not self._is_closed:
+                self._executor.submit(self._forget).result()
             raise
         except Exception as error:
             # handed to every caller, whoever's row it was: the batch is one forward
