@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from distributed_worker import run
+from tiny_engine import alone, greedy, make_tokenizer, together
 from transformers import AutoModelForCausalLM
 from two_processes import DDP, FSDP2, RESHARD, two_processes
 
@@ -12,6 +13,7 @@ pytest.importorskip("bitsandbytes")
 from treegrpo import build_forest, models, pack, token_logprobs
 from treegrpo.cli import main
 from treegrpo.config import TrainConfig
+from treegrpo.rollout.hf import HFEngine
 from treegrpo.trainer import Trainer
 
 pytestmark = [
@@ -136,3 +138,20 @@ def test_bad_settings(folder):
         TrainConfig(**settings(folder, "x", lora_r=0))
     with pytest.raises(ValueError, match="needs a folder with weights"):
         Trainer(TrainConfig(**settings(folder, "x", model=str(folder / "model.json"))))
+    with pytest.raises(ValueError, match="4 bits would change more than they do; sample with rollouts=hf"):
+        Trainer(TrainConfig(**settings(folder, "x", rollouts="server:http://127.0.0.1:1")))
+
+
+def test_an_engines_copy_gets_the_adapters(folder):
+    policy = models.build_policy(TrainConfig(**settings(folder, "unused")), None)
+    engine = HFEngine(policy, make_tokenizer(), copy_weights=True)
+    engine._end_ids = frozenset()
+    (before,) = together(engine, [([5, 6, 7], greedy())])
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    engine.sync_weights(policy)
+    (after,) = together(engine, [([5, 6, 7], greedy())])
+    engine.close()
+    assert after.token_ids == alone(policy, [5, 6, 7], ends=False) != before.token_ids

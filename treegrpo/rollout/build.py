@@ -30,6 +30,11 @@ def check_settings(config: TrainConfig) -> None:
     """ValueError unless `rollouts` is an engine and what it needs is given and exists; loads nothing."""
     if not is_engine(config.rollouts):
         raise ValueError(f"rollouts={config.rollouts!r}: give replay:FILE, or an engine: {', '.join(ENGINES)}")
+    if config.load_in_4bit and config.rollouts != "hf":
+        raise ValueError(
+            f"load_in_4bit with rollouts={config.rollouts!r}: other engines get adapters merged, and rounding to 4 bits"
+            " would change more than they do; sample with rollouts=hf"
+        )
     if not config.dataset or not Path(config.dataset).is_file():
         raise ValueError(f"dataset={config.dataset!r}: no such file; sampling needs a file of prompts")
     if config.eval_dataset is not None and not Path(config.eval_dataset).is_file():

@@ -187,7 +187,7 @@ class HFEngine:
         self._sessions.clear()
         source = unwrap(model)
         if self._copies:
-            self._model.load_state_dict(source.state_dict())
+            _fill(self._model, source)
         elif source is not self._model:
             self._window, self._shape = kv.check_layers(source, self.max_context_length), kv.probe_shape(source)
             self._model, self._batch = source, kv.KVBatch(self._shape)
@@ -443,6 +443,13 @@ def _copy(model: nn.Module) -> nn.Module:
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
+
+
+def _fill(twin: nn.Module, source: nn.Module) -> None:
+    """Loads the weights of `source`, but not what a 4-bit base has in its state beside them, which no module takes."""
+    held = {name for of in (twin.named_parameters, twin.named_buffers) for name, _ in of(remove_duplicate=False)}
+    extra = twin.state_dict().keys() - held
+    twin.load_state_dict({name: value for name, value in source.state_dict().items() if name not in extra})
 
 
 def _end_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:
