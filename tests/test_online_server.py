@@ -8,6 +8,7 @@ import completions_server
 import pytest
 import served_engine
 
+from treegrpo import load
 from treegrpo.config import TrainConfig
 from treegrpo.trainer import Trainer
 
@@ -57,6 +58,16 @@ def test_the_server_samples_from_the_weights_of_now(urls, files, tmp_path, diale
         assert row["sampling/sampling_logp_difference/max"] < 1e-4
         assert row["rollout/leaves"] == 2 * 2 * 2
     assert history[0]["grad_norm"] > 0
+
+
+def test_ids_that_the_tokenizer_has_no_word_for_are_trained_on(urls, files, tmp_path, monkeypatch):
+    """Models often have more ids than words, and an untrained one samples them all."""
+    monkeypatch.setattr(completions_server, "WORDS", completions_server.WORDS[:20])
+    completions_server.tiny_tokenizer().save_pretrained(tmp_path / "short")
+    changes = {"tokenizer": str(tmp_path / "short"), "max_steps": 1, "save_rollouts": True}
+    Trainer(settings(urls["openai"], files, tmp_path / "run", **changes)).train()
+    rollouts = load(tmp_path / "run" / "rollouts" / "step-1.jsonl.gz")
+    assert max(t.token_ids.max() for t in rollouts) >= 20
 
 
 def test_a_server_left_behind_shows_in_the_metrics(urls, files, tmp_path):

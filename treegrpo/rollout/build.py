@@ -104,10 +104,18 @@ def _beyond(tokenizer: Any, vocab_size: int) -> list[tuple[str, int]]:
 def make_engine(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) -> RolloutEngine:
     """The engine of `config.rollouts`; `policy` is the unwrapped model that is trained."""
     kind, _, rest = config.rollouts.partition(":")
+    # of the model, which may have more ids than its tokenizer has words: they can be sampled
+    vocab_size = models.vocabulary_size(policy.config)
     if kind == "vllm":
         from treegrpo.rollout.vllm import VLLMEngine
 
-        return VLLMEngine(config.model, tokenizer, max_context_length=config.max_context_length, seed=config.seed)
+        return VLLMEngine(
+            config.model,
+            tokenizer,
+            max_context_length=config.max_context_length,
+            seed=config.seed,
+            vocab_size=vocab_size,
+        )
     if kind == "server":
         from treegrpo.rollout.server import ServerEngine
 
@@ -115,6 +123,7 @@ def make_engine(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) ->
             rest,
             tokenizer,
             max_context_length=config.max_context_length,
+            vocab_size=vocab_size,
             sync_dir=Path(config.output_dir) / "weights",
         )
     from treegrpo.rollout.hf import HFEngine
