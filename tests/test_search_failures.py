@@ -245,6 +245,18 @@ def test_an_environment_that_breaks_its_contract_is_an_error():
         def step(self, action, *, is_last=False):
             return "text"
 
+    class Spelled(Notebook):
+        stop = "</a>"
+
+    class Locked(Notebook):
+        def reset(self, row):
+            self.lock = threading.Lock()
+            return super().reset(row)
+
+    with pytest.raises(ValueError, match=r"stop='</a>' is one text: give a tuple of texts"):
+        run(Engine(), Spelled)
+    with pytest.raises(ValueError, match=r"Locked cannot be copied \(.*lock.*\), .*: give it, or what it holds"):
+        run(Engine(), Locked)
     with pytest.raises(ValueError, match=r"Silent\.step returned no observation though it is not done"):
         run(Engine(), Silent)
     with pytest.raises(ValueError, match=r"Textual\.step returned a str: return a StepResult"):

@@ -47,7 +47,7 @@ class Environment(ABC):
 
     def fork(self) -> Environment:
         """An independent copy of the state."""
-        return copy.deepcopy(self)
+        return deep_copy(self)
 
     def error_observation(self, message: str) -> str:
         """What follows a step that raised or timed out; called on a fork of the state before that step."""
@@ -56,3 +56,14 @@ class Environment(ABC):
     def tools(self) -> list[Any]:
         """Functions the chat template should describe to the model; none by default."""
         return []
+
+
+def deep_copy(thing: Any) -> Any:
+    """`copy.deepcopy`. ValueError, with the cure, where something in it cannot be copied."""
+    try:
+        return copy.deepcopy(thing)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(thing).__name__} cannot be copied ({error}), so its tree cannot branch: give it, or "
+            "what it holds, a __deepcopy__"
+        ) from error

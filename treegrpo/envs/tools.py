@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from treegrpo.envs.base import Environment, StepResult
+from treegrpo.envs.base import Environment, StepResult, deep_copy
 from treegrpo.envs.calculator import CalculatorEnv, calculate
 from treegrpo.envs.retrievers import Retriever, make_retriever
 from treegrpo.envs.search import SearchEnv
@@ -280,13 +280,7 @@ class FactoryEnv(ToolEnv):
 
     def fork(self) -> FactoryEnv:
         twin = super().fork()
-        try:
-            twin.wrapped = copy.deepcopy(self.wrapped)
-        except TypeError as error:
-            raise ValueError(
-                f"{type(self.wrapped).__name__} cannot be copied ({error}), so its tree cannot branch: give it, or "
-                "what it holds, a __deepcopy__"
-            ) from error
+        twin.wrapped = deep_copy(self.wrapped)
         twin._functions = {name: getattr(twin.wrapped, name) for name in self._names}
         return twin
 

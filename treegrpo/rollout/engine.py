@@ -40,6 +40,9 @@ class SamplingParams:
             raise ValueError(f"temperature={self.temperature}: give a finite number, at least 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: give a number above 0, at most 1")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop={self.stop!r} is one text: give a tuple of texts, or each letter would end it")
+        object.__setattr__(self, "stop", tuple(self.stop))
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which would end every completion: remove it")
 

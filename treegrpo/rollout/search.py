@@ -288,8 +288,8 @@ class _Grower:
 
     async def _step(self, parent: Node, context: list[int], seed: int) -> Node:
         room = self.max_length - len(context)
-        stop = tuple(parent.environment.stop)
-        sampling = self.options.sampling(max_tokens=min(self.options.max_tokens, room), stop=stop, seed=seed)
+        max_tokens, stop = min(self.options.max_tokens, room), parent.environment.stop
+        sampling = self.options.sampling(max_tokens=max_tokens, stop=stop, seed=seed)
         async with self.limit:
             completion = await self.engine.generate(context, sampling, session=self.group)
         self._check(completion, sampling.max_tokens)
