@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -81,6 +82,26 @@ def test_a_run_does_not_remove_what_it_reads(files, tmp_path):
         assert listing(tmp_path) == before
 
 
+def test_a_checkpoint_that_is_written_again_goes_when_the_new_one_is_there(files, tmp_path, monkeypatch):
+    trainer = Trainer(settings(files, tmp_path, save_strategy="steps", max_steps=1))
+    trainer.train()
+    (path,) = checkpoint.listed(tmp_path)
+    replace = os.replace
+
+    def killed(source, target):
+        if target == path:
+            raise InterruptedError
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(InterruptedError):
+        trainer.save()
+    checkpoint.check(tmp_path / ".checkpoint-1.old.tmp")
+    monkeypatch.undo()
+    trainer.save()
+    assert [found for found in tmp_path.iterdir() if found.is_dir()] == [path]
+
+
 def test_cut_checkpoint_is_refused_and_nothing_changes(files, tmp_path):
     run(files, tmp_path, save_strategy="steps")
     path = checkpoint.listed(tmp_path)[-1]
@@ -120,7 +141,7 @@ def test_old_run_is_not_overwritten_unasked(files, tmp_path):
     run(files, tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(settings(files, tmp_path))
-    names = ("best", "rollouts", "checkpoint-7", "superseded-9", "superseded-9-2", ".checkpoint-8.tmp")
+    names = ("best", "rollouts", "checkpoint-7", "superseded-9", "superseded-9-2", ".checkpoint-8.tmp", ".best.old.tmp")
     for name in (*names, "weights/weights-12-ab-3", "mine"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "file").touch()

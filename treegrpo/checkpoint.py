@@ -35,7 +35,7 @@ _SUPERSEDED = "superseded-"
 # What a run writes beside its checkpoints; those of a server's engine are the weights it was last told to load.
 _FILES = ("metrics.jsonl", "unfinished-step-*.jsonl.gz")
 _FOLDERS = (f"{_SUPERSEDED}*", "best", "rollouts", "weights/weights-*")
-_FOLDERS += (f".{_PREFIX}*.tmp", ".best.tmp", "weights/.weights-*.tmp")
+_FOLDERS += (f".{_PREFIX}*.tmp", ".best*.tmp", "weights/.weights-*.tmp")
 
 
 def path_of(output_dir: str | Path, step: int) -> Path:
@@ -89,9 +89,13 @@ def save(
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         sizes = {file.relative_to(temporary).as_posix(): file.stat().st_size for file in files}
         (temporary / _MANIFEST).write_text(json.dumps(sizes, indent=1), encoding="utf-8")
+        before = path.with_name(f".{path.name}.old.tmp")
         if path.exists():
-            shutil.rmtree(path)
+            # renamed, for removing it takes time in which the run may be killed
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(path, before)
         os.replace(temporary, path)
+        shutil.rmtree(before, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
