@@ -312,11 +312,12 @@ def group(place: int, rewards: list[float], reads: list[str]) -> SampledGroup:
 
 
 class Scripted(Sampler):
-    """Groups whose rewards are equal at every third row."""
+    """Groups whose rewards are equal at every third row; of rows from the fourth on a reward function logs more."""
 
     def sample(self, rows, groups, options, seeds, progress=None, indices=None):
         found = [group(row["index"], [0.0, float(row["index"] % 3 != 0)], READS) for row in rows]
-        return found, [{"rewards/x/mean": 1.0} for _ in rows]
+        logged = {"late": 2.0} if rows and rows[0]["index"] > 2 else {}
+        return found, [{"rewards/x/mean": 1.0, **logged} for _ in rows]
 
 
 READS: list[str] = []
@@ -350,6 +351,7 @@ def test_groups_without_spread_are_counted_and_refilled():
     first, second = (refill.step_rollouts(1, 3, None) for _ in range(2))
     assert names(first) == [["g1", "g2", "g4"]]
     assert READS[:5] == ["0", "1", "2", "3", "4"]
+    assert (first.metrics["rewards/x/mean"], first.metrics["late"]) == (1.0, 2.0)
     assert first.metrics["rollout/zero_std_groups"] == 2 and first.metrics["rollout/refilled_groups"] == 2
     # everything sampled is counted, the rejected too, and the next step goes on where this one stopped
     assert first.generated_tokens == 50

@@ -241,7 +241,9 @@ class OnlineRollouts:
         trees = [build_tree(group.trajectories) for group, _ in kept]
         metrics = stats.as_metrics()
         for name in dict.fromkeys(name for _, means in kept for name in means):
-            values = [(means[name], len(group.trajectories)) for group, means in kept if not np.isnan(means[name])]
+            # a reward function may have logged it in one process, or about one refill, alone
+            found = [(means.get(name, np.nan), len(group.trajectories)) for group, means in kept]
+            values = [pair for pair in found if not np.isnan(pair[0])]
             if values:
                 metrics[name] = float(np.average(*np.array(values).T[:1], weights=[weight for _, weight in values]))
         for name in ("generated_tokens", "prefilled_tokens", "tool_calls"):
