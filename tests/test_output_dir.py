@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import tiny
 from safetensors.torch import load_file
 from tiny import largest_difference, listing, run, settings
 
-from treegrpo import checkpoint
+from treegrpo import Trajectory, checkpoint, load
 from treegrpo.config import read_config
 from treegrpo.metrics import read_metrics
+from treegrpo.rollout.engine import EngineError
 from treegrpo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +102,18 @@ def test_a_checkpoint_that_is_written_again_goes_when_the_new_one_is_there(files
     monkeypatch.undo()
     trainer.save()
     assert [found for found in tmp_path.iterdir() if found.is_dir()] == [path]
+
+
+def test_each_process_leaves_what_the_engine_delivered_to_it(files, tmp_path):
+    trainer = Trainer(settings(files, tmp_path, save_strategy="steps"))
+    trainer.online = types.SimpleNamespace(abandon=lambda: None)
+    for rank in range(2):
+        trainer.accelerator = types.SimpleNamespace(process_index=rank, num_processes=2)
+        error = EngineError("server unreachable: start it again")
+        error.trajectories = [Trajectory([1, 2 + rank], [0, 1])]
+        trainer._leave(error)
+    left = [load(tmp_path / f"unfinished-step-1{end}.jsonl.gz")[0].token_ids.tolist() for end in ("", "-1")]
+    assert left == [[1, 2], [1, 3]]
 
 
 def test_cut_checkpoint_is_refused_and_nothing_changes(files, tmp_path):

@@ -333,7 +333,8 @@ class Trainer:
         if self.online is not None:
             self.online.abandon()
             if unfinished := getattr(error, "trajectories", None):
-                path = self.output_dir / f"unfinished-step-{self.step + 1}.jsonl.gz"
+                rank = self.accelerator.process_index
+                path = self.output_dir / f"unfinished-step-{self.step + 1}{f'-{rank}' if rank else ''}.jsonl.gz"
                 save(path, unfinished)
                 print(f"{len(unfinished)} trajectories of the unfinished step are in {path}", file=sys.stderr)
         # Other processes may be anywhere, so only one alone can write what all must agree on.
