@@ -82,7 +82,9 @@ def test_a_resumed_run_is_the_uncut_one_bit_for_bit(box, tmp_path, changes):
     run(box, cut, save_strategy="steps", save_steps=3, **changes)
     for path in checkpoint.listed(cut)[1:]:
         shutil.rmtree(path)
-    resumed, again, _ = run(box, cut, resume_from_checkpoint="latest", **changes)
+    resumed, again, _ = run(box, cut, resume_from_checkpoint="latest", save_rollouts=True, **changes)
+    kept = sorted(path.name for path in (cut / "rollouts").iterdir())
+    assert kept == [f"step-{step}.jsonl.gz" for step in ((5,) if "num_iterations" in changes else (4, 5))]
     assert [row["step"] for row in resumed] == [4, 5]
     assert [untimed(row) for row in whole[3:]] == [untimed(row) for row in resumed]
     assert same(weights, again)

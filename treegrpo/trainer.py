@@ -214,7 +214,8 @@ class Trainer:
         self.num_read = number + 1
         if self.step + self.config.num_iterations < self.config.max_steps:
             self.online.start_next(*shape, self._sampling_policy())
-        if self.config.save_rollouts and self.accelerator.is_main_process:
+        is_new = self.step % self.config.num_iterations == 0
+        if self.config.save_rollouts and is_new and self.accelerator.is_main_process:
             folder = self.output_dir / "rollouts"
             folder.mkdir(exist_ok=True)
             save(folder / f"step-{self.step + 1}.jsonl.gz", self.sampled.trajectories())
