@@ -1,5 +1,6 @@
 """What verl's trainer does differently with ours: which rows stand together, and advantages; no engine here."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ pytest.importorskip("transfer_queue")
 import numpy as np
 import torch
 import verl_tiny as tiny
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
@@ -19,6 +21,16 @@ from treegrpo.integrations import verl as ours
 from treegrpo.integrations.verl import advantages, micro_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_the_settings_of_the_docs_are_verls():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "verl.md").read_text()
+    command = text.split("python -m verl.trainer.main_ppo", 1)[1].split("```", 1)[0]
+    overrides = [word for word in command.split() if "=" in word]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    assert len(overrides) == 3 and config.trainer.v1.trainer_mode == ours.TRAINER_MODE
+    assert config.actor_rollout_ref.model.override_config == dict(attn_implementation=ours.ATTENTION)
 
 
 def test_micro_batches_keep_siblings_together():

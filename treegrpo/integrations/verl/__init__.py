@@ -1,7 +1,7 @@
 """verl's FSDP engine with every sequence's shared beginnings computed once, and tree advantages in its trainer.
 
     VERL_ENGINE_VENDOR=treegrpo python -m verl.trainer.main_ppo \\
-        actor_rollout_ref.model.override_config.attn_implementation=treegrpo \\
+        +actor_rollout_ref.model.override_config.attn_implementation=treegrpo \\
         trainer.v1.trainer_mode=tree_sync algorithm.adv_estimator=tree_grpo ...
 
 verl finds this module by its entry point ``verl.plugins`` (or VERL_USE_EXTERNAL_MODULES=treegrpo.integrations.verl) and
