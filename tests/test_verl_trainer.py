@@ -1,5 +1,6 @@
 """What verl's trainer does differently with ours: which rows stand together, and advantages; no engine here."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import verl_tiny as tiny
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, get_adv_estimator_fn
 from verl.utils import tensordict_utils as tu
 
 import treegrpo
@@ -82,8 +84,10 @@ def test_advantages_are_those_of_the_forest():
         mask[row, : len(response)] = 1
         rewards[row, len(response) - 1] = float(draw.random())
     uid = np.array([uid for uid, *_ in samples], dtype=object)
-    rows = rows_of(samples)
-    for estimator, name in (("tree_grpo", "tree_grpo"), ("siblings", "tree_siblings"), ("treerl", "tree_treerl")):
+    logprobs = [draw.normal(-2, 1, len(r)).astype(np.float32) for *_, r in samples]
+    rows = rows_of(samples, logprobs=logprobs)
+    for name in ("tree_grpo", "tree_siblings", "tree_treerl", "tree_at2po"):
+        estimator = name if name == "tree_grpo" else name.removeprefix("tree_")
         estimate = get_adv_estimator_fn(name)
         with pytest.raises(ValueError, match="trainer_mode=tree_sync"):
             estimate(token_level_rewards=rewards, response_mask=mask, index=uid)
@@ -97,6 +101,7 @@ def test_advantages_are_those_of_the_forest():
                     samples[i][1] + samples[i][2],
                     [0] * len(samples[i][1]) + [1] * len(samples[i][2]),
                     reward=float(rewards[i].sum()),
+                    logprobs=[math.nan] * len(samples[i][1]) + logprobs[i].tolist(),
                     group=group,
                     tree=number,
                     steps=steps,
@@ -109,6 +114,28 @@ def test_advantages_are_those_of_the_forest():
                 wanted = np.repeat(values, np.subtract(ends, leaf.steps))
                 start = leaf.steps[0] - len(samples[i][1])
                 np.testing.assert_allclose(got[i, start : start + len(wanted)].numpy(), wanted, atol=1e-6)
+
+
+def test_without_std_as_verl_leaves_it_out():
+    samples = tiny.rows(3)
+    columns = max(len(r) for *_, r in samples)
+    mask = torch.tensor([[1] * len(r) + [0] * (columns - len(r)) for *_, r in samples])
+    rewards = torch.zeros(mask.shape)
+    rewards[:, 0] = torch.tensor([float(i * 5 % 3) for i in range(len(samples))])
+    uid = np.array([uid for uid, *_ in samples], dtype=object)
+    given = dict(token_level_rewards=rewards, response_mask=mask, index=uid)
+    with_std, without = (AlgoConfig(norm_adv_by_std_in_grpo=flag) for flag in (True, False))
+    want = [compute_grpo_outcome_advantage(**given, norm_adv_by_std_in_grpo=flag)[0] for flag in (True, False)]
+    assert not torch.allclose(*want)
+    with advantages.known_rows(rows_of(samples, logprobs=[[-1.0] * len(r) for *_, r in samples])):
+        for name in ("tree_grpo", "tree_inter", "tree_arpo_soft"):
+            for config, expected in zip((with_std, without), want, strict=True):
+                got, _ = get_adv_estimator_fn(name)(**given, config=config)
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        for name in set(advantages.ESTIMATOR_NAMES) - {"tree_intra"}:
+            got = [get_adv_estimator_fn(name)(**given, config=config)[0] for config in (with_std, without)]
+            # these divide by no std of a group
+            assert torch.allclose(*got) == (name in ("tree_treerl", "tree_treepo", "tree_siblings", "tree_spo")), name
 
 
 @pytest.mark.parametrize("estimator", ["tree_grpo", "inter", "arpo_soft"])
@@ -151,15 +178,18 @@ def test_sessions_are_compared_as_verl_compares_them(estimator):
     assert want.abs().max() > 0.5
 
 
-@pytest.mark.parametrize("estimator", ["siblings", "treerl", "spo"])
+@pytest.mark.parametrize("estimator", ["siblings", "treerl", "spo", "at2po"])
 def test_turns_of_a_session_are_those_of_one_row(estimator):
     """A row per model call carries what the same tokens carry in one row with the tools' answers masked."""
     samples = tiny.rows(2)
     whole, turns, sessions, numbers, masks, where = [], [], [], [], [], []
+    draw, logprobs, per_turn = np.random.default_rng(1), [], []
     for number, (uid, prompt, response) in enumerate(samples):
         tool, again = [3, 4], [9 + number, 10]
         whole.append((uid, prompt, response + tool + again))
         masks.append([1] * len(response) + [0, 0, 1, 1])
+        logprobs.append(draw.normal(-2, 1, len(response) + 4))
+        per_turn += [logprobs[-1][: len(response)], logprobs[-1][-2:]]
         turns += [(uid, prompt, response), (uid, prompt + response + tool, again)]
         sessions += [str(number)] * 2
         numbers += [0, 1]
@@ -167,16 +197,17 @@ def test_turns_of_a_session_are_those_of_one_row(estimator):
     rewards = [float(i * 5 % 3) for i in range(len(samples))]
     columns = max(len(r) for *_, r in whole)
     uids = [uid for uid, *_ in whole]
-    want = advantages.tree_advantages(rows_of(whole, masks=masks), rewards, uids, estimator, columns)
+    want = advantages.tree_advantages(rows_of(whole, masks=masks, logprobs=logprobs), rewards, uids, estimator, columns)
     twice = [reward for reward in rewards for _ in range(2)]
     uids = [uid for uid, *_ in turns]
-    got = advantages.tree_advantages(rows_of(turns, sessions, numbers), twice, uids, estimator, columns)
+    rows = rows_of(turns, sessions, numbers, logprobs=per_turn)
+    got = advantages.tree_advantages(rows, twice, uids, estimator, columns)
     for row, (number, start, length) in enumerate(where):
         torch.testing.assert_close(got[row, :length], want[number, start : start + length])
     assert any(len(set(own.tolist())) > 1 for own in want)
 
 
-def rows_of(samples, sessions=None, numbers=None, masks=None):
+def rows_of(samples, sessions=None, numbers=None, masks=None, logprobs=None):
     """What the trainer knows of (uid, prompt, response) samples; each a session of its own by default."""
     return advantages.Rows(
         [p for _, p, _ in samples],
@@ -184,6 +215,7 @@ def rows_of(samples, sessions=None, numbers=None, masks=None):
         masks or [[1] * len(r) for *_, r in samples],
         sessions or [str(i) for i in range(len(samples))],
         numbers or [0] * len(samples),
+        logprobs,
     )
 
 
@@ -282,7 +314,8 @@ def test_a_shuffled_actor_is_refused_before_anything_starts():
             sample_of(key)
 
 
-def test_the_trainer_gives_estimators_the_tokens(monkeypatch):
+@pytest.mark.parametrize("estimator", ["tree_grpo", "tree_at2po"])
+def test_the_trainer_gives_estimators_the_tokens(estimator, monkeypatch):
     import transfer_queue as tq
 
     samples = tiny.rows(2)
@@ -294,7 +327,7 @@ def test_the_trainer_gives_estimators_the_tokens(monkeypatch):
         responses=jagged([torch.tensor(r) for *_, r in samples]),
         response_mask=jagged([torch.ones(n, dtype=torch.int64) for n in lengths]),
         rm_scores=jagged([score(i) for i in range(len(samples))]),
-        old_log_probs=jagged([torch.zeros(n) for n in lengths]),
+        old_log_probs=jagged([-torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in lengths]),
     )
     written = {}
 
@@ -310,10 +343,12 @@ def test_the_trainer_gives_estimators_the_tokens(monkeypatch):
 
     monkeypatch.setattr(tq, "kv_batch_get", get)
     monkeypatch.setattr(tq, "kv_batch_put", put)
-    trainer_of()._compute_advantage(Batch(samples), {})
+    trainer_of(estimator=estimator)._compute_advantage(Batch(samples), {})
     rewards = [float(score(i).sum()) for i in range(len(samples))]
     uids = [uid for uid, *_ in samples]
-    want = advantages.tree_advantages(rows_of(samples), rewards, uids, "tree_grpo", max(lengths))
+    rows = rows_of(samples, logprobs=[row.tolist() for row in stored["old_log_probs"].unbind()])
+    name = estimator if estimator == "tree_grpo" else estimator.removeprefix("tree_")
+    want = advantages.tree_advantages(rows, rewards, uids, name, max(lengths))
     for row, (got, n) in enumerate(zip(written["advantages"].unbind(), lengths, strict=True)):
         torch.testing.assert_close(got, want[row, :n])
     assert written["advantages"].values().abs().max() > 0.1

@@ -11,6 +11,7 @@ Shape legend: B rows, R response columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from treegrpo.advantages import ESTIMATORS
+from treegrpo.advantages import ESTIMATORS, PRESETS
 from treegrpo.integrations.credit import chain_steps, on_tokens, step_advantages
 from treegrpo.tree import Trajectory
 
@@ -31,6 +32,8 @@ _NAMES = {
     name: name if name.startswith("tree_") else f"tree_{name}" for name in ESTIMATORS if name not in ("grid", "grpo")
 }
 ESTIMATOR_NAMES = tuple(_NAMES.values())
+NEED_LOGPROBS = tuple(own for name, own in _NAMES.items() if PRESETS[name].grid.value == "entropy_softmax")
+"""Those that weigh steps by their entropy."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Rows:
     """Which rollout of its prompt a row comes from."""
     numbers: Sequence[int]
     """Which sample of its session a row is."""
+    logprobs: Sequence[Sequence[float]] | None = None
+    """Of the responses' tokens, for those of NEED_LOGPROBS."""
 
 
 _rows: ContextVar[Rows | None] = ContextVar("rows", default=None)
@@ -62,7 +67,7 @@ def known_rows(rows: Rows) -> Iterator[None]:
 
 
 def tree_advantages(
-    rows: Rows, rewards: Sequence[float], groups: Sequence[Any], estimator: str, columns: int
+    rows: Rows, rewards: Sequence[float], groups: Sequence[Any], estimator: str, columns: int, **options: Any
 ) -> Tensor:
     """Advantages float32 [B, columns]; where the policy sampled nothing they mean nothing.
 
@@ -72,6 +77,7 @@ def tree_advantages(
     Args:
         rewards: of each row, the sum of its token-level rewards.
         groups: verl's uid of each row; sessions of equal uid are compared.
+        options: of the estimator, as `treegrpo.compute_advantages` takes them.
     """
     sessions: dict[str, dict[str, list[int]]] = {}
     for row, group in enumerate(groups):
@@ -82,23 +88,28 @@ def tree_advantages(
             last = max(members, key=lambda row: rows.numbers[row])
             ids = [*rows.prompts[last], *rows.responses[last]]
             mask = np.zeros(len(ids), np.int8)
+            logprobs = np.full(len(ids), math.nan)
             turns, others = [], []
             for row in members:
                 start = len(rows.prompts[row])
                 end = start + len(rows.responses[row])
                 if [*rows.prompts[row], *rows.responses[row]] == ids[:end]:
-                    mask[start:end] |= np.asarray(rows.masks[row], np.int8)
+                    sampled = np.asarray(rows.masks[row], np.bool_)
+                    mask[start:end] |= sampled
+                    if rows.logprobs is not None:
+                        logprobs[start:end][sampled] = np.asarray(rows.logprobs[row])[sampled]
                     turns.append((row, start, end))
                 else:
                     others.append(row)
-            leaves.append(Trajectory(ids, mask, reward=rewards[last], group=group, tree=tree))
+            known = None if rows.logprobs is None else logprobs
+            leaves.append(Trajectory(ids, mask, reward=rewards[last], logprobs=known, group=group, tree=tree))
             lengths.append(min(start for _, start, _ in turns))
             on_path.append(turns)
             off_path.append(others)
     steps = chain_steps(leaves, lengths)
     leaves = [replace(leaf, steps=own) for leaf, own in zip(leaves, steps, strict=True)]
     advantages = torch.zeros(len(groups), columns)
-    found = step_advantages(leaves, estimator, {})
+    found = step_advantages(leaves, estimator, options)
     for leaf, own, turns, others in zip(leaves, found, on_path, off_path, strict=True):
         if not own.size:
             continue
@@ -110,6 +121,8 @@ def tree_advantages(
 
 
 def _register(name: str, estimator: str) -> None:
+    takes_std = PRESETS[estimator].grid.norm in ("std", "std_population")
+
     @register_adv_est(name)
     def estimate(
         token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, index: Any = None, **kwargs: Any
@@ -121,7 +134,9 @@ def _register(name: str, estimator: str) -> None:
                 " trainer.v1.trainer_mode=tree_sync"
             )
         rewards = token_level_rewards.sum(-1).tolist()
-        found = tree_advantages(rows, rewards, index, estimator, response_mask.shape[1])
+        without_std = takes_std and config is not None and not config.get("norm_adv_by_std_in_grpo", True)
+        options = {"norm": "none"} if without_std else {}
+        found = tree_advantages(rows, rewards, index, estimator, response_mask.shape[1], **options)
         found = found.to(response_mask.device) * (response_mask != 0)
         return found, found
 

@@ -11,7 +11,7 @@ from verl.trainer.ppo.v1 import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import log_seqlen_unbalance
 
-from treegrpo.integrations.verl.advantages import ESTIMATOR_NAMES, Rows, known_rows
+from treegrpo.integrations.verl.advantages import ESTIMATOR_NAMES, NEED_LOGPROBS, Rows, known_rows
 from treegrpo.integrations.verl.micro_batches import by_rank, row_costs
 
 
@@ -57,10 +57,12 @@ class TreePPOTrainerSync(PPOTrainerSync):
         if self.config.algorithm.adv_estimator not in ESTIMATOR_NAMES:
             return super()._compute_advantage(batch, metrics)
         fields = ["prompts", "responses", "response_mask"]
+        if self.config.algorithm.adv_estimator in NEED_LOGPROBS:
+            fields.append("old_log_probs")
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        streams = ([row.tolist() for row in data[name].unbind()] for name in fields)
+        prompts, responses, masks, *logprobs = ([row.tolist() for row in data[name].unbind()] for name in fields)
         _, sessions, numbers = zip(*map(sample_of, batch.keys), strict=True)
-        with known_rows(Rows(*streams, sessions, numbers)):
+        with known_rows(Rows(prompts, responses, masks, sessions, numbers, *logprobs)):
             return super()._compute_advantage(batch, metrics)
 
 
