@@ -129,6 +129,11 @@ def test_reference(strategy, folder):
     assert float(found[0].abs().max()) > 1 and len(with_grad) > 2 and not any(with_grad)
 
 
+def test_a_saved_config_names_no_attention(folder, tmp_path):
+    tiny.engine(folder, tree=True).module.config.save_pretrained(tmp_path)
+    assert "treegrpo" not in (tmp_path / "config.json").read_text()
+
+
 def test_supervised_loss(folder):
     """sft_loss reads whole rows, prompts too."""
     found = []

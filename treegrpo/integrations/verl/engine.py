@@ -56,6 +56,8 @@ class TreeFSDPEngine(FSDPEngineWithLMHead):
 
     def _build_module(self) -> torch.nn.Module:
         module = use_tree_attention(super()._build_module(), check=False)
+        # verl's override stands in the config itself, and what is saved with it loads nowhere else
+        vars(module.config).pop("attn_implementation", None)
         # processes but the first may hold no weights yet
         if not any(p.is_meta for p in module.parameters()):
             check_model(module)
