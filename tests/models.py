@@ -33,6 +33,21 @@ EXPERTS["moe_intermediate_size"] = 16
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 WINDOW = 5
+DEEPSEEK: dict[str, Any] = {
+    **EXPERTS,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 
 # every family that computes a packed tree exactly, with what its config needs beyond COMMON
 EXACT: dict[str, dict[str, Any]] = {
@@ -73,21 +88,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "olmoe": EXPERTS,
     "granitemoe": {**EXPERTS, "logits_scaling": 3.0},
     "gpt_oss": {**EXPERTS, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
-    "deepseek_v3": {
-        **EXPERTS,
-        "num_key_value_heads": 4,
-        "head_dim": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 8,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": DEEPSEEK,
 }
 
 # families that would train on something else in silence: check_model must refuse them
@@ -114,6 +115,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "head_dim": None},
     "stablelm": {},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2},
+    # selects keys, of more than the check's paths have, whatever its layers are called
+    "deepseek_v32": {**DEEPSEEK, "layer_types": ["full_attention"] * 2, "index_n_heads": 2, "index_head_dim": 8},
     "llama4_text": {**EXPERTS, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48},
 }
 

@@ -184,6 +184,9 @@ def _check_call(
         raise ValueError("output_attentions is not available with tree_plan: attention weights are never built")
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{layer} adds a position bias to its scores, which tree attention does not compute")
+    # sparse attention: names of the selected keys, which sdpa finds in its mask instead
+    if kwargs.get("indices") is not None or kwargs.get("block_indices") is not None:
+        raise ValueError(f"{layer} selects the keys that it sees, tree attention sees all: take another model")
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError(f"{layer} is not causal: a tree orders its tokens from the root down")
     return sliding_window
