@@ -182,6 +182,7 @@ def test_bfloat16_errs_as_much_as_verl(folder):
         (dict(ulysses_sequence_parallel_size=2), "ulysses"),
         (dict(pad_to_length=True), "pad_to_length"),
         (dict(model=dict(use_fused_kernels=True)), "use_fused_kernels"),
+        (dict(model=dict(use_liger=True)), "use_liger"),
         (dict(model=dict(tiled_mlp=dict(enabled=True, num_shards=4))), "tiled_mlp"),
     ],
     ids=str,

@@ -38,14 +38,17 @@ class TreeFSDPEngine(FSDPEngineWithLMHead):
 
     ``max_token_len_per_gpu`` bounds the unique tokens of a micro-batch, not the sum of its rows' lengths.
 
-    Raises ``ValueError`` for what packed rows cannot do (sequence parallelism, fused kernels, static padding, several
-    temperatures in a micro-batch, images, distillation from top-k) and for models ``treegrpo.hf.check_model`` refuses.
+    Raises ``ValueError`` for what packed rows cannot do (sequence parallelism, fused or Liger kernels, static padding,
+    several temperatures in a micro-batch, images, distillation from top-k) and for models ``treegrpo.hf.check_model``
+    refuses.
     """
 
     def __init__(self, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
         refused = {
             "ulysses_sequence_parallel_size > 1": engine_config.ulysses_sequence_parallel_size > 1,
             "use_fused_kernels=True": model_config.use_fused_kernels,
+            # its kernels want a GPU, and the check of the model runs where verl loads it, on the host
+            "use_liger=True": model_config.use_liger,
             "pad_to_length=True": engine_config.pad_to_length,
             "tiled_mlp": model_config.tiled_mlp.get("enabled", False),
         }
