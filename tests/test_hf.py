@@ -62,6 +62,11 @@ def test_packed_tree_in_float32(family):
     assert difference <= 1e-6 * scale
 
 
+def test_the_wide_heads_that_gemma4_has_by_default_are_refused():
+    with pytest.raises(ValueError, match="head dim 512; supported are 1 to 256"):
+        hf.use_tree_attention(tiny_model("gemma4_text", global_head_dim=None))
+
+
 REFUSED = r"take another model|take a model|newer transformers"
 
 
