@@ -232,11 +232,13 @@ def use_tree_attention(model: nn.Module, *, check: bool = True) -> nn.Module:
     """Sets the attention of a transformers model (wrapped by PEFT or not) to ``treegrpo``, checks it, returns it.
 
     Call it before the model is wrapped by DDP or FSDP and never around a training forward: gradient checkpointing uses
-    what is set at backward time. Raises ``ValueError`` for a model that does not run through tree attention.
+    what is set at backward time. Raises ``ValueError`` for a model that does not run through tree attention, and leaves
+    it the attention it had.
     """
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"{type(base).__name__} is not a transformers model: tree attention needs a PreTrainedModel")
+    before = base.config._attn_implementation
     try:
         base.set_attn_implementation(ATTENTION)
     except (ValueError, KeyError, ImportError) as error:
@@ -247,7 +249,11 @@ def use_tree_attention(model: nn.Module, *, check: bool = True) -> nn.Module:
             " transformers' AttentionInterface; take another model"
         )
     if check:
-        check_model(model)
+        try:
+            check_model(model)
+        except BaseException:
+            base.set_attn_implementation(before)
+            raise
     return model
 
 
