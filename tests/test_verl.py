@@ -13,6 +13,8 @@ pytest.importorskip("verl")
 import numpy as np
 import torch
 import verl_tiny as tiny
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 from verl.workers.utils.losses import ppo_loss, sft_loss
 from verl.workers.utils.padding import no_padding_2_padding
@@ -204,6 +206,13 @@ def test_batches_it_refuses(folder):
     ):
         with made.eval_mode(), pytest.raises(ValueError, match=message):
             made.infer_batch(tiny.batch(tiny.rows(), **changes))
+
+
+def test_an_adapter_that_draws_is_refused(folder, tmp_path):
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"q_proj\.lora_dropout\.default=0\.1"):
+        tiny.engine(folder, tree=True, model=dict(lora_rank=4, lora_adapter_path=str(tmp_path)))
 
 
 def test_a_model_it_would_get_wrong_is_refused(folder, monkeypatch):

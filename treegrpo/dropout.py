@@ -21,6 +21,16 @@ def drawing(model: nn.Module) -> list[str]:
     return found
 
 
+def check_dropout(model: nn.Module) -> None:
+    """ValueError where training would draw, with what ``drawing`` finds."""
+    if draws := drawing(model):
+        raise ValueError(
+            f"{type(model).__name__} draws random numbers in training ({', '.join(draws[:3])}"
+            f"{', ...' if draws[3:] else ''}): a shared token has one dropout mask but a chain draws one per leaf; set"
+            " them to 0 in the config, or call treegrpo.dropout.disable_dropout(model)"
+        )
+
+
 def disable_dropout(model: nn.Module) -> nn.Module:
     """Sets all that ``drawing`` finds, and what the configs say of it, to 0; returns the model.
 

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import treegrpo_kernels as tk
-from treegrpo.dropout import drawing
+from treegrpo.dropout import check_dropout
 from treegrpo.logprobs import is_blank, row_logprobs, unwrap
 from treegrpo.rope import rope_kind, rope_settings
 
@@ -285,12 +285,7 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
             f"{name} has rope_type dynamic: its rotation depends on the longest row seen so far, so a leaf alone and in"
             " a row differ; give the config another rope_type (yarn, linear) or take another model"
         )
-    if draws := drawing(base):
-        raise ValueError(
-            f"{name} draws random numbers in training ({', '.join(draws[:3])}{', ...' if draws[3:] else ''}): a shared"
-            " token has one dropout mask but a chain draws one per leaf; set them to 0 in the config, or call"
-            " treegrpo.dropout.disable_dropout(model)"
-        )
+    check_dropout(base)
     with _quiet(model):
         logits, plan, ids = _dry_forward(model, base, config)
         if numeric:

@@ -23,6 +23,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import detach_tree, postprocess_batch_func
 
+from treegrpo.dropout import check_dropout
 from treegrpo.hf import check_model, use_tree_attention
 from treegrpo.integrations.verl import micro_batches
 from treegrpo.logprobs import token_logprobs
@@ -64,6 +65,12 @@ class TreeFSDPEngine(FSDPEngineWithLMHead):
         # processes but the first may hold no weights yet
         if not any(p.is_meta for p in module.parameters()):
             check_model(module)
+        return module
+
+    def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        module = super()._build_lora_module(module)
+        # an adapter that is trained on brings a dropout of its own
+        check_dropout(module)
         return module
 
     def forward_backward_batch(
