@@ -277,6 +277,14 @@ def test_rotations_that_depend_on_the_longest_path_of_the_row():
             logprobs(model, batch)
 
 
+def test_queries_scaled_by_their_place_in_the_row_are_refused():
+    """llama4 without chunks: from its floor_scale of 8,192 tokens on, far beyond the check's."""
+    options = dict(layer_types=["full_attention"] * 2, no_rope_layers=[1, 0])
+    with pytest.raises(ValueError, match="attn_temperature_tuning"):
+        hf.use_tree_attention(tiny_model("llama4_text", **options))
+    hf.use_tree_attention(tiny_model("llama4_text", attn_temperature_tuning=False, **options))
+
+
 def test_lazy_mask_slices_like_the_mask_it_stands_for():
     mask = hf.lazy_mask(
         batch_size=1,

@@ -280,6 +280,11 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
             f"{name} has layers of type {', '.join(foreign)}, which read the packed row as one sequence and would"
             " mix siblings (and chains packed in one row, too): take a model whose layers are all attention"
         )
+    if getattr(config, "attn_temperature_tuning", False):
+        raise ValueError(
+            f"{name} has attn_temperature_tuning: it scales queries by their place in the row, which is not that on"
+            " their path; take another model"
+        )
     if any("dynamic" in rope_kind(settings) for settings in rope_settings(config)):
         raise ValueError(
             f"{name} has rope_type dynamic: its rotation depends on the longest row seen so far, so a leaf alone and in"
