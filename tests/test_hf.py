@@ -104,6 +104,12 @@ def test_check_names_what_is_missing():
         hf.use_tree_attention(torch.nn.Linear(2, 2))
 
 
+def test_full_attention_under_its_older_name():
+    model = tree_twin(tiny_model("llama"))
+    model.config.layer_types = ["attention"] * 2
+    hf.check_model(model)
+
+
 def test_numeric_check_finds_a_layer_that_mixes_siblings():
     model = tree_twin(tiny_model("qwen3"))
     mixer = model.model.layers[1].mlp

@@ -29,7 +29,8 @@ from treegrpo.logprobs import is_blank, row_logprobs, unwrap
 from treegrpo.rope import rope_kind, rope_settings
 
 ATTENTION = "treegrpo"
-LAYER_TYPES = ("full_attention", "sliding_attention")
+# "attention" is what hybrids call the full one before transformers renamed it: Granite 4's without other layers
+LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
 
 # median over tokens of the relative error: below NOISE x what two attention kernels differ by on a chain, plus FLOOR
 NOISE = 8.0
