@@ -249,6 +249,24 @@ def test_formulas_that_take_too_long_are_given_up() -> None:
         checker.close()
 
 
+def test_an_interrupted_comparison_leaves_no_reply_behind(monkeypatch) -> None:
+    pytest.importorskip("math_verify")
+    checker = FormulaChecker()
+    try:
+        assert checker.equal("x", "x")
+
+        def interrupted(timeout):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(checker._replies, "get", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checker.equal("x + x", "2x")
+        monkeypatch.undo()
+        assert not checker.equal("x + x", "3x") and checker.equal("x + x", "2x")
+    finally:
+        checker.close()
+
+
 def test_math_answer_reads_the_last_result() -> None:
     pytest.importorskip("math_verify")
     texts = [

@@ -51,6 +51,10 @@ class FormulaChecker:
                 reply = self._replies.get(timeout=self.timeout)
             except (queue.Empty, BrokenPipeError):
                 reply = ""
+            except BaseException:
+                # a Ctrl-C: the reply that is still to come would be taken for the next one's
+                self._stop()
+                raise
             if not reply:
                 self.num_timeouts += 1
                 logger.debug("comparing %r and %r was given up", result[:80], gold[:80])
