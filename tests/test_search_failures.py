@@ -39,6 +39,16 @@ def test_a_failing_step_is_observed_counted_and_logged_once(caplog):
         assert group.stats.as_metrics()["tools/failure_frequency"] == 1.0
 
 
+def test_a_step_that_exits_is_a_failing_step():
+    class Interpreter(Notebook):
+        def step(self, action, *, is_last=False):
+            exec("raise SystemExit(3)")
+
+    (group,) = run(Engine(lambda text, rng: "call it"), Interpreter, num_trees=1, num_expansions=1, max_turns=2)
+    assert group.stats.tool_errors == group.stats.steps > 0
+    assert "error: RuntimeError: it called exit(3)" in group.completions[0]
+
+
 def test_reported_failures_are_counted():
     class Counting(Notebook):
         def step(self, action, *, is_last=False):

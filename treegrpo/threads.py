@@ -27,6 +27,9 @@ async def in_thread(function: Callable[..., Result], *args: Any, **kwargs: Any) 
         result, error = None, None
         try:
             result = context.run(function, *args, **kwargs)
+        except SystemExit as raised:
+            # a tool that runs what a policy wrote may exit: out of a task it would end the whole program
+            error = RuntimeError(f"it called exit({raised.code!r})")
         except BaseException as raised:
             error = raised
         # The loop is closed where the search was cancelled meanwhile.
