@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -265,6 +266,14 @@ def test_an_interrupted_comparison_leaves_no_reply_behind(monkeypatch) -> None:
         assert not checker.equal("x + x", "3x") and checker.equal("x + x", "2x")
     finally:
         checker.close()
+
+
+def test_math_answer_without_math_verify_is_refused_before_the_run(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "math_verify" else find(name))
+    with pytest.raises(ValueError, match=r"'math_answer' needs math-verify: pip install 'treegrpo\[math\]'"):
+        resolve_rewards(["math_answer"])
+    resolve_rewards(["search_em"])
 
 
 def test_math_answer_reads_the_last_result() -> None:

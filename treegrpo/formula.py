@@ -25,6 +25,11 @@ START_SECONDS = 120.0
 MEMORY_BYTES = 4 << 30
 
 
+def is_installed() -> bool:
+    """Whether math-verify is."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
 class FormulaChecker:
     """Compares formulas one at a time, from any thread. `FormulaChecker(timeout=2.0).equal("x+x", "2x")` is True."""
 
@@ -67,7 +72,7 @@ class FormulaChecker:
             self._stop()
 
     def _start(self) -> None:
-        if importlib.util.find_spec("math_verify") is None:
+        if not is_installed():
             raise ImportError("comparing formulas needs math-verify: pip install math-verify")
         paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(

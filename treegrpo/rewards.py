@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from treegrpo import formula
 from treegrpo.answers import equal, exact_match, extract_result, f1_score, gold_answers, normalize_answer
 from treegrpo.envs.tags import Tags, format_valid, last_answer
 from treegrpo.plugin import load_attribute
@@ -224,6 +225,9 @@ def _resolve(name: str, options: dict[str, Any]) -> Callable:
     if base not in ours:
         raise ValueError(f"reward {name!r}: give {', '.join(ours)} or module:function")
     function = ours[base]
+    if function is math_answer and not formula.is_installed():
+        # else the first answer that is no plain number would end the run
+        raise ValueError(f"reward {name!r} needs math-verify: pip install 'treegrpo[math]', or choose another reward")
     taken = {key: value for key, value in options.items() if key in inspect.signature(function).parameters}
     if variant or "variant" in taken:
         chosen = variant or taken["variant"]
