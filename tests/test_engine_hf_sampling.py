@@ -72,6 +72,12 @@ def test_stop_check_decodes_only_after_tokens_that_can_complete_one(tokenizer, m
     assert all(token in spaced for token in tokens_of("abs"))
 
 
+def test_a_stop_behind_a_gap_in_the_ids_is_watched():
+    inner = Tokenizer(models.WordLevel({"[END]": 0, "a": 1, "</search>": 9}, unk_token="[END]"))
+    finder = StopText(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[END]"))
+    assert 9 in finder.watched(SamplingParams(stop=("</search>",)), frozenset())
+
+
 def test_bytes_of_a_vocabulary_entry_under_every_convention():
     assert b" the" in token_bytes("Ġthe")
     assert "é".encode() in token_bytes("Ã©")

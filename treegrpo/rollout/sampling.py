@@ -108,7 +108,9 @@ class StopText:
             # many decoders write spaces between tokens, which no token holds
             return range(2**63)
         if sampling.stop and self._bytes is None:
-            names = self._tokenizer.convert_ids_to_tokens(list(range(len(self._tokenizer))))
+            # ids may have gaps, so that the last lies beyond the number of tokens
+            num_ids = 1 + max(self._tokenizer.get_vocab().values())
+            names = self._tokenizer.convert_ids_to_tokens(list(range(num_ids)))
             self._bytes = [token_bytes(name) for name in names]
         last = {text.encode()[-1] for text in sampling.stop}
         holders = {i for i, held in enumerate(self._bytes or ()) if not last.isdisjoint(held)} if last else set()
