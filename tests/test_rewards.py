@@ -428,3 +428,12 @@ def test_metrics_of_the_search_rewards() -> None:
         log_metric=logged.__setitem__,
     )
     assert logged == {"em": 1.0, "format_valid": 0.5}
+
+
+def test_a_reward_may_log_whoever_asks_it() -> None:
+    def logging(completions, log_extra, log_metric, **columns):
+        log_extra("words", [len(text.split()) for text in completions])
+        log_metric("longest", max(map(len, completions)))
+        return [1.0] * len(completions)
+
+    assert run([logging])[0].tolist() == [1, 1]

@@ -278,7 +278,9 @@ def score(
             raise ValueError(f"{name} has {len(values)} entries for {num} completions: give one each")
     reserved = ("prompt", "completion", "completion_ids", "prompts", "completions")
     keywords = {name: values for name, values in (columns or {}).items() if name not in reserved}
-    keywords |= {"trainer_state": trainer_state, "log_extra": log_extra, "log_metric": log_metric}
+    # TRL's are always there to be called
+    keywords |= {"log_extra": log_extra or _dropped, "log_metric": log_metric or _dropped}
+    keywords |= {"trainer_state": trainer_state}
     if environments is not None:
         # a reward written for TRL expects the objects of its own class
         keywords["environments"] = [getattr(environment, "wrapped", environment) for environment in environments]
@@ -301,6 +303,10 @@ def score(
         )
     total = np.nansum(values * np.array(weights)[:, None], axis=0)
     return total, dict(zip(names, values, strict=True))
+
+
+def _dropped(name: str, value: Any) -> None:
+    """What is logged where nobody keeps it."""
 
 
 def reward_name(function: Callable) -> str:
