@@ -172,3 +172,14 @@ def test_batch_rows_keep_their_values_through_joins_drops_and_moves():
             assert torch.equal(keys.flatten(), torch.tensor(row))
             assert torch.equal(values, -keys)
     assert made > 10 and batch.keys.shape[3] < 400
+
+
+def test_one_long_row_does_not_grow_the_room_of_those_that_left():
+    batch = KVBatch(KVShape(1, (1, 1), (1, 1), torch.float32, torch.device("cpu")))
+    piece = torch.zeros(1, 1, 4, 1)
+    batch.join([(piece, piece)], 50)
+    batch.drop(range(49))
+    for _ in range(500):
+        batch.cache(1).update(*torch.zeros(2, 1, 1, 1, 1), 0)
+        batch.length += 1
+    assert batch.keys.shape[1] <= 2 and batch.row(0)[0].shape[2] == 504

@@ -197,7 +197,8 @@ class KVBatch:
         live, old = len(self.starts), (self.keys, self.values)
         begin = max(0, -shift)
         length = self.length + shift
-        slots = max(num_rows, live, old[0].shape[1])
+        # a few stragglers do not grow the room of all that have left
+        slots = max(num_rows, live, min(old[0].shape[1], 2 * live))
         # room grows by a share, so that copying costs a constant per token
         self.keys, self.values = self.shape.zeros(slots, length + max(num_new, 64, length // 4))
         if live:
