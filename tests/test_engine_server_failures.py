@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 import served_engine
 from served_engine import GREEDY, PROMPT, Turns, expected, generate, misbehave, seen
 
+from treegrpo.rollout import server
 from treegrpo.rollout.engine import EngineError
 from treegrpo.rollout.search import SearchOptions, search
 from treegrpo.rollout.server import MAX_BODY, ServerEngine
@@ -191,3 +193,14 @@ def test_groups_that_are_complete_survive_a_server_that_fails_later(engine):
         misbehave(one, "503", 0)
     assert [group.group for group in kept] == ["good"]
     assert len(kept[0].trajectories) == 2
+
+
+def test_an_interrupt_does_not_wait_for_the_server():
+    """As where it hangs while it loads weights."""
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+    begun = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        server._run(asyncio.sleep(10))
+    assert time.monotonic() - begun < 5

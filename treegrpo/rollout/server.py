@@ -8,6 +8,7 @@ sglang   POST /generate, SGLang's own endpoint: `input_ids`, `meta_info.output_t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -361,6 +362,21 @@ def _import_httpx() -> Any:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Runs to the end in a thread of its own, so that it does not matter whether this one has an event loop."""
+    """Runs to the end in a thread of its own, so that it does not matter whether this one has an event loop. An
+    interrupt ends it: a server may take its time."""
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
+
+    async def known() -> None:
+        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        await work
+
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()
+        done = pool.submit(asyncio.run, known())
+        try:
+            done.result()
+        except KeyboardInterrupt:
+            loop, task = begun.result()
+            # it may just have ended
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(task.cancel)
+            raise
