@@ -135,10 +135,13 @@ def test_one_failure_leaves_the_other_result(engine, model, tokenizer):
 def test_a_cancelled_call_does_not_spoil_the_next(engine, model, tokenizer):
     one = engine()
     misbehave(one, "sleep", 1)
+    before = seen(one.url)["completions"]
 
     async def run():
         task = asyncio.create_task(one.generate(PROMPT, GREEDY))
-        await asyncio.sleep(0.1)
+        # the server sleeps over this call, not over the next
+        while (await asyncio.to_thread(seen, one.url))["completions"] == before:
+            await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
