@@ -176,6 +176,17 @@ def test_without_a_tree_softcap_and_sinks_go_through_eager(family):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss"])
+def test_a_static_cache_gets_its_masks(family):
+    twin = tree_twin(tiny_model(family, dtype=torch.float32))
+    plain = copy.deepcopy(twin)
+    plain.set_attn_implementation("eager")
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, cache_implementation="static")
+    ours, theirs = (m.generate(ids, disable_compile=True, **options) for m in (twin, plain))
+    assert torch.equal(ours, theirs)
+
+
 def test_a_tree_forward_builds_no_mask(monkeypatch):
     def build(self, kind):
         raise AssertionError("a mask was built")

@@ -74,8 +74,11 @@ class LazyMask:
         """Some models drop leading queries (``mask[:, :, -n:, :]``): a slice that keeps all of them stays lazy."""
         if isinstance(index, tuple) and all(part == slice(None) or part == slice(0, None) for part in index):
             return self
-        mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**{**self.arguments, "allow_is_causal_skip": False})
-        return mask[index]
+        return self.contiguous()[index]
+
+    def contiguous(self) -> Tensor:
+        """Asked for by ``generate`` with a static cache, which makes the masks before it calls the model."""
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**{**self.arguments, "allow_is_causal_skip": False}).contiguous()
 
 
 def lazy_mask(**arguments: Any) -> LazyMask:
@@ -210,6 +213,9 @@ def _attend_without_tree(
     kind = "sdpa" if softcap is None and s_aux is None else "eager"
     if isinstance(mask, LazyMask):
         mask = mask.build(kind)
+    elif kind == "eager" and mask is not None and mask.dtype == torch.bool:
+        # eager adds its mask to the scores
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     for name, x in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
         if x is not None:
             kwargs[name] = x
