@@ -120,3 +120,31 @@ def test_searched_trees_need_the_config(box, tmp_path):
     trainer.model.train()
     with pytest.raises(ValueError, match="from TreeGRPOConfig, not GRPOConfig"):
         trainer._generate_and_score_completions([trainer.train_dataset[0]] * 12)
+
+
+def test_two_batches_of_an_optimiser_step_are_not_sampled_alike(box, tmp_path):
+    trainer = searching(box, tmp_path, gradient_accumulation_steps=2, steps_per_generation=1)
+    trainer.model.train()
+    found = []
+    for trainer._step in (0, 0, 1):
+        output = trainer._generate_and_score_completions([trainer.train_dataset[i // 6] for i in range(12)])
+        found.append(output["completion_ids"].tolist())
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(top_k=5),
+        dict(min_p=0.1),
+        dict(repetition_penalty=1.1),
+        dict(generation_kwargs=dict(typical_p=0.9)),
+        dict(max_completion_length=None),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_searched_trees_refuse_settings_that_they_do_not_read(changes, box, tmp_path):
+    trainer = searching(box, tmp_path, **changes)
+    trainer.model.train()
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        trainer._generate_and_score_completions([trainer.train_dataset[0]] * 12)

@@ -365,3 +365,27 @@ def test_entropy_selection_reads_recorded_log_probs(agent, tmp_path, monkeypatch
     trainer = agent_trainer(agent, tmp_path, monkeypatch, "colocate", selection="entropy")
     _, grown = scored(trainer)
     assert len(grown.trees) == 20
+
+
+@pytest.mark.parametrize("selection", ["uniform", "entropy"])
+def test_tokens_that_vllm_could_not_score(selection, agent, tmp_path, monkeypatch):
+    generate = FakeVLLM.generate
+
+    def unscored(*args, **kwargs):
+        prompts, said, logprobs, rest = generate(*args, **kwargs)
+        return prompts, said, [[[None] if i % 2 else lp for i, lp in enumerate(own)] for own in logprobs], rest
+
+    monkeypatch.setattr(FakeVLLM, "generate", unscored)
+    trainer = agent_trainer(agent, tmp_path, monkeypatch, "colocate", selection=selection)
+    output, grown = scored(trainer)
+    assert len(grown.trees) == 20 and output["sampling_per_token_logps"].isnan().any()
+
+
+def test_two_batches_of_an_optimiser_step_branch_elsewhere(agent, tmp_path, monkeypatch):
+    trainer = agent_trainer(agent, tmp_path, monkeypatch, gradient_accumulation_steps=2, steps_per_generation=1)
+    picked = []
+    for trainer._step in range(2):
+        trainer.model.generate = Script().generate(agent[1])
+        output, _ = scored(trainer)
+        picked.append(output["completion_ids"].tolist())
+    assert picked[0] != picked[1]

@@ -166,7 +166,9 @@ class _Forest:
 
     def _picks(self, row: int, number: int) -> list[Node]:
         trainer, options = self.trainer, self.options
-        place = (trainer.args.seed, trainer.state.global_step, trainer.accelerator.process_index, row, number)
+        # an optimiser step may take several generation batches
+        batch = (trainer.state.global_step, trainer._step, trainer.accelerator.process_index)
+        place = (trainer.args.seed, *batch, row, number)
         return select_nodes(
             self.nodes[row],
             options.num_expansions,
@@ -284,9 +286,10 @@ class _Forest:
         """The leaf's own steps as nodes of its tree."""
         starts = [start for start in leaf.starts(self.max_step_tokens) if start >= leaf.begins]
         for start, end in zip(starts, [*starts[1:], len(leaf.ids)], strict=True):
-            sampled = [i for i in range(start, end) if leaf.mask[i]]
             logprobs = [math.nan] * (end - start) if leaf.logprobs is None else leaf.logprobs[start:end]
-            nll = 0.0 if leaf.logprobs is None else -math.fsum(leaf.logprobs[i] for i in sampled) / len(sampled)
+            # None where vLLM could not score a token
+            known = [lp for lp, own in zip(logprobs, leaf.mask[start:end], strict=True) if own and lp is not None]
+            nll = 0.0 if leaf.logprobs is None or not known else -math.fsum(known) / len(known)
             parent = Node(
                 leaf.ids[start:end],
                 leaf.mask[start:end],

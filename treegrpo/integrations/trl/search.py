@@ -15,6 +15,9 @@ from treegrpo.rollout.search import search
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
+# settings of TRL's generation that say what is sampled, and what they are where they say nothing
+UNREAD = dict(top_k=0, min_p=None, repetition_penalty=1.0, generation_kwargs=None)
+
 
 def tree_rollouts(
     make_env: Callable[[], Environment],
@@ -37,8 +40,8 @@ def tree_rollouts(
         max_step_tokens: sampled tokens of one step. The whole completion is bounded by ``max_completion_length``.
         tool_timeout: seconds one step of the environment may take.
 
-    The function raises ``ValueError`` for a trainer without `TreeGRPOConfig`, and without ``make_engine`` for sharded
-    models.
+    The function raises ``ValueError`` for a trainer without `TreeGRPOConfig`, for settings of sampling other than
+    ``temperature`` and ``top_p``, and without ``make_engine`` for sharded models.
     """
     engines: dict[str, RolloutEngine] = {}
 
@@ -47,6 +50,7 @@ def tree_rollouts(
         if not isinstance(args, TreeGRPOConfig):
             raise ValueError(f"tree_rollouts reads the trees' shape from TreeGRPOConfig, not {type(args).__name__}")
         if not engines:
+            _check_sampling(args)
             engines["own"] = make_engine(trainer) if make_engine is not None else _engine(trainer)
         engine = engines["own"]
         options = replace(
@@ -57,7 +61,8 @@ def tree_rollouts(
             options, size = replace(options, num_trees=1, num_expansions=0), 1
         model = trainer.accelerator.unwrap_model(trainer.model)
         engine.sync_weights(model)
-        place = trainer.state.global_step * trainer.accelerator.num_processes + trainer.accelerator.process_index
+        # an optimiser step may take several generation batches
+        place = (trainer.state.global_step, trainer._step, trainer.accelerator.process_index)
         rows = [{"prompt": prompt} for prompt in prompts[::size]]
         groups = search(
             engine,
@@ -65,11 +70,22 @@ def tree_rollouts(
             rows,
             groups=[str(i) for i in range(len(rows))],
             options=options,
-            seeds=[hash((args.seed, place, i)) for i in range(len(rows))],
+            seeds=[hash((args.seed, *place, i)) for i in range(len(rows))],
         )
         return _output([leaf for group in groups for leaf in group.trajectories], groups, args.max_completion_length)
 
     return rollout
+
+
+def _check_sampling(args: TreeGRPOConfig) -> None:
+    """ValueError for a setting of TRL's back-ends that the engines here do not have."""
+    for name, blank in UNREAD.items():
+        if (value := getattr(args, name)) and value != blank:
+            raise ValueError(
+                f"{name}={value!r}: tree_rollouts samples by temperature and top_p alone; leave it at {blank!r}"
+            )
+    if args.max_completion_length is None:
+        raise ValueError("max_completion_length=None: tree_rollouts cuts completions there, give a number of tokens")
 
 
 def _engine(trainer: GRPOTrainer) -> HFEngine:
