@@ -135,6 +135,13 @@ def test_check_passes_in_low_precision(dtype):
         hf.check_model(tree_twin(tiny_model(family)).to(dtype))
 
 
+def test_check_passes_with_a_head_in_float32():
+    model = tree_twin(tiny_model("qwen3")).to(torch.bfloat16)
+    head = model.lm_head.float()
+    head.forward = lambda x: torch.nn.functional.linear(x.float(), head.weight)
+    hf.check_model(model)
+
+
 def test_check_restores_modes_and_leaves_random_state():
     model = tree_twin(tiny_model("gpt2"))
     model.train()

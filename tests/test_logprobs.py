@@ -206,6 +206,23 @@ def test_autocast_computes_forward_and_backward_in_one_dtype(batch):
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(model, logp.sum()))
 
 
+@pytest.mark.parametrize("score", [token_logprobs, chain_logprobs])
+def test_the_head_may_be_wider_than_autocast(score, batch):
+    model = tree_twin(tiny_model("qwen3", dtype=torch.float32))
+    rows = []
+    model.model.register_forward_hook(lambda module, args, out: rows.append(out.last_hidden_state[0]))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = score(model, batch, head_dtype=torch.float32)
+    if score is token_logprobs:
+        ids, prev = batch.input_ids[batch.trained], batch.prev[batch.trained].long()
+        found = found[batch.trained]
+    else:
+        places = batch.leaf_mask.nonzero()[:, 0]
+        ids, prev, found = batch.input_ids[batch.leaf_tokens[places]], places - 1, found[places]
+    logits = torch.log_softmax(rows[0].float() @ model.lm_head.weight.t(), -1)
+    torch.testing.assert_close(found, logits[prev].gather(1, ids[:, None])[:, 0], rtol=0, atol=1e-5)
+
+
 def test_memory_does_not_grow_with_rows_times_vocabulary():
     rows, vocab, hidden, chunk = 2048, 4096, 8, 64
     x = torch.randn(rows, hidden, requires_grad=True)

@@ -44,6 +44,7 @@ def token_logprobs(
     chunk_rows: int | None = None,
     backend: str = "auto",
     head: str = "auto",
+    head_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p(token | its path) at every trained token of a packed batch, one model pass over the unique tokens.
 
@@ -55,6 +56,7 @@ def token_logprobs(
         chunk_rows: rows of logits alive at once; default: 128 MiB worth, at least 256; 2 GiB with the fused head.
         backend: ``backend`` of ``treegrpo_kernels.tree_attention``.
         head: "fused" (Triton, one pass over a chunk's logits), "plain" (torch), "auto": fused on CUDA where it can.
+        head_dtype: what the head's products round their inputs to; default: autocast's dtype, else the model's.
 
     Returns:
         logp [T], or (logp [T], entropy [T]); float32 (float64 for float64 models), 0 where ``batch.trained`` is False.
@@ -67,7 +69,7 @@ def token_logprobs(
     targets = _cached(batch, "tree", (batch.trained, batch.prev), lambda: _tree_targets(batch))
     _check_lengths(model, batch)
     options = dict(temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head)
-    return _stream_logprobs(model, batch.input_ids, batch.plan, targets, **options)
+    return _stream_logprobs(model, batch.input_ids, batch.plan, targets, head_dtype=head_dtype, **options)
 
 
 def chain_logprobs(
@@ -79,6 +81,7 @@ def chain_logprobs(
     chunk_rows: int | None = None,
     backend: str = "auto",
     head: str = "auto",
+    head_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The flattened baseline: every leaf its own chain, padding-free in one row, through the same attention and head.
 
@@ -89,7 +92,8 @@ def chain_logprobs(
     plan, targets = _cached(batch, "chain", of, lambda: (chain_plan(batch), _chain_targets(batch)))
     _check_lengths(model, batch)
     options = dict(temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head)
-    return _stream_logprobs(model, batch.input_ids[batch.leaf_tokens], plan, targets, **options)
+    ids = batch.input_ids[batch.leaf_tokens]
+    return _stream_logprobs(model, ids, plan, targets, head_dtype=head_dtype, **options)
 
 
 def _check_lengths(model: nn.Module, batch: TreeBatch) -> None:
@@ -200,6 +204,7 @@ def _target_logprobs(
     chunk_rows: int | None,
     backend: str,
     head: str,
+    head_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -231,7 +236,12 @@ def _target_logprobs(
 
     def score(hidden: Tensor) -> Tensor:
         picked, device = hidden[0] if keeps else hidden[0, targets.rows], hidden.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else picked.dtype
+        compute = head_dtype
+        if compute is None and torch.is_autocast_enabled(device):
+            compute = torch.get_autocast_dtype(device)
+        elif compute is None:
+            # a float32 head on a model in low precision
+            compute = torch.promote_types(picked.dtype, linear.weight.dtype)
         fused = use_fused(head, linear, compute)
         options = HeadOptions(transform, temperature, compute, entropy, fused, chunk_rows)
         logp, entropies = ChunkedHead.apply(picked, linear.weight, linear.bias, labels, targets.pairs, options)

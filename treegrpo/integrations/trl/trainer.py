@@ -171,7 +171,13 @@ class TreeGRPOTrainer(GRPOTrainer):
 
     def _forward(self, model: torch.nn.Module, batch: TreeBatch, entropy: bool) -> list[Tensor]:
         with self.accelerator.autocast():
-            scored = token_logprobs(model, batch, temperature=self.temperature, entropy=entropy)
+            scored = token_logprobs(
+                model,
+                batch,
+                temperature=self.temperature,
+                entropy=entropy,
+                head_dtype=torch.float32 if self.args.cast_lm_head_to_fp32 else None,
+            )
         return [batch.expand(x) for x in (scored if entropy else (scored,))]
 
     def _missing_forwards(self, number: int) -> int:
