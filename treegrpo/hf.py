@@ -243,6 +243,12 @@ def use_tree_attention(model: nn.Module, *, check: bool = True) -> nn.Module:
     it the attention it had.
     """
     base = unwrap(model)
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(
+            f"{type(adapter).__name__} puts virtual tokens before every row, which a packed tree has no place for: take"
+            " an adapter that changes weights, such as LoRA"
+        )
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"{type(base).__name__} is not a transformers model: tree attention needs a PreTrainedModel")
     before = base.config._attn_implementation

@@ -19,13 +19,14 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
-from treegrpo.hf import use_tree_attention
+from treegrpo.advantages import PRESETS
+from treegrpo.hf import ATTENTION, use_tree_attention
 from treegrpo.integrations import credit
 from treegrpo.integrations.trl import loss
 from treegrpo.integrations.trl.config import TreeGRPOConfig
 from treegrpo.integrations.trl.grow import Grown, check_grown, grow
 from treegrpo.integrations.trl.rows import check_router_loss, pack_rows, recorded_router_logits, router_loss
-from treegrpo.logprobs import token_logprobs
+from treegrpo.logprobs import token_logprobs, unwrap
 from treegrpo.packing import TreeBatch
 
 # forward keywords of TRL's method that only vision models have
@@ -66,8 +67,16 @@ class TreeGRPOTrainer(GRPOTrainer):
                 f"per_device_train_batch_size={size} tears groups of num_generations={group} apart, and what they share"
                 " would be computed again: give a multiple, with gradient_accumulation_steps for the rest"
             )
+        if noise := self.args.neftune_noise_alpha:
+            raise ValueError(
+                f"neftune_noise_alpha={noise} draws noise for every token of every completion, but a shared token is"
+                " embedded once: leave it out"
+            )
         if self.aux_loss_enabled:
             check_router_loss(self.accelerator.unwrap_model(self.model))
+        self._base = unwrap(self.accelerator.unwrap_model(self.model))
+        self._own_attention = self._base.config._attn_implementation
+        """What the model came with, and samples with."""
         use_tree_attention(self.accelerator.unwrap_model(self.model))
         if self.ref_model is not None:
             use_tree_attention(self.accelerator.unwrap_model(self.ref_model))
@@ -80,6 +89,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         """The trees of the generation batch being scored."""
         if self._grows_trees and self.rollout_func is None:
             self._check_places_to_branch()
+        self._check_recorded_logprobs()
         if self.rollout_func is not None:
             self.rollout_func = self._keeping_trees(self.rollout_func)
 
@@ -91,10 +101,26 @@ class TreeGRPOTrainer(GRPOTrainer):
                 " start at the prompt; set max_step_tokens to cut completions into steps, or give tools,"
                 " environment_factory or a rollout_func that samples trees"
             )
+        if args.max_completion_length is None:
+            raise ValueError("max_completion_length=None: give the length at which branches, like chains, are cut")
         if args.selection == "entropy" and not self.use_vllm:
             raise ValueError(
                 "selection='entropy' needs the log-probs of what was sampled, which TRL's transformers back-end does"
                 " not record: use 'uniform', use_vllm=True or treegrpo.integrations.trl.tree_rollouts"
+            )
+
+    def _check_recorded_logprobs(self) -> None:
+        """An estimator that weighs steps by their entropy reads the log-probs of what was sampled."""
+        if self._estimator is None or self.use_vllm or self.rollout_func is not None:
+            return
+        (name, options), args = self._estimator, self.args
+        # else TRL computes them before the first update
+        aligned = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
+        if aligned and options.get("value", PRESETS[name].grid.value) == "entropy_softmax":
+            raise ValueError(
+                f"advantage_estimator={name!r} weighs steps by the log-probs of what was sampled, which TRL's"
+                " transformers back-end does not record: use use_vllm=True, treegrpo.integrations.trl.tree_rollouts, or"
+                " advantage_options value=child_mean"
             )
 
     # Log-probs
@@ -223,14 +249,21 @@ class TreeGRPOTrainer(GRPOTrainer):
         if not (self._grows_trees and self.model.training and self.rollout_func is None):
             return super()._generate(prompts)
         # TRL's own bookkeeping of a batch, on completions that are there already
-        self._grown = grow(self, prompts, super()._generate_single_turn, super()._tool_call_loop)
+        self._grown = grow(self, prompts, self._generate_single_turn, super()._tool_call_loop)
         self._metrics["train"]["tree/sampled_tokens"].append(self._grown.num_sampled)
         return super()._generate(prompts)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
-        if self._grown is None or self._grown.turns is None:
+        if self._grown is not None and self._grown.turns is not None:
+            return self._grown.turns[0], self._grown.logprobs
+        if self.use_vllm:
             return super()._generate_single_turn(*args, **kwargs)
-        return self._grown.turns[0], self._grown.logprobs
+        # continuous batching refuses attentions that are not transformers' own
+        self._base.set_attn_implementation(self._own_attention)
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self._base.set_attn_implementation(ATTENTION)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> tuple:
         if self._grown is None or self._grown.turns is None:
