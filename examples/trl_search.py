@@ -99,7 +99,7 @@ def main() -> None:
             {"prompt": [make_env().reset(row) for row in rows], "answers": [row["answers"] for row in rows]}
         ),
         processing_class=tokenizer,
-        rollout_func=tree_rollouts(make_env, max_turns=task.max_turns, max_step_tokens=args.max_step_tokens or 256),
+        rollout_func=tree_rollouts(make_env, max_turns=task.max_turns),
     )
     trainer.train()
     history = [row for row in trainer.state.log_history if "reward" in row]

@@ -63,7 +63,7 @@ def test_search_runs(tmp_path, monkeypatch, capsys):
         run("trl_search", "--model nowhere", tmp_path, monkeypatch)
 
 
-def searching(box, out, config=TreeGRPOConfig, **changes):
+def searching(box, out, config=TreeGRPOConfig, own=12, **changes):
     """A trainer in the world in a box whose trees treegrpo.rollout grows."""
     tokenizer = AutoTokenizer.from_pretrained(box)
     names = ("prompt_template", "observation_template", "document_template", "topk")
@@ -83,7 +83,7 @@ def searching(box, out, config=TreeGRPOConfig, **changes):
         rewards=token_reward,
         train_dataset=Dataset.from_dict({"prompt": [make_env().reset(row) for row in rows]}),
         processing_class=tokenizer,
-        rollout_func=tree_rollouts(make_env, max_turns=3, max_step_tokens=12),
+        rollout_func=tree_rollouts(make_env, max_turns=3, max_step_tokens=own),
         **options | changes,
     )
 
@@ -105,6 +105,15 @@ def test_searched_trees_carry_their_log_probs_and_steps(box, tmp_path):
     assert any(len(set(alike[i : i + 3].flatten().tolist())) < 3 for i in range(0, 12, 3))
     trainer.train()
     assert trainer.state.log_history[0]["batch/packing_ratio"] > 1.2
+
+
+def test_searched_steps_are_as_long_as_the_config_says(box, tmp_path):
+    trainer = searching(box, tmp_path, own=None, max_step_tokens=4)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions([trainer.train_dataset[i // 6] for i in range(12)])
+    mask = output["completion_mask"] * output["tool_mask"]
+    for row, steps in zip(mask.tolist(), trainer._grown.steps, strict=True):
+        assert max(sum(row[a:b]) for a, b in zip(steps, [*steps[1:], len(row)], strict=True)) <= 4
 
 
 def test_searched_evaluation_is_a_chain_a_row(box, tmp_path):
@@ -139,6 +148,7 @@ def test_two_batches_of_an_optimiser_step_are_not_sampled_alike(box, tmp_path):
         dict(min_p=0.1),
         dict(repetition_penalty=1.1),
         dict(generation_kwargs=dict(typical_p=0.9)),
+        dict(chat_template_kwargs=dict(enable_thinking=False)),
         dict(max_completion_length=None),
     ],
     ids=lambda changes: next(iter(changes)),

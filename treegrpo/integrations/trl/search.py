@@ -15,8 +15,8 @@ from treegrpo.rollout.search import search
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-# settings of TRL's generation that say what is sampled, and what they are where they say nothing
-UNREAD = dict(top_k=0, min_p=None, repetition_penalty=1.0, generation_kwargs=None)
+# settings of TRL's generation that would change what is sampled, and what they are where they change nothing
+UNREAD = dict(top_k=0, min_p=None, repetition_penalty=1.0, generation_kwargs=None, chat_template_kwargs=None)
 
 
 def tree_rollouts(
@@ -24,7 +24,7 @@ def tree_rollouts(
     *,
     make_engine: Callable[[GRPOTrainer], RolloutEngine] | None = None,
     max_turns: int = 4,
-    max_step_tokens: int = 256,
+    max_step_tokens: int | None = None,
     tool_timeout: float = 30.0,
 ) -> Callable[[list, GRPOTrainer], dict[str, list]]:
     """``TreeGRPOTrainer(..., rollout_func=tree_rollouts(make_env))``: trees by the trainer's `TreeGRPOConfig`.
@@ -37,7 +37,8 @@ def tree_rollouts(
         make_env: makes an environment that was not reset.
         make_engine: called once with the trainer; default: `HFEngine` over the model being trained.
         max_turns: agent steps that may use tools; one more, without, must answer.
-        max_step_tokens: sampled tokens of one step. The whole completion is bounded by ``max_completion_length``.
+        max_step_tokens: sampled tokens of one step; default: that of `TreeGRPOConfig`, or 256. The whole completion is
+            bounded by ``max_completion_length``.
         tool_timeout: seconds one step of the environment may take.
 
     The function raises ``ValueError`` for a trainer without `TreeGRPOConfig`, for settings of sampling other than
@@ -53,9 +54,8 @@ def tree_rollouts(
             _check_sampling(args)
             engines["own"] = make_engine(trainer) if make_engine is not None else _engine(trainer)
         engine = engines["own"]
-        options = replace(
-            args.search_options(), max_turns=max_turns, max_tokens=max_step_tokens, tool_timeout=tool_timeout
-        )
+        most = (args.max_step_tokens or 256) if max_step_tokens is None else max_step_tokens
+        options = replace(args.search_options(), max_turns=max_turns, max_tokens=most, tool_timeout=tool_timeout)
         size = options.num_leaves
         if not trainer.model.training:
             options, size = replace(options, num_trees=1, num_expansions=0), 1
@@ -82,7 +82,8 @@ def _check_sampling(args: TreeGRPOConfig) -> None:
     for name, blank in UNREAD.items():
         if (value := getattr(args, name)) and value != blank:
             raise ValueError(
-                f"{name}={value!r}: tree_rollouts samples by temperature and top_p alone; leave it at {blank!r}"
+                f"{name}={value!r}: tree_rollouts reads temperature and top_p alone of how TRL samples; leave it at"
+                f" {blank!r}, or let TRL generate"
             )
     if args.max_completion_length is None:
         raise ValueError("max_completion_length=None: tree_rollouts cuts completions there, give a number of tokens")
