@@ -339,11 +339,35 @@ def test_a_rollout_func_brings_its_own_trees(folder, tmp_path):
         trainer._generate_and_score_completions([trainer.train_dataset[0]] * 8)
 
 
+@pytest.mark.parametrize(
+    ("trees", "message"),
+    [
+        (dict(tree=[0] * 7 + ["a"]), r"tree\[7\]='a': give an integer"),
+        (dict(tree=[0.5] * 8), r"tree\[0\]=0.5: give an integer"),
+        (dict(tree=[0] * 8, steps=[[0]] * 7 + [[0, 12]]), r"steps\[7\]\[1\]=12: give where .* \d tokens, in ascending"),
+        (dict(tree=[0] * 8, steps=[[0, 3, 2]] * 8), r"steps\[0\]\[2\]=2: give where"),
+    ],
+)
+def test_trees_of_a_rollout_func_that_make_no_sense(trees, message, folder, tmp_path):
+    from trl_tiny import rollouts
+
+    own = lambda prompts, trainer: rollouts(prompts, trainer) | trees  # noqa: E731
+    trainer = make(TreeGRPOTrainer, folder, tmp_path, config=TreeGRPOConfig, rollout_func=own)
+    trainer.model.train()
+    with pytest.raises(ValueError, match=message):
+        trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+
+
 class Locked(Counter):
     def __init__(self):
         import threading
 
         self.lock = threading.Lock()
+
+
+class Learned(Counter):
+    def __init__(self):
+        self.state = torch.ones(2, requires_grad=True) * 2
 
 
 @pytest.mark.parametrize(
@@ -352,6 +376,7 @@ class Locked(Counter):
         (dict(environment_factory=None), "num_expansions=2 without tools.*max_step_tokens"),
         (dict(selection="entropy"), "selection='entropy' needs the log-probs"),
         (dict(environment_factory=Locked), "Locked cannot be copied.*__deepcopy__"),
+        (dict(environment_factory=Learned), "Learned cannot be copied.*__deepcopy__"),
     ],
 )
 def test_refusals_of_the_trainer(changes, message, agent, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from trl.chat_template_utils import parse_response
@@ -46,14 +47,31 @@ class Grown:
 
 
 def check_grown(trees: Sequence[int], steps: Sequence[Sequence[int]] | None, output: dict[str, Any]) -> Grown:
-    """What a rollout_func says of its trees. ValueError where it is not one entry a completion."""
+    """What a rollout_func says of its trees. ValueError where that is not one entry a completion, or makes no sense."""
     number = len(output["completion_ids"])
     for name, value in (("tree", trees), ("steps", steps)):
         if value is not None and len(value) != number:
             raise ValueError(
                 f"rollout_func returned {len(value)} entries of {name!r} for {number} completions: return one for each"
             )
-    return Grown(trees=[int(tree) for tree in trees], steps=None if steps is None else [list(own) for own in steps])
+    numbers = []
+    for row, tree in enumerate(trees):
+        try:
+            numbers.append(index(tree))
+        except TypeError:
+            raise ValueError(
+                f"rollout_func returned tree[{row}]={tree!r}: give an integer, the number of the completion's tree"
+            ) from None
+    if steps is not None:
+        steps = [list(own) for own in steps]
+        for row, (own, ids) in enumerate(zip(steps, output["completion_ids"], strict=True)):
+            for i, (before, start) in enumerate(zip([-1, *own], own, strict=False)):
+                if not before < start < len(ids):
+                    raise ValueError(
+                        f"rollout_func returned steps[{row}][{i}]={start}: give where steps begin in the completion's"
+                        f" {len(ids)} tokens, in ascending order"
+                    )
+    return Grown(trees=numbers, steps=steps)
 
 
 @dataclass(slots=True)
@@ -199,7 +217,7 @@ class _Forest:
     def _snapshot(self, environment: Any) -> Any:
         try:
             return copy.deepcopy(environment)
-        except TypeError as error:
+        except Exception as error:
             raise ValueError(
                 f"{type(environment).__name__} cannot be copied ({error}), so its tree cannot branch: give it, or what"
                 " it holds, a __deepcopy__ (one that returns itself shares it between branches)"
