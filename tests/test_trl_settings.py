@@ -70,6 +70,7 @@ def test_the_head_is_float32_where_it_is_asked_for(dtype, folder, tmp_path):
     [
         (dict(neftune_noise_alpha=5.0), r"neftune_noise_alpha=5.0 draws noise .* leave it out"),
         (dict(TREES, max_completion_length=None), r"max_completion_length=None: give the length"),
+        (dict(TREES, vllm_structured_outputs_regex="a+"), r"max_step_tokens=3 with vllm_structured_outputs_regex"),
         (dict(TREES, advantage_estimator="at2po"), r"advantage_estimator='at2po' weighs steps .* use use_vllm=True"),
         (
             dict(TREES, advantage_estimator="spo", advantage_options=["value=entropy_softmax"]),

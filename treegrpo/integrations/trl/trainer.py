@@ -103,6 +103,11 @@ class TreeGRPOTrainer(GRPOTrainer):
             )
         if args.max_completion_length is None:
             raise ValueError("max_completion_length=None: give the length at which branches, like chains, are cut")
+        if args.vllm_structured_outputs_regex is not None and args.max_step_tokens is not None:
+            raise ValueError(
+                f"max_step_tokens={args.max_step_tokens} with vllm_structured_outputs_regex: vLLM would hold the rest"
+                " of a turn, which a branch samples, to the whole expression; leave one of them out"
+            )
         if args.selection == "entropy" and not self.use_vllm:
             raise ValueError(
                 "selection='entropy' needs the log-probs of what was sampled, which TRL's transformers back-end does"
