@@ -300,7 +300,7 @@ def _build_batch(trees: list[RolloutTree], indices: list[int], share: bool, devi
     chosen = tuple(trees[i] for i in indices)
     leaves = [t for tree in chosen for t in tree.trajectories]
     owners = None if share else np.repeat(np.arange(len(chosen)), [tree.num_leaves for tree in chosen])
-    trie = token_trie([t.token_ids for t in leaves], owners)
+    trie = chosen[0].trie if len(chosen) == 1 else token_trie([t.token_ids for t in leaves], owners)
     mask = np.concatenate([t.loss_mask for t in leaves])
     logp = np.concatenate(
         [np.full(t.num_tokens, np.nan, np.float32) if t.logprobs is None else t.logprobs for t in leaves]
