@@ -2,6 +2,7 @@
 
 import typing
 import weakref
+from functools import partial
 from itertools import pairwise
 
 import cases
@@ -150,6 +151,31 @@ def test_a_fixed_order_switches_determinism_on_for_one_backward_alone(already, p
     finally:
         torch.use_deterministic_algorithms(False)
     assert Probe.ran == [True, True]
+
+
+class Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise torch.OutOfMemoryError("none left")
+
+
+def test_a_backward_that_raises_leaves_determinism_as_it_was(probed):
+    def fails(x, *others):
+        out = Raises.apply(in_fixed_order(x, *others))
+        gather.fix_order(out)
+        return out
+
+    try:
+        for run in (fails, partial(checkpoint, fails, use_reentrant=True)):
+            with pytest.raises(torch.OutOfMemoryError):
+                run(*probed).sum().backward()
+            assert not torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

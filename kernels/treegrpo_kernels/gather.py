@@ -257,19 +257,36 @@ def fix_order(out: Tensor) -> None:
     no other way to ask for a fixed order of addition."""
     if out.grad_fn is None:
         return
-    before: list[tuple[bool, bool]] = []
+    switches: list[weakref.ref[_DeterministicSwitch]] = []
 
     def switch_on(grads: tuple[Tensor | None, ...]) -> None:
-        asked = torch.are_deterministic_algorithms_enabled()
-        before.append((asked, torch.is_deterministic_algorithms_warn_only_enabled()))
-        torch.use_deterministic_algorithms(True)
+        switch = _DeterministicSwitch()
+        switches.append(weakref.ref(switch))
+        # nothing but this backward holds on to the switch: it goes with it, also where the kernel raises
+        torch.autograd.Variable._execution_engine.queue_callback(switch.back)
 
     def switch_back(grads_in: tuple[Tensor | None, ...], grads_out: tuple[Tensor | None, ...]) -> None:
-        asked, warn_only = before.pop()
-        torch.use_deterministic_algorithms(asked, warn_only=warn_only)
+        switches.pop()().back()
 
     out.grad_fn.register_prehook(switch_on)
     out.grad_fn.register_hook(switch_back)
+
+
+class _DeterministicSwitch:
+    """torch's deterministic switch, on from now until :meth:`back`, or until nobody holds this object."""
+
+    def __init__(self) -> None:
+        self._is_on = True
+        self._asked = torch.are_deterministic_algorithms_enabled()
+        self._warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+
+    def back(self) -> None:
+        if self._is_on:
+            self._is_on = False
+            torch.use_deterministic_algorithms(self._asked, warn_only=self._warn_only)
+
+    __del__ = back
 
 
 def _window_size(window: int) -> tuple[int, int]:
