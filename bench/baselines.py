@@ -64,7 +64,7 @@ def tree_backend(backend: str) -> Contender:
     return Contender(f"tree_{backend}", "tree", unsupported, prepare)
 
 
-def _dense_mask_unsupported(request: Request) -> str | None:
+def dense_mask_unsupported(request: Request) -> str | None:
     num_tokens = request.forest.num_tokens
     if num_tokens > MAX_DENSE_MASK_TOKENS:
         return f"a dense mask of {num_tokens}^2 entries: more than {MAX_DENSE_MASK_TOKENS} tokens are left out"
@@ -162,7 +162,7 @@ CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         *TREE_BACKENDS,
-        Contender("sdpa_dense_mask", "tree", _dense_mask_unsupported, _dense_mask),
+        Contender("sdpa_dense_mask", "tree", dense_mask_unsupported, _dense_mask),
         Contender("flex", "tree", _flex_unsupported, _flex),
         PER_LEAF,
         Contender("chain_sdpa_padded", "leaf", _padded_unsupported, _padded),

@@ -35,78 +35,6 @@ def pairs_of_contenders(rows: list[Row]) -> list[tuple[str, Row, Row]]:
     return [(name, by["chain"], by["tree"]) for name, by in steps.items() if {"chain", "tree"} <= set(by)]
 
 
-def draw_chain_against_tree(rows: list[Row], path: Path) -> bool:
-    """Three panels of bars; False when the run has no training step of both."""
-    steps = pairs_of_contenders(rows)
-    if not steps:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 0.6 * len(steps) + 1.8), sharey=True)
-    measures = [("tokens forwarded", "tokens"), ("training FLOPs (exact)", "flops"), ("seconds per step", "time")]
-    for panel, (title, key) in zip(panels, measures, strict=True):
-        for place, (_, chain, tree) in enumerate(steps):
-            if key == "time":
-                values = tree.get("baseline_s", chain["median_s"]), tree["median_s"]
-            else:
-                values = chain[key], tree[key]
-            panel.barh(place - 0.19, values[0], 0.36, color="#b8bcc2", label="chain" if place == 0 else None)
-            panel.barh(place + 0.19, values[1], 0.36, color="#2a6fb0", label="tree" if place == 0 else None)
-            panel.annotate(f" {values[0] / values[1]:.2f}x", (max(values), place), va="center", fontsize=9)
-        panel.set_title(title, fontsize=10)
-        if key != "time":
-            panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        panel.set_xlim(right=1.25 * panel.get_xlim()[1])
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(steps)), [name for name, _, _ in steps])
-    panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False)
-    figure.suptitle(
-        "chain against tree: one training step of the same rollouts (chain / tree beside the bars)", fontsize=11
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def draw_growth(rows: list[Row], path: Path) -> bool:
-    """Seconds and GFLOP/s over tokens; False when the run has no growth rows."""
-    own = [row for row in rows if row["suite"] == "growth"]
-    if not own:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (spent, rate) = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    for passes in dict.fromkeys(row["passes"] for row in own):
-        line = sorted((row["tokens"], row["median_s"], row["gflops_per_s"]) for row in own if row["passes"] == passes)
-        tokens, medians, speeds = zip(*line, strict=True)
-        spent.loglog(tokens, medians, "o-", label=passes.replace("_", " + "))
-        rate.semilogx(tokens, speeds, "o-", label=passes.replace("_", " + "))
-    linear = [medians[0] * n / tokens[0] for n in tokens]
-    spent.loglog(tokens, linear, ":", color="gray", label="proportional to tokens")
-    spent.set(xlabel="tokens (trees of 4,096)", ylabel="seconds")
-    rate.set(xlabel="tokens (trees of 4,096)", ylabel="GFLOP/s on visible pairs", ylim=(0, None))
-    for panel in (spent, rate):
-        panel.legend(frameon=False, fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def colour_of(contender: str, contenders: list[str]) -> str:
-    others = [name for name in contenders if name not in COLOURS]
-    return COLOURS.get(contender) or SPARE_COLOURS[others.index(contender) % len(SPARE_COLOURS)]
-
-
 def _pyplot():
     import matplotlib
 
@@ -123,6 +51,64 @@ def _finish(pyplot, figure, path: Path) -> bool:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
+
+
+def draw_chain_against_tree(rows: list[Row], path: Path) -> bool:
+    """Three panels of bars; False when the run has no training step of both."""
+    steps = pairs_of_contenders(rows)
+    if not steps:
+        return False
+    pyplot = _pyplot()
+    from matplotlib import ticker
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 0.6 * len(steps) + 1.8), sharey=True)
+    measures = [("tokens forwarded", "tokens"), ("training FLOPs (exact)", "flops"), ("seconds per step", "time")]
+    for panel, (title, key) in zip(panels, measures, strict=True):
+        for place, (_, chain, tree) in enumerate(steps):
+            if key == "time":
+                values = tree.get("baseline_s", chain["median_s"]), tree["median_s"]
+            else:
+                values = chain[key], tree[key]
+            panel.barh(place - 0.19, values[0], 0.36, color="#b8bcc2", label="chain" if place == 0 else None)
+            panel.barh(place + 0.19, values[1], 0.36, color="#2a6fb0", label="tree" if place == 0 else None)
+            panel.annotate(f" {values[0] / values[1]:.2f}x", (max(values), place), va="center", fontsize=9)
+        panel.set_title(title, fontsize=10)
+        if key != "time":
+            panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        panel.set_xlim(right=1.25 * panel.get_xlim()[1])
+    panels[0].set_yticks(range(len(steps)), [name for name, _, _ in steps])
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False)
+    figure.suptitle(
+        "chain against tree: one training step of the same rollouts (chain / tree beside the bars)", fontsize=11
+    )
+    return _finish(pyplot, figure, path)
+
+
+def draw_growth(rows: list[Row], path: Path) -> bool:
+    """Seconds and GFLOP/s over tokens; False when the run has no growth rows."""
+    own = [row for row in rows if row["suite"] == "growth"]
+    if not own:
+        return False
+    pyplot = _pyplot()
+    figure, (spent, rate) = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    for passes in dict.fromkeys(row["passes"] for row in own):
+        line = sorted((row["tokens"], row["median_s"], row["gflops_per_s"]) for row in own if row["passes"] == passes)
+        tokens, medians, speeds = zip(*line, strict=True)
+        spent.loglog(tokens, medians, "o-", label=passes.replace("_", " + "))
+        rate.semilogx(tokens, speeds, "o-", label=passes.replace("_", " + "))
+    linear = [medians[0] * n / tokens[0] for n in tokens]
+    spent.loglog(tokens, linear, ":", color="gray", label="proportional to tokens")
+    spent.set(xlabel="tokens (trees of 4,096)", ylabel="seconds")
+    rate.set(xlabel="tokens (trees of 4,096)", ylabel="GFLOP/s on visible pairs", ylim=(0, None))
+    for panel in (spent, rate):
+        panel.legend(frameon=False, fontsize=8)
+    return _finish(pyplot, figure, path)
+
+
+def colour_of(contender: str, contenders: list[str]) -> str:
+    others = [name for name in contenders if name not in COLOURS]
+    return COLOURS.get(contender) or SPARE_COLOURS[others.index(contender) % len(SPARE_COLOURS)]
 
 
 def draw_race(rows: list[Row], path: Path) -> bool:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import treegrpo_kernels as tk
-from bench.baselines import Attend, Contender, Request, heads_first, tree_backend
+from bench.baselines import Attend, Contender, Request, dense_mask_unsupported, heads_first, tree_backend
 from bench.workloads import Forest
 from treegrpo_kernels import gather
 
@@ -31,7 +31,6 @@ from treegrpo_kernels import gather
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
 
 FLEX_BLOCK = 128
-MAX_DENSE_MASK_TOKENS = 16384
 # 32 heads of 128: more would not fit the 32-bit offsets some kernels use
 MAX_PADDED_TOKENS = 500_000
 MAX_PAIRS_OF_PLAIN_CUDA = 2 * 10**8
@@ -386,13 +385,6 @@ def _chain_ours_unsupported(request: Request) -> str | None:
     return tree_backend("triton").unsupported(request)
 
 
-def _dense_mask_unsupported(request: Request) -> str | None:
-    num_tokens = request.forest.num_tokens
-    if num_tokens > MAX_DENSE_MASK_TOKENS:
-        return f"a dense mask of {num_tokens}^2 entries: more than {MAX_DENSE_MASK_TOKENS} tokens are left out"
-    return None
-
-
 def _dense_mask(forest: Forest, device: torch.device) -> Attend:
     mask = tk.reference.dense_mask(forest.subtree_end.to(device), forest.window or None)
 
@@ -480,7 +472,7 @@ CONTENDERS: dict[str, Contender] = {
             lambda forest, device: gathered(forest, device, flash3_varlen(forest.window)),
         ),
         Contender("flash_attn_4", "tree", _flash4_unsupported, _dense_mask),
-        Contender("sdpa_dense_mask", "tree", _dense_mask_unsupported, _dense_mask),
+        Contender("sdpa_dense_mask", "tree", dense_mask_unsupported, _dense_mask),
         _plain_cuda(),
     )
 }
