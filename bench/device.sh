@@ -13,6 +13,7 @@
 # DIR (default bench/results/<gpu>-<commit>) receives machine.json, log.txt, bench.json and report.md, and never holds
 # results of two commits or two states of the sources.
 set -uo pipefail
+called_from=$PWD
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
@@ -32,6 +33,8 @@ while [ $# -gt 0 ]; do
 done
 stages=${stages:-$([ -n "$quick" ] && echo "build tests step bench head" || echo "build tests sanitize step bench head")}
 seconds=${seconds:-$([ -n "$quick" ] && echo 240 || echo 540)}
+case "$seconds" in *[!0-9]*) echo "--seconds takes whole seconds, not $seconds" >&2; exit 2 ;; esac
+case "$out" in ""|/*) ;; *) out=$called_from/$out ;; esac
 # the merge and the last table need this much
 reserve=12
 

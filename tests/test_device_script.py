@@ -90,10 +90,25 @@ def test_what_fails_is_said_and_the_rest_runs(device):
 
 
 def test_no_gpu_is_said(tmp_path):
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench" / "device.sh"), "--out", str(tmp_path / "out")],
-        env={**os.environ, "PYTHON": "false"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "no CUDA device seen" in done.stderr and not (tmp_path / "out").exists()
+    done = refused(tmp_path, "--out", str(tmp_path / "out"), PYTHON="false")
+    assert "no CUDA device seen" in done and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seconds", ["9.5", "5m", "-3"])
+def test_no_limit_is_lost_over_a_wrong_one(seconds, tmp_path):
+    """The shell's arithmetic would make nothing of it, and timeout takes nothing for no limit."""
+    assert f"takes whole seconds, not {seconds}" in refused(tmp_path, "--seconds", seconds)
+
+
+def test_a_folder_is_where_the_caller_is(device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    device("--stages", "head", "--out", "here")
+    assert (tmp_path / "here" / "log.txt").exists()
+
+
+def refused(folder, *arguments, **environment):
+    """What the script says when it does not start."""
+    command = ["bash", str(ROOT / "bench" / "device.sh"), *arguments]
+    done = subprocess.run(command, env=os.environ | environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    return done.stderr
