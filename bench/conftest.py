@@ -240,7 +240,13 @@ def compiled_ahead(request: pytest.FixtureRequest, device: torch.device) -> None
         from bench.compile_ahead import LIMIT_SECONDS, run_all
 
         limit = request.config.getoption("--bench-seconds")
-        print("\n" + "\n".join(run_all(LIMIT_SECONDS if limit is None else min(LIMIT_SECONDS, 0.6 * limit))))
+        say(request.config, run_all(LIMIT_SECONDS if limit is None else min(LIMIT_SECONDS, 0.6 * limit)))
+
+
+def say(config: pytest.Config, lines: Sequence[str]) -> None:
+    """To the terminal at once: pytest shows what is printed only where a test fails."""
+    with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *lines, sep="\n", flush=True)
 
 
 @pytest.fixture

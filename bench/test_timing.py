@@ -90,6 +90,11 @@ def test_what_the_host_does_or_waits_for_is_timed_by_the_wall():
     assert asked == ["wall"] * 3
 
 
+def test_what_was_compiled_is_said_where_all_goes_well(request, capfd):
+    conftest.say(request.config, ["flex-128: compiled (3 s), in a test of how that is said"])
+    assert capfd.readouterr().out == ""
+
+
 HANGS = """
 import time
 
