@@ -105,8 +105,10 @@ run() { # run NAME LEAST COMMAND...: the command sees its limit as {limit}, and 
   if [ "$limit" -lt "$least" ]; then summary+=("$name|skipped: $limit s are left for it, it needs $least|0"); return 1; fi
   echo "== $name (at most $limit s)" | tee -a "$log"
   local start=$SECONDS rc
-  # an interrupted pytest still writes its results
-  timeout -s INT -k 8 $((limit > 30 ? limit - 8 : limit)) "${@//\{limit\}/$((limit > 40 ? limit - 16 : limit))}" >> "$log" 2>&1
+  # an interrupted pytest still writes its results; what knows its limit ends before
+  local interrupt=$((limit > 30 ? limit - 8 : limit))
+  local own=$((interrupt > 48 ? interrupt - 8 : interrupt * 5 / 6))
+  timeout -s INT -k 8 "$interrupt" "${@//\{limit\}/$own}" >> "$log" 2>&1
   rc=$?
   tail -n 6 "$log" | cut -c1-200
   case $rc in

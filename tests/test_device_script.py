@@ -74,6 +74,14 @@ def test_a_quick_run_builds_too(device):
     assert calls.count("--quick") >= 3
 
 
+@pytest.mark.parametrize("seconds", [50, 60, 80, 540])
+def test_commands_end_before_they_are_interrupted(seconds, device):
+    for stage in ("step", "sanitize"):
+        _, calls = device("--stages", stage, "--seconds", str(seconds))
+        interrupt, own = re.findall(r"-s\|INT\|-k\|8\|(\d+)\|.*-seconds[=|](\d+)\|", calls)[-1]
+        assert 0.75 * int(interrupt) < int(own) < int(interrupt) < seconds - 8
+
+
 def test_the_last_table_is_whole(device, tmp_path):
     """29 races in three passes, 13 steps and 20 heads."""
     (tmp_path / "out").mkdir()
