@@ -52,6 +52,8 @@ def test_real_step(case, contender, meter, device, quick):
         problem, found = outcome(case, device, quick)
     except workloads.Unavailable as absent:
         pytest.skip(str(absent))
+    if contender in found.wrong:
+        pytest.skip(found.wrong[contender])
     if contender not in found.seconds:
         pytest.skip("checked against, not timed here: see timed_contenders")
     meter.benchmark.group = f"step of {case.name}"
@@ -78,6 +80,20 @@ def test_no_timed_step_makes_the_moments(monkeypatch):
     monkeypatch.setattr(Stopwatch, "once", watched)
     measure(Case("tiny", "binary", False), CPU, tiny=True, rounds=1)
     assert known and all(known)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_a_chain_that_is_wrong_is_not_timed(factor, monkeypatch):
+    real = real_step.chain_logprobs
+
+    def by_varlen(model, batch, backend):
+        return real(model, batch) * (factor if backend == "gather" else 1)
+
+    monkeypatch.setattr(real_step, "chain_logprobs", by_varlen)
+    monkeypatch.setattr(real_step, "usable", lambda contender, device: None)
+    _, found = measure(Case("tiny", "binary", False), CPU, tiny=True, rounds=1)
+    assert ("chain_varlen" in found.seconds) == (factor == 1)
+    assert list(found.wrong) == (["chain_varlen"] if factor != 1 else [])
 
 
 def test_a_model_is_made_once(monkeypatch):
