@@ -67,8 +67,10 @@ def test_real_step(case, contender, meter, device, quick):
 
 
 CPU = torch.device("cpu")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tested where no GPU waits")
 
 
+@without_gpu
 def test_no_timed_step_makes_the_moments(monkeypatch):
     net, known, once = trainee("tiny", CPU), [], Stopwatch.once
     net.optimiser.state.clear()
@@ -82,6 +84,7 @@ def test_no_timed_step_makes_the_moments(monkeypatch):
     assert known and all(known)
 
 
+@without_gpu
 @pytest.mark.parametrize("factor", [1.0, 1.1])
 def test_a_chain_that_is_wrong_is_not_timed(factor, monkeypatch):
     real = real_step.chain_logprobs
