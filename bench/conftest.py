@@ -88,10 +88,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict) -> None:
     """COMMIT names the commit on a machine that has a copy of the tree and no git."""
     if os.environ.get("COMMIT"):
-        commit_info["id"] = os.environ["COMMIT"]
+        commit_info.pop("error", None)
         # a copy cannot tell whether it was changed; bench/device.sh records a hash of the sources
-        for unknown in ("error", "dirty"):
-            commit_info.pop(unknown, None)
+        commit_info.update(id=os.environ["COMMIT"], dirty=os.environ["COMMIT"].endswith("-dirty"))
 
 
 def _processor() -> str:

@@ -47,7 +47,7 @@ done
 
 gpu=$($python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-'))" 2>/dev/null) || {
   echo "no CUDA device seen by $python: this script is for a GPU machine (make test runs anywhere)" >&2; exit 2; }
-commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || cat .commit 2>/dev/null || echo unknown)}
+commit=${COMMIT:-$(git describe --always --dirty --exclude='*' 2>/dev/null || cat .commit 2>/dev/null || echo unknown)}
 sources=$(find treegrpo kernels csrc bench tests setup.py pyproject.toml -type f \
   \( -name '*.py' -o -name '*.sh' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl' -o -name '*.toml' \) \
   | LC_ALL=C sort | xargs sha1sum | sha1sum | cut -c1-12)

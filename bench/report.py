@@ -56,7 +56,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
             row = {"median_s": entry["stats"]["median"], "rounds": entry["stats"]["rounds"]} | info
             rows += race_report.expand(row) if info.get("suite") == "race" else [row]
     dirty = " + local changes" if commit.get("dirty") else ""
-    machine["commit"] = f"{str(commit.get('id'))[:10]}{dirty}"
+    machine["commit"] = f"{str(commit.get('id')).removesuffix('-dirty')[:10]}{dirty}"
     machine["date"] = str(data.get("datetime"))[:19]
     return machine, rows
 

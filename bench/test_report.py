@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import race_report, report
+from bench import conftest, race_report, report
 from bench.draw import family
 
 
@@ -180,6 +180,15 @@ def test_results_of_one_commit_are_joined(tmp_path):
     assert found == {"chain_16k": 200, "chain_32k": 300}
     with pytest.raises(ValueError, match="of another commit"):
         report.merge([written(tmp_path / "c.json", [new], "ffff")], into)
+
+
+def test_local_changes_are_said_without_git(tmp_path, monkeypatch):
+    found = {"id": "unknown", "error": "no git here"}
+    monkeypatch.setenv("COMMIT", "0123abc-dirty")
+    conftest.pytest_benchmark_update_commit_info(None, found)
+    assert found == {"id": "0123abc-dirty", "dirty": True}
+    machine, _ = report.load(written(tmp_path / "a.json", [], found["id"]))
+    assert machine["commit"] == "0123abc + local changes"
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):

@@ -34,11 +34,13 @@ def device(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def run(*arguments: str, failing: str = "nothing") -> tuple[dict[str, str], str]:
+    def run(
+        *arguments: str, failing: str = "nothing", root: Path = ROOT, commit: str = "abc"
+    ) -> tuple[dict[str, str], str]:
         calls = tmp_path / "calls"
         environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
-        environment |= {"CALLS": str(calls), "COMMIT": "abc", "FAILING": failing}
-        command = ["bash", str(ROOT / "bench" / "device.sh"), "--out", str(tmp_path / "out"), *arguments]
+        environment |= {"CALLS": str(calls), "COMMIT": commit, "FAILING": failing}
+        command = ["bash", str(root / "bench" / "device.sh"), "--out", str(tmp_path / "out"), *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "kernels that do not work here: cuda: not built" in done.stdout
@@ -95,6 +97,23 @@ def test_what_fails_is_said_and_the_rest_runs(device):
     assert outcomes == {"build": "ok", "step": "ok", "cuda": "FAILED (1), see log.txt"}
     outcomes, _ = device("--stages", "build head", "--seconds", "60", failing="setup.py*")
     assert re.fullmatch(r"skipped: 1\d s are left for it, it needs 20", outcomes["build"]) and outcomes["head"] == "ok"
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_local_changes_are_part_of_the_commits_name(device, tmp_path):
+    root = tmp_path / "repository"
+    (root / "bench").mkdir(parents=True)
+    script = shutil.copy(ROOT / "bench" / "device.sh", root / "bench")
+    git = ["git", "-c", "user.name=nobody", "-c", "user.email=nobody@example.com", "-C", str(root)]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    log = tmp_path / "out" / "log.txt"
+    device("--stages", "head", root=root, commit="")
+    assert re.search(r"commit [0-9a-f]{7,},", log.read_text())
+    with open(script, "a") as file:
+        file.write("# changed\n")
+    device("--stages", "head", root=root, commit="")
+    assert re.search(r"commit [0-9a-f]{7,}-dirty,", log.read_text())
 
 
 def test_no_gpu_is_said(tmp_path):
