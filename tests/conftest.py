@@ -5,6 +5,7 @@ NaN-poisoned memory on request.
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,14 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = quick_box(tmp_path_factory.mktemp("box"))
     torch.set_num_threads(threads)
     return folder
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C works, also where the shell started this in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

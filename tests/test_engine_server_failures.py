@@ -198,6 +198,7 @@ def test_groups_that_are_complete_survive_a_server_that_fails_later(engine):
     assert len(kept[0].trajectories) == 2
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_does_not_wait_for_the_server():
     """As where it hangs while it loads weights."""
     main = threading.main_thread().ident

@@ -162,14 +162,6 @@ def test_cancelling_leaves_no_task(budget):
     asyncio.run(main())
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C works, also where the shell started this in the background with it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_search():
     def interrupt(text, rng):
