@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,21 @@ class Environment(ABC):
     def tools(self) -> list[Any]:
         """Functions the chat template should describe to the model; none by default."""
         return []
+
+
+def markup(tokenizer: Any, *more: str) -> re.Pattern[str]:
+    """Matches what only the model and the chat template may write: special tokens, added ones that look like markup,
+    and the patterns `more`. Words added to a vocabulary are none."""
+    added = tokenizer.added_tokens_decoder.values()
+    names = {*tokenizer.all_special_tokens, *(str(token) for token in added if re.search(r"[<[|]", str(token)))}
+    return re.compile("|".join([*more, *map(re.escape, sorted(names, key=len, reverse=True))]))
+
+
+def without(marks: re.Pattern[str], text: str) -> str:
+    """`text` with no match of `marks` left, those included that removing others brings together."""
+    while marks.search(text):
+        text = marks.sub("", text)
+    return text
 
 
 def deep_copy(thing: Any) -> Any:

@@ -7,6 +7,7 @@ import operator
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from treegrpo.envs.tags import TagEnv, Tags
 
@@ -113,6 +114,7 @@ class CalculatorEnv(TagEnv):
     def __init__(
         self,
         *,
+        tokenizer: Any = None,
         tags: Tags | None = None,
         prompt_template: str | None = None,
         chat: bool = False,
@@ -124,6 +126,7 @@ class CalculatorEnv(TagEnv):
         tags = tags or Tags(search="calc", information="result")
         super().__init__(
             tags=tags,
+            tokenizer=tokenizer,
             prompt_template=_prompt(tags) if prompt_template is None else prompt_template,
             chat=chat,
             observation_template=observation_template,

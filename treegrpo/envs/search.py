@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from treegrpo.envs.retrievers import Document, Retriever, RetrieverError
 from treegrpo.envs.tags import TagEnv, Tags, check_template
@@ -49,6 +50,7 @@ class SearchEnv(TagEnv):
         retriever: Retriever,
         *,
         topk: int | None = None,
+        tokenizer: Any = None,
         tags: Tags | None = None,
         prompt_template: str | None = None,
         chat: bool = False,
@@ -60,8 +62,9 @@ class SearchEnv(TagEnv):
         failure_text: str = "The search failed. Try again.",
         max_observation_chars: int = 8000,
     ) -> None:
-        """`topk` None leaves the count to the retriever. Templates are of str.format; `document_template` takes i
-        (from 1), id, text and score. A tokenizer that splits at spaces needs spaces around the tags:
+        """`topk` None leaves the count to the retriever. With `tokenizer` its special tokens are taken out of what is
+        found, as tags are. Templates are of str.format; `document_template` takes i (from 1), id, text and score. A
+        tokenizer that splits at spaces needs spaces around the tags:
         `observation_template=" <{information}> {content} </{information}> "`. Longer observations than
         max_observation_chars are cut and counted in `num_truncated`. ValueError where a template has a wrong field.
         """
@@ -69,6 +72,7 @@ class SearchEnv(TagEnv):
         check_template("document_template", document_template, ["i", "id", "text", "score"], ["text"])
         super().__init__(
             tags=tags,
+            tokenizer=tokenizer,
             prompt_template=search_prompt(tags) if prompt_template is None else prompt_template,
             chat=chat,
             observation_template=observation_template,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treegrpo.envs.base import Environment, StepResult
+from treegrpo.envs.base import Environment, StepResult, markup, without
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ class TagEnv(Environment):
         self,
         *,
         tags: Tags,
+        tokenizer: Any,
         prompt_template: str,
         chat: bool,
         observation_template: str,
@@ -157,6 +158,7 @@ class TagEnv(Environment):
         if max_observation_chars < 1:
             raise ValueError(f"max_observation_chars={max_observation_chars}: give at least 1")
         self.tags = tags
+        self._marks = tags.marks if tokenizer is None else markup(tokenizer, tags.marks.pattern)
         self.stop = (f"</{tags.search}>", f"</{tags.answer}>")
         self.prompt_template = prompt_template
         self.chat = chat
@@ -216,10 +218,8 @@ class TagEnv(Environment):
         return self._observe(self._clean(f"error: {message}"))
 
     def _clean(self, content: str) -> str:
-        # text from outside must not be able to answer for the model or to leave its block
-        while self.tags.marks.search(content):
-            content = self.tags.marks.sub("", content)
-        return content
+        # text from outside must not be able to answer for the model, to leave its block or to end its turn
+        return without(self._marks, content)
 
     def _observe(self, content: str) -> str:
         return self.observation_template.format(content=content, information=self.tags.information)

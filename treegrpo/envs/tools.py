@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from treegrpo.envs.base import Environment, StepResult, deep_copy
+from treegrpo.envs.base import Environment, StepResult, deep_copy, markup, without
 from treegrpo.envs.calculator import CalculatorEnv, calculate
 from treegrpo.envs.retrievers import Retriever, make_retriever
 from treegrpo.envs.search import SearchEnv
@@ -140,8 +140,7 @@ class ToolEnv(Environment):
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.max_observation_chars = max_observation_chars
-        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab(), "<tool_response>", "</tool_response>"}
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        self._marks = markup(tokenizer, "</?tool_response>")
         self.calls: list[tuple[str, dict[str, Any]]] = []
         """Calls that ran, in order."""
         self.num_truncated = 0
@@ -209,8 +208,7 @@ class ToolEnv(Environment):
 
     def _clean(self, text: str) -> str:
         # text from outside must not be able to end its turn or open another
-        while self._special.search(text):
-            text = self._special.sub("", text)
+        text = without(self._marks, text)
         if len(text) > self.max_observation_chars:
             text = text[: self.max_observation_chars]
             self.num_truncated += 1
@@ -227,7 +225,7 @@ class ToolEnv(Environment):
             raise ValueError(f"the chat template cannot show tool messages ({error}): use another tokenizer") from error
         tail = whole.partition(_MARK)[2]
         # the model has sampled the end of its turn itself
-        end = re.compile(rf"\s*(?:{self._special.pattern})").match(tail)
+        end = re.compile(rf"\s*(?:{self._marks.pattern})").match(tail)
         return tail[end.end() :] if end else tail
 
 
@@ -306,7 +304,7 @@ def make_env_factory(
     if name == "search":
         if retriever is None:
             raise ValueError("the search environment needs a retriever: give bm25:PATH or http://host:port/retrieve")
-        options.setdefault("chat", has_chat)
+        options = {"chat": has_chat, "tokenizer": tokenizer, **options}
         return _tried(name, SearchEnv, (retriever,), options)
     if name == "calculator":
         kind = options.pop("format", "tags")
@@ -314,8 +312,7 @@ def make_env_factory(
             raise ValueError(f"format {kind!r} of the calculator: give tags or tools")
         if kind == "tools":
             return _tried(name, ToolEnv, ([calculate],), {"tokenizer": tokenizer, **options})
-        options.setdefault("chat", has_chat)
-        return _tried(name, CalculatorEnv, (), options)
+        return _tried(name, CalculatorEnv, (), {"chat": has_chat, "tokenizer": tokenizer, **options})
     if ":" not in name:
         raise ValueError(f"environment {name!r}: give search, calculator or module:name")
     found = load_attribute(name, "env")
