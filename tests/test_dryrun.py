@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -112,3 +113,35 @@ def test_a_tokenizer_of_another_model_is_refused(box, tmp_path):
             start(config)
     model.write_text(json.dumps({**values, "vocab_size": size}))
     run_plan(config)
+
+
+def test_prompts_that_leave_no_room_are_named_before_the_run(box, tmp_path):
+    rows = [json.loads(line) for line in (box / "train.jsonl").read_text().splitlines()[:6]]
+    for index in (2, 4):
+        rows[index]["question"] = "why " * 300
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"dataset": str(tmp_path / "train.jsonl"), "max_context_length": 128, "shuffle": False, "max_steps": 2}
+    config = online_config(box, tmp_path / "out", **changes)
+    for start in (run_plan, Trainer):
+        with pytest.raises(ValueError, match=r"dataset: .* row 2 has 3\d\d, row 4 has 3\d\d; take"):
+            start(config)
+    # four prompts at a time, so that no later one is read
+    rows = [rows[i] for i in (0, 1, 3, 5, 2, 4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, groups_per_step=4, max_steps=1)
+    for start in (run_plan, Trainer):
+        start(config)
+        with pytest.raises(ValueError, match=r"eval_dataset: .* row 4 has"):
+            start(replace(config, eval_dataset=config.dataset, eval_steps=1))
+
+
+def test_an_environment_with_a_reset_of_its_own_is_not_begun_to_measure_it(box, tmp_path, monkeypatch):
+    def begun(self, row):
+        raise AssertionError("this may start a browser")
+
+    monkeypatch.setattr("boxes.EchoEnv.reset", begun)
+    own = {"env": "boxes:EchoEnv", "retriever": ""}
+    templates = dict.fromkeys(("prompt_template", "observation_template", "document_template"))
+    config = online_config(box, tmp_path / "out", **own, **templates)
+    run_plan(config)
+    Trainer(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import sys
 from dataclasses import dataclass
@@ -219,6 +220,11 @@ class TrainConfig(RolloutConfig):
         if self.vllm_importance_sampling_correction is not None:
             return self.vllm_importance_sampling_correction
         return not self.is_replay and (self.rollouts not in ("", "hf") or self.overlap_rollouts)
+
+    def groups_from(self, step: int) -> int:
+        """How many groups a run reads from `step` to its last."""
+        reads = math.ceil((self.max_steps - step) / self.num_iterations)
+        return reads * self.groups_per_step * self.gradient_accumulation_steps
 
     @property
     def rollouts_file(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
         ("trained", f"LoRA rank {config.lora_r}" if config.lora_r else "all weights"),
         ("rollouts", config.rollouts),
     ]
-    rows += _logged(config) if config.is_replay else _sampled(config)
+    rows += _logged(config) if config.is_replay else _sampled(config, structure)
     per_step = config.groups_per_step * config.gradient_accumulation_steps
     rows += [
         ("optimiser step", f"{per_step} groups, whole trees, used {config.num_iterations}x"),
@@ -74,12 +73,23 @@ def _logged(config: TrainConfig) -> list[tuple[str, str]]:
     ]
 
 
-def _sampled(config: TrainConfig) -> list[tuple[str, str]]:
+def _sampled(config: TrainConfig, structure: torch.nn.Module) -> list[tuple[str, str]]:
     from treegrpo.envs.data import read_rows
+    from treegrpo.rollout.kv import context_length
+    from treegrpo.rollout.order import EpochOrder
+    from treegrpo.rollout.prompts import check_prompts
 
     dataset = read_rows(config.dataset)
+    held_out = read_rows(config.eval_dataset)[: config.eval_rows] if config.eval_dataset else []
     tokenizer = build.load_tokenizer(config)
-    build.make_environment(config, tokenizer)
+    make_env, _ = build.make_environment(config, tokenizer)
+    # only an engine that is there says what else it would take
+    limit = config.max_context_length if config.rollouts != "hf" else None
+    limit = limit or context_length(structure, config.max_context_length)
+    order = EpochOrder(len(dataset), seed=config.seed, shuffle=config.shuffle)
+    chosen = order.upcoming(0, config.groups_from(0) * (build.num_refills(config) + 1))
+    datasets = {"dataset": (dataset, chosen), "eval_dataset": (held_out, range(len(held_out)))}
+    check_prompts(datasets, make_env, tokenizer, limit, show=not config.disable_tqdm)
     options = build.search_options(config)
     per_step = config.groups_per_step * config.gradient_accumulation_steps
     shape = f"M={options.num_trees} trees, N={options.num_expansions} branches, L={options.num_rounds} rounds"
@@ -96,15 +106,12 @@ def _sampled(config: TrainConfig) -> list[tuple[str, str]]:
     if config.overlap_rollouts:
         rows.append(("overlap", "rollouts one step ahead, importance-weighted"))
     if config.eval_steps:
-        num = len(read_rows(config.eval_dataset)[: config.eval_rows])
-        rows.append(("evaluation", f"{num:,} prompts every {config.eval_steps} steps, best kept"))
+        rows.append(("evaluation", f"{len(held_out):,} prompts every {config.eval_steps} steps, best kept"))
     return rows
 
 
 def _epochs(config: TrainConfig, num_groups: int) -> str:
-    per_step = config.groups_per_step * config.gradient_accumulation_steps
-    reads = math.ceil(config.max_steps / config.num_iterations) * per_step
-    return f"{reads / num_groups:.2f} epochs in {config.max_steps:,} steps"
+    return f"{config.groups_from(0) / num_groups:.2f} epochs in {config.max_steps:,} steps"
 
 
 def _structure(config: TrainConfig, model_config: Any) -> torch.nn.Module:

@@ -127,6 +127,9 @@ class Trainer:
         self.evaluations: list[dict[str, Any]] = []
         if self.checkpoint:
             self._restore(self.checkpoint)
+        if self.online is not None:
+            is_shown = self.accelerator.is_main_process and not config.disable_tqdm
+            self.online.check_prompts(config.groups_from(self.step), is_shown)
 
     def train(self) -> list[dict[str, Any]]:
         """Runs to the end and returns the logged rows. ValueError on a loss that is not finite; the last checkpoint

@@ -72,6 +72,11 @@ def search_options(config: TrainConfig) -> SearchOptions:
     )
 
 
+def num_refills(config: TrainConfig) -> int:
+    """How often groups without spread are replaced by other prompts."""
+    return config.max_refills if config.zero_std_groups == "refill" else 0
+
+
 def load_tokenizer(config: TrainConfig) -> Any:
     """The tokenizer of the run, from disk. ValueError where there is none, or the model does not know its ids."""
     from transformers import AutoTokenizer
@@ -177,7 +182,7 @@ def make_online(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any, ac
         search_options(config),
         seed=config.seed,
         shuffle=config.shuffle,
-        refills=config.max_refills if config.zero_std_groups == "refill" else 0,
+        refills=num_refills(config),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         gather=gather_apart() if accelerator.num_processes > 1 else None,

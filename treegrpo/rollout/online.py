@@ -23,6 +23,7 @@ from treegrpo.envs.base import Environment
 from treegrpo.rewards import group_id, score
 from treegrpo.rollout.engine import EngineError, RolloutEngine
 from treegrpo.rollout.order import EpochOrder
+from treegrpo.rollout.prompts import check_prompts
 from treegrpo.rollout.search import RolloutStats, SampledGroup, SearchOptions, search
 from treegrpo.tree import RolloutTree, Trajectory, build_tree, load, save
 
@@ -161,6 +162,16 @@ class OnlineRollouts:
         self.pending: Future[StepRollouts] | None = None
         self.waiting: list[StepRollouts] = []
         self.is_abandoned = False
+
+    def check_prompts(self, count: int, show: bool = False) -> None:
+        """ValueError where a prompt of evaluation, or of the next `count` to be trained on, is too long."""
+        engine = self.sampler.engine
+        datasets = {
+            "dataset": (self.rows, self.order.upcoming(self.place, count * (self.refills + 1))),
+            "eval_dataset": (self.eval_rows, range(len(self.eval_rows))),
+        }
+        limit = self.options.max_context_length or engine.max_context_length
+        check_prompts(datasets, self.sampler.make_env, engine.tokenizer, limit, show)
 
     def step_rollouts(
         self, reads: int, count: int, policy: torch.nn.Module, progress: Progress | None = None

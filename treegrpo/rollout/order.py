@@ -21,3 +21,13 @@ class EpochOrder:
         if self.shuffle and epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num)
         return int(self._order[offset])
+
+    def upcoming(self, place: int, count: int) -> list[int]:
+        """The items at the next `count` places from `place` on, each once, ascending.
+
+        >>> EpochOrder(5, seed=0, shuffle=False).upcoming(3, 3)
+        [0, 3, 4]
+        """
+        if count >= self.num + (place % self.num):
+            return list(range(self.num))
+        return sorted({self[place] for place in range(place, place + count)})

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from treegrpo.envs.base import Environment, StepResult
 from treegrpo.rollout.engine import Completion, EngineError, RolloutEngine
 from treegrpo.rollout.nodes import Node, RolloutStats, SearchOptions, select_nodes
+from treegrpo.rollout.prompts import encode_prompt
 from treegrpo.threads import in_thread
 from treegrpo.tree import Trajectory
 
@@ -213,7 +214,7 @@ class _Grower:
     async def begin(self, make_env: Callable[[], Environment], row: dict[str, Any]) -> str | list[dict[str, Any]]:
         async with self.tool_limit:
             self.environment, prompt = await in_thread(_reset, make_env, row)
-        self.prompt_ids = _encode_prompt(self.engine.tokenizer, self.environment, prompt)
+        self.prompt_ids = encode_prompt(self.engine.tokenizer, self.environment, prompt)
         if not 0 < len(self.prompt_ids) < self.max_length:
             raise ValueError(
                 f"group {self.group!r}: its prompt has {len(self.prompt_ids)} tokens; give at least one, and fewer than"
@@ -380,18 +381,6 @@ def _stepped(environment: Environment, action: str, is_last: bool) -> Awaitable[
     if inspect.iscoroutinefunction(environment.step):
         return environment.step(action, is_last=is_last)
     return in_thread(environment.step, action, is_last=is_last)
-
-
-def _encode_prompt(tokenizer: Any, environment: Environment, prompt: str | list[dict[str, Any]]) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt, add_special_tokens=False))
-    from transformers.utils import get_json_schema
-
-    # transformers 4 turns functions into schemas itself, but not methods.
-    tools = [get_json_schema(tool) if callable(tool) else tool for tool in environment.tools()] or None
-    return list(
-        tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False)
-    )
 
 
 def _text(tokenizer: Any, token_ids: list[int]) -> str:
