@@ -307,6 +307,26 @@ def test_distributed_wrappers_see_an_ordinary_step(batch, process_group, wrapper
         assert_same_gradients(got, expected)
 
 
+def test_a_wrapper_that_passes_for_what_it_wraps_is_seen_through(model, batch):
+    class Engine(torch.nn.Module):
+        """As DeepSpeed's: what the module has it has, but for a config of its own."""
+
+        def __init__(self, module):
+            super().__init__()
+            self.module, self.config = module, {"stage": 3}
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("module"), name)
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    assert torch.equal(token_logprobs(Engine(model), batch), token_logprobs(model, batch))
+
+
 def test_transform_reads_the_config():
     assert logit_transform(tiny_model("gemma2").config) == LogitTransform(1.0, 3.0)
     assert logit_transform(tiny_model("cohere").config) == LogitTransform(0.5, 0.0)

@@ -1,4 +1,5 @@
-"""Two gloo processes under torch's launcher: TreeGRPOTrainer against GRPOTrainer, and against one process."""
+"""Two gloo processes under torch's launcher: TreeGRPOTrainer against GRPOTrainer, and against one process; with
+whole weights and with sharded ones."""
 
 import json
 import os
@@ -54,4 +55,21 @@ def test_two_processes_train_as_one(changes, tree, tmp_path):
     for theirs, ours in zip(chain["log"][:-1], two["log"][:-1], strict=True):
         assert theirs.keys() <= ours.keys()
         for name in ("loss", "entropy", "reward", "grad_norm"):
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero2", "zero3"])
+def test_sharded_weights(sharding, tmp_path):
+    """With a reference model, checkpointing, and processes that have different numbers of packed rows."""
+    if sharding != "fsdp2":
+        pytest.importorskip("deepspeed")
+    folder = save_tiny(tmp_path / "model")
+    changes = dict(sharding=sharding, beta=0.05, gradient_checkpointing=True, max_steps=3)
+    chain = run(folder, tmp_path / "chain", 2, kind="chain", **changes)
+    tree = run(folder, tmp_path / "tree", 2, kind="tree", token_budget=18, **changes)
+    assert chain["kinds"] == tree["kinds"] == ["DTensor" if sharding == "fsdp2" else "Parameter"]
+    assert difference(chain["parameters"], tree["parameters"]) < 1e-5
+    for theirs, ours in zip(chain["log"][:-1], tree["log"][:-1], strict=True):
+        for name in ("loss", "kl", "entropy", "grad_norm"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-5), name

@@ -327,10 +327,11 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[Tensor, tk.TreePlan, Tensor]:
     """logits [10, vocab] of the self-check's tree, after counting the layers that ran through tree attention."""
     name = type(base).__name__
-    embedding = base.get_input_embeddings().weight
-    device = embedding.device
+    embedding = base.get_input_embeddings()
+    # not of the weight, which may be sharded
+    device, num_tokens = embedding.weight.device, getattr(embedding, "num_embeddings", len(embedding.weight))
     plan = tk.TreePlan.build(torch.tensor(CHECK_SUBTREE_END), device=device)
-    ids = torch.linspace(1, embedding.shape[0] - 2, plan.num_tokens, device=device).long()
+    ids = torch.linspace(1, num_tokens - 2, plan.num_tokens, device=device).long()
     inputs = {"input_ids": ids[None], "position_ids": plan.position[None].long()}
     calls: list[nn.Module] = []
     try:

@@ -313,13 +313,15 @@ def _swapped(head: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The causal LM inside DDP, FSDP, torch.compile and PEFT wrappers."""
+    """The causal LM inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
     while True:
+        # of the class: DeepSpeed's engine passes for what it wraps, and has a config of its own
+        own = type(model)
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
+        elif hasattr(own, "get_base_model"):
             model = model.get_base_model()
-        elif not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+        elif not hasattr(own, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
             model = model.module
         else:
             return model

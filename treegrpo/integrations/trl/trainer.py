@@ -20,7 +20,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from treegrpo.advantages import PRESETS
-from treegrpo.hf import ATTENTION, use_tree_attention
+from treegrpo.hf import ATTENTION, check_model, use_tree_attention
 from treegrpo.integrations import credit
 from treegrpo.integrations.trl import loss
 from treegrpo.integrations.trl.config import TreeGRPOConfig
@@ -77,9 +77,12 @@ class TreeGRPOTrainer(GRPOTrainer):
         self._base = unwrap(self.accelerator.unwrap_model(self.model))
         self._own_attention = self._base.config._attn_implementation
         """What the model came with, and samples with."""
-        use_tree_attention(self.accelerator.unwrap_model(self.model))
+        plugin = self.accelerator.state.deepspeed_plugin
+        self._is_unchecked = plugin is not None and plugin.zero_stage == 3
+        """Whether the self-check waits for a forward that gathers the weights."""
+        use_tree_attention(self.accelerator.unwrap_model(self.model), check=not self._is_unchecked)
         if self.ref_model is not None:
-            use_tree_attention(self.accelerator.unwrap_model(self.ref_model))
+            use_tree_attention(self.accelerator.unwrap_model(self.ref_model), check=not self._is_unchecked)
         self._tree_args = self.args if isinstance(self.args, TreeGRPOConfig) else None
         self._estimator = self._tree_args.estimator() if self._tree_args else None
         self._shared_tokens = self._tree_args.shared_tokens if self._tree_args else "per_leaf"
@@ -201,6 +204,9 @@ class TreeGRPOTrainer(GRPOTrainer):
         return found, router_loss(model, router_logits[: len(parts)], batches) if aux_loss else None
 
     def _forward(self, model: torch.nn.Module, batch: TreeBatch, entropy: bool) -> list[Tensor]:
+        if self._is_unchecked:
+            check_model(model)
+            self._is_unchecked = False
         with self.accelerator.autocast():
             scored = token_logprobs(
                 model,
