@@ -27,7 +27,8 @@ def check_dropout(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} draws random numbers in training ({', '.join(draws[:3])}"
             f"{', ...' if draws[3:] else ''}): a shared token has one dropout mask but a chain draws one per leaf; set"
-            " them to 0 in the config, or call treegrpo.dropout.disable_dropout(model)"
+            " them to 0 in the config (of the adapter, too), or call treegrpo.dropout.disable_dropout(model), as TRL"
+            " does for disable_dropout=True"
         )
 
 
