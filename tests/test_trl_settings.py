@@ -39,6 +39,16 @@ def test_generation_is_trls(changes, folder, tmp_path):
     assert tree.state.log_history[0]["grad_norm"] > 0
 
 
+def test_a_compiled_model_trains_as_another(folder, tmp_path):
+    changes = dict(torch_compile=True, torch_compile_backend="aot_eager", max_steps=2)
+    compiled = make(TreeGRPOTrainer, folder, tmp_path / "tree", **changes)
+    compiled.train()
+    chain = make(GRPOTrainer, folder, tmp_path / "chain", max_steps=2)
+    chain.train()
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    assert difference(parameters(chain), parameters(compiled)) < 1e-5
+
+
 def test_trees_grow_through_continuous_batching(folder, tmp_path):
     trainer = generating(TreeGRPOTrainer, folder, tmp_path, **TREES, **PAGED)
     assert trainer.state.log_history[0]["tree/sampled_tokens"] > 0
