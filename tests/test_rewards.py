@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from boxes import online_config, quick_box
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ from treegrpo.rewards import (
     search_em,
     search_f1,
 )
+from treegrpo.trainer import Trainer
 
 GOOD = (
     "<think> t </think> <search> q </search>\n<information>Doc</information>\n<think> u </think><answer> {} </answer>"
@@ -437,3 +439,22 @@ def test_a_reward_may_log_whoever_asks_it() -> None:
         return [1.0] * len(completions)
 
     assert run([logging])[0].tolist() == [1, 1]
+
+
+@pytest.mark.usefixtures("one_thread", "own_cache")
+def test_rewards_in_training_know_the_step(tmp_path: Path) -> None:
+    """A curriculum reads it; what is sampled ahead has seen as many updates as its weights."""
+    box, seen = quick_box(tmp_path / "box"), []
+
+    def watched(completions, trainer_state, **columns):
+        seen.append((trainer_state.global_step, trainer_state.max_steps, len(completions)))
+        return [float(i % 2) for i in range(len(completions))]
+
+    for ahead, steps in ((False, [0, 1, 2]), (True, [0, 0, 1])):
+        changes = {"eval_dataset": str(box / "train.jsonl"), "eval_rows": 1, "eval_steps": 2, "overlap_rollouts": ahead}
+        trainer = Trainer(online_config(box, tmp_path / f"{ahead}", groups_per_step=1, num_expansions=0, **changes))
+        object.__setattr__(trainer.online.sampler, "reward_funcs", [watched])
+        trainer.train()
+        assert sorted(step for step, _, num in seen if num == 2) == steps
+        assert [step for step, _, num in seen if num == 1] == [0, 2, 3] and {most for _, most, _ in seen} == {3}
+        seen.clear()

@@ -212,17 +212,24 @@ class Trainer:
         shape = (self.config.gradient_accumulation_steps, self.config.groups_per_step)
         if self.online is None:
             return self.replay.step_trees(number, *shape)
-        self.sampled = self.online.step_rollouts(*shape, self._sampling_policy(), progress.sampling)
+        policy, state = self._sampling_policy(), self._reward_state()
+        self.sampled = self.online.step_rollouts(*shape, policy, progress.sampling, state)
         self.generated_tokens += self.sampled.generated_tokens
         self.num_read = number + 1
         if self.step + self.config.num_iterations < self.config.max_steps:
-            self.online.start_next(*shape, self._sampling_policy())
+            self.online.start_next(*shape, policy, state)
         is_new = self.step % self.config.num_iterations == 0
         if self.config.save_rollouts and is_new and self.accelerator.is_main_process:
             folder = self.output_dir / "rollouts"
             folder.mkdir(exist_ok=True)
             save(folder / f"step-{self.step + 1}.jsonl.gz", self.sampled.trajectories())
         return self.sampled.trees
+
+    def _reward_state(self) -> Any:
+        """What reward functions get as trainer_state: the updates that what is sampled has seen, and of how many."""
+        from transformers import TrainerState
+
+        return TrainerState(global_step=self.step, max_steps=self.config.max_steps)
 
     def _sampling_policy(self) -> torch.nn.Module:
         if self.whole_policy is not self.policy:
@@ -234,7 +241,7 @@ class Trainer:
         config = self.config
         if self.online is None or not config.eval_steps or (self.step % config.eval_steps and not self._is_done()):
             return {}
-        result = self.online.evaluate(self._sampling_policy(), progress.sampling)
+        result = self.online.evaluate(self._sampling_policy(), progress.sampling, state=self._reward_state())
         self.evaluations.append({"step": self.step, **result})
         result = {name: value for name, value in result.items() if name != "eval_rewards"}
         if self.best_reward is None or result["eval_reward"] > self.best_reward:

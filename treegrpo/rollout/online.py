@@ -62,10 +62,12 @@ class Sampler:
         seeds: Sequence[int],
         progress: Progress | None = None,
         indices: Sequence[int] | None = None,
+        state: Any = None,
     ) -> tuple[list[SampledGroup], list[dict[str, float]]]:
         """The groups of `rows`, every trajectory with its reward, and for each the means of its reward functions
         (rewards/{name}/mean, NaN where a function did not apply) beside what they logged about all of them. `indices`
-        says where in their dataset the rows are, for errors; without it they count from 0.
+        says where in their dataset the rows are, for errors; without it they count from 0. `state` is what reward
+        functions get as trainer_state.
 
         Raises:
             ValueError: a bad row or reward; nothing is kept of the step.
@@ -100,6 +102,7 @@ class Sampler:
             completion_ids=[group.completion_ids[leaf] for group, leaf in leaves],
             columns={name: [group.row.get(name) for group, _ in leaves] for name in sorted(columns)},
             environments=[group.environments[leaf] for group, leaf in leaves],
+            trainer_state=state,
             log_metric=lambda name, value: logged.setdefault(name, []).append(value),
             places=[f"leaf {leaf} of group {group.group!r}, row {row_of[group.group]}" for group, leaf in leaves],
         )
@@ -174,31 +177,32 @@ class OnlineRollouts:
         check_prompts(datasets, self.sampler.make_env, engine.tokenizer, limit, show)
 
     def step_rollouts(
-        self, reads: int, count: int, policy: torch.nn.Module, progress: Progress | None = None
+        self, reads: int, count: int, policy: torch.nn.Module, progress: Progress | None = None, state: Any = None
     ) -> StepRollouts:
         """The next step's groups, `[read][group]`: those of a checkpoint, those being sampled already, or new ones
-        sampled from the weights of `policy`."""
+        sampled from the weights of `policy`. Reward functions get `state` as trainer_state."""
         if self.waiting:
             rollouts = self.waiting.pop(0)
         elif self.pending is not None:
             rollouts, self.pending = self.pending.result(), None
         else:
             self._sync_weights(policy)
-            rollouts = self._sample_step(reads, count, progress)
+            rollouts = self._sample_step(reads, count, progress, state)
         self.place = rollouts.place
         return rollouts
 
-    def start_next(self, reads: int, count: int, policy: torch.nn.Module) -> None:
+    def start_next(self, reads: int, count: int, policy: torch.nn.Module, state: Any = None) -> None:
         """With `overlap`, begins to sample the step after this one from the weights `policy` has now."""
         if self.executor is not None and self.pending is None and not self.waiting:
             self._sync_weights(policy)
-            self.pending = self.executor.submit(self._sample_step, reads, count, self._stop_if_abandoned)
+            self.pending = self.executor.submit(self._sample_step, reads, count, self._stop_if_abandoned, state)
 
     def evaluate(
         self,
         policy: torch.nn.Module,
         progress: Progress | None = None,
         rows: Sequence[dict[str, Any]] | None = None,
+        state: Any = None,
     ) -> dict[str, Any]:
         """`evaluate` on `rows` (None: those of the settings) with the weights of `policy`."""
         if self.pending is not None:
@@ -215,6 +219,7 @@ class OnlineRollouts:
             world=self.world,
             gather=self.gather,
             progress=progress,
+            state=state,
         )
 
     def _sync_weights(self, policy: torch.nn.Module) -> None:
@@ -229,7 +234,7 @@ class OnlineRollouts:
         for error in self.gather(errors) if self.one_engine else errors:
             raise error
 
-    def _sample_step(self, reads: int, count: int, progress: Progress | None) -> StepRollouts:
+    def _sample_step(self, reads: int, count: int, progress: Progress | None, state: Any) -> StepRollouts:
         place, wanted = self.place, reads * count
         kept: list[tuple[SampledGroup, dict[str, float]]] = []
         rejected: list[tuple[SampledGroup, dict[str, float]]] = []
@@ -239,7 +244,7 @@ class OnlineRollouts:
             missing = wanted - len(kept)
             places = range(place, place + missing)
             place += missing
-            new = self._sample_places(places, progress)
+            new = self._sample_places(places, progress, state)
             stats = sum((group.stats for group, _ in new), stats)
             flat = [pair for pair in new if _is_flat(pair[0])]
             num_zero_std += len(flat)
@@ -266,7 +271,7 @@ class OnlineRollouts:
         )
 
     def _sample_places(
-        self, places: Sequence[int], progress: Progress | None
+        self, places: Sequence[int], progress: Progress | None, state: Any
     ) -> list[tuple[SampledGroup, dict[str, float]]]:
         """Every process samples its share of the places; all get all of them, in order."""
         own = [place for i, place in enumerate(places) if i % self.world == self.rank]
@@ -276,7 +281,7 @@ class OnlineRollouts:
         named = zip(rows, indices, own, strict=True)
         groups = [f"{group_id(row, index, self.source)}@{place}" for row, index, place in named]
         seeds = [_seed(self.seed, place) for place in own]
-        sampled, means = self.sampler.sample(rows, groups, self.options, seeds, progress, indices)
+        sampled, means = self.sampler.sample(rows, groups, self.options, seeds, progress, indices, state)
         for group in sampled:
             group.environments = []  # they may hold what cannot travel between processes
         pairs = self.gather(list(zip(own, sampled, means, strict=True)))
@@ -336,6 +341,7 @@ def evaluate(
     world: int = 1,
     gather: Callable[[list], list] | None = None,
     progress: Progress | None = None,
+    state: Any = None,
 ) -> dict[str, Any]:
     """One chain a row: mean rewards under TRL's names with the prefix eval_; `eval_rewards` has one a row, in order. A
     reward that applied to no row is left out."""
@@ -344,7 +350,7 @@ def evaluate(
     )
     own = range(rank, len(rows), world)
     groups, seeds = [f"eval-{i}" for i in own], [_seed(seed, i) for i in own]
-    sampled, means = sampler.sample([rows[i] for i in own], groups, chain, seeds, progress, own)
+    sampled, means = sampler.sample([rows[i] for i in own], groups, chain, seeds, progress, own, state)
     for group in sampled:
         group.environments = []
     pairs = sorted((gather or (lambda items: items))(list(zip(own, sampled, means, strict=True))), key=lambda p: p[0])
