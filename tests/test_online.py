@@ -316,7 +316,7 @@ def group(place: int, rewards: list[float], reads: list[str]) -> SampledGroup:
 class Scripted(Sampler):
     """Groups whose rewards are equal at every third row; of rows from the fourth on a reward function logs more."""
 
-    def sample(self, rows, groups, options, seeds, progress=None, indices=None):
+    def sample(self, rows, groups, options, seeds, progress=None, indices=None, state=None):
         found = [group(row["index"], [0.0, float(row["index"] % 3 != 0)], READS) for row in rows]
         logged = {"late": 2.0} if rows and rows[0]["index"] > 2 else {}
         return found, [{"rewards/x/mean": 1.0, **logged} for _ in rows]
