@@ -134,7 +134,7 @@ def test_tile_tensors(workload, meter, device, quick):
     meter.benchmark.group = "plan and lists of all kernels"
 
     # the kernels the op would choose
-    config = triton.config_for(q, v, v, 0.0, 128**-0.5)
+    config = triton.config_for(q, v, 0.0, 128**-0.5)
 
     def run():
         return triton.tile_tensors(tk.TreePlan.build(on_device), q, v, 0, config)

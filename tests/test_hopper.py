@@ -11,7 +11,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def inputs(d=128, dv=128, dtype=BF16):
-    return [torch.zeros(4, heads, dim, dtype=dtype) for heads, dim in ((2, d), (1, d), (1, dv))]
+    """q and v."""
+    return [torch.zeros(4, heads, dim, dtype=dtype) for heads, dim in ((2, d), (1, dv))]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

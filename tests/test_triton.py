@@ -378,11 +378,8 @@ def test_config_is_a_pure_function_within_limits():
 
 
 def test_says_what_it_cannot_do():
-    q, k, v, _, _ = inputs(4)
-    assert backend.refusal(q, k, v, 3, 2.0, torch.zeros(2)) is None
-    assert "float64" in backend.refusal(q.double(), k.double(), v.double(), None, None, None)
-    assert "one dtype" in backend.refusal(q, k.half(), v, None, None, None)
-    assert "256" in backend.refusal(q, k, torch.zeros(4, 1, 257), None, None, None)
+    assert backend.refusal(torch.float32) is None
+    assert "float64" in backend.refusal(torch.float64)
 
 
 COMPILED = """

@@ -103,7 +103,7 @@ def tree_attention(
     if chosen is Backend.GATHER:
         from . import gather
 
-        return gather.attend(q, k, v, plan, scale, window, softcap, sinks, deterministic, return_lse)
+        return gather.attend(q, k, v, plan, scale, window, softcap, deterministic, return_lse)
     attend = op.attend if plain else torch.ops.treegrpo.tree_attention
     # fmt: off
     out, lse = attend(
@@ -142,14 +142,15 @@ def _prepare(
     window = 0 if window is None or window >= plan.longest_path else window
     softcap = softcap or 0.0
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = _choose(_parse(backend), q, k, v, window, softcap, sinks, scale)
+    wanted = _parse(backend)
+    chosen = _choose(wanted, q, v, softcap, sinks, scale)
     tiles: list[Tensor] = []
     if chosen is Backend.TRITON and q.shape[0]:
         from . import triton
 
-        config = triton.config_for(q, k, v, softcap, scale)
+        config = triton.config_for(q, v, softcap, scale)
         tiles = triton.tile_tensors(plan, q, v, window, config)
-    elif chosen is Backend.CUDA and q.shape[0] and _parse(backend) is Backend.CUDA:
+    elif wanted is Backend.CUDA and q.shape[0]:
         tiles = _hopper_cuda_tiles(q, k, v, plan, window, softcap, scale)
     # only the operator's FLOP formula reads the pairs; under a window they are counted on the device
     num_pairs = 0 if chosen in (Backend.REFERENCE, Backend.GATHER) else plan.count_pairs(window)
@@ -168,7 +169,7 @@ def _hopper_cuda_tiles(
     """Tile lists of the CUDA kernels for Hopper where they serve; empty for the plain CUDA kernels, which need none."""
     from . import hopper_cuda
 
-    refusal = hopper_cuda.refusal(q, k, v, window, softcap, scale)
+    refusal = hopper_cuda.refusal(q, v, window, softcap, scale)
     if not torch.compiler.is_compiling():
         _announce(Backend.CUDA, q, hopper_cuda.NOTE if refusal is None else f"plain kernels: {refusal}")
     return hopper_cuda.tile_tensors(plan, k.shape[1]) if refusal is None else []
@@ -218,10 +219,8 @@ def _reason(backend: Backend, device: torch.device) -> str | None:
     raise ValueError(f"backend {backend.value!r} is a choice, not a kernel")
 
 
-def _refusal(
-    backend: Backend, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None
-) -> str | None:
-    """Why ``backend`` cannot take these arguments here; None if it can."""
+def _refusal(backend: Backend, q: Tensor, softcap: float, sinks: Tensor | None) -> str | None:
+    """Why ``backend`` cannot take these arguments, which fit each other, here; None if it can."""
     reason = _reason(backend, q.device)
     if reason is not None:
         return reason
@@ -235,26 +234,24 @@ def _refusal(
         case Backend.TRITON:
             from . import triton
 
-            return triton.refusal(q, k, v, window, softcap, sinks)
+            return triton.refusal(q.dtype)
         case Backend.GATHER:
             from . import gather
 
-            return gather.refusal(q, k, v, window, softcap, sinks)
+            return gather.refusal(q.dtype, softcap, sinks)
         case _:
             return None
 
 
-def _choose(
-    wanted: Backend, q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None, scale: float
-) -> Backend:
+def _choose(wanted: Backend, q: Tensor, v: Tensor, softcap: float, sinks: Tensor | None, scale: float) -> Backend:
     if wanted is not Backend.AUTO:
-        refusal = _refusal(wanted, q, k, v, window, softcap, sinks)
+        refusal = _refusal(wanted, q, softcap, sinks)
         if refusal is not None:
             raise ValueError(f"backend {wanted.value!r}: {refusal}")
         return wanted
     refusals = []
     for candidate in (Backend.TRITON, Backend.CUDA) if q.device.type == "cuda" else (Backend.CPU,):
-        refusal = _refusal(candidate, q, k, v, window, softcap, sinks)
+        refusal = _refusal(candidate, q, softcap, sinks)
         if refusal is None:
             break
         refusals.append(f"{candidate.value}: {refusal}")
@@ -265,7 +262,7 @@ def _choose(
         if candidate is Backend.TRITON:
             from . import triton
 
-            why += f"; {triton.kernels_for(q, k, v, softcap, scale)}"
+            why += f"; {triton.kernels_for(q, v, softcap, scale)}"
         _announce(candidate, q, why)
     return candidate
 
@@ -308,7 +305,7 @@ def _check(
             f"q has {q.shape[1]} heads, k {k.shape[1]}, v {v.shape[1]}: k and v must agree and divide q's number"
         )
     if q.shape[2] != k.shape[2]:
-        raise ValueError(f"q has head dim {q.shape[2]} but k {k.shape[2]}")
+        raise ValueError(f"q has head dim {q.shape[2]} but k {k.shape[2]}: their products need one")
     for name, dim in (("q", q.shape[2]), ("v", v.shape[2])):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(f"{name} has head dim {dim}; supported are 1 to {MAX_HEAD_DIM}")

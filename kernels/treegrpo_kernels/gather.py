@@ -96,18 +96,12 @@ def reason(device: torch.device) -> str | None:
     return None
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
-) -> str | None:
-    """None where gather takes these inputs, else what it does not, as a sentence."""
+def refusal(dtype: torch.dtype, softcap: float, sinks: Tensor | None) -> str | None:
+    """None where gather takes inputs of this dtype with these options, else what it does not, as a sentence."""
     if sinks is not None:
         return "gather has no sinks: the varlen kernels do not take them"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"gather takes bfloat16 and float16, not {q.dtype}: the flash kernels have no other"
-    if not q.dtype == k.dtype == v.dtype:
-        return f"gather takes q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"gather takes head dims up to 256, not D = {q.shape[-1]} with Dv = {v.shape[-1]}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"gather takes bfloat16 and float16, not {dtype}: the flash kernels have no other"
     if softcap:
         _, error = _import("flash_attn", "flash_attn_varlen_func")
         if error:
@@ -123,18 +117,14 @@ def attend(
     scale: float,
     window: int,
     softcap: float,
-    sinks: Tensor | None,
     deterministic: bool,
     return_lse: bool,
     varlen: Varlen | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv] -> out [T,Hq,Dv] in q's dtype, and lse [T,Hq] fp32 if asked.
 
-    ``varlen`` replaces the kernel (the tests pass plain torch). Differentiable in q, k and v; lse is not. Raises
-    ``ValueError`` for sinks, which no varlen kernel takes.
+    ``varlen`` replaces the kernel (the tests pass plain torch). Differentiable in q, k and v; lse is not.
     """
-    if sinks is not None:
-        raise ValueError("gather has no sinks: use backend='triton' or 'reference'")
     if q.shape[0] == 0:
         # a sum of nothing keeps the graph
         out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())

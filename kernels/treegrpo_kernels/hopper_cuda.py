@@ -40,9 +40,9 @@ class _Tile:
 _FWD_TILE, _DQ_TILE, _DKV_TILE = _Tile(128, 128), _Tile(128, 64), _Tile(64, 128)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, scale: float) -> str | None:
+def refusal(q: Tensor, v: Tensor, window: int, softcap: float, scale: float) -> str | None:
     """None where the kernels serve these arguments of ``tree_attention`` on q's GPU, else why not, in a few words."""
-    refused = hopper_refusal(q, k, v, softcap, scale, _arch_of(q.device))
+    refused = hopper_refusal(q.dtype, softcap, scale, _arch_of(q.device))
     if refused is None and (q.shape[-1] != v.shape[-1] or q.shape[-1] not in (64, 128)):
         refused = f"head dims {q.shape[-1]} and {v.shape[-1]}"
     return refused or ("window" if window else None)

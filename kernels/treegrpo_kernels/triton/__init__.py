@@ -41,20 +41,13 @@ def reason(device: torch.device) -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
 
 
-def refusal(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None
-) -> str | None:
-    """None where the kernels take these inputs, else what they do not, as a sentence."""
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the Triton kernels take bfloat16, float16 and float32, not {q.dtype}"
-    if not q.dtype == k.dtype == v.dtype:
-        return f"the Triton kernels take q, k and v of one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"the Triton kernels take head dims up to 256, not D = {q.shape[-1]} with Dv = {v.shape[-1]}"
-    return None
+def refusal(dtype: torch.dtype) -> str | None:
+    """None where the kernels take inputs of this dtype, else which they take, as a sentence."""
+    taken = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return None if taken else f"the Triton kernels take bfloat16, float16 and float32, not {dtype}"
 
 
-def config_for(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float) -> Config | HopperConfig:
+def config_for(q: Tensor, v: Tensor, softcap: float, scale: float) -> Config | HopperConfig:
     """The tiles for these arguments of ``tree_attention``: those of the Hopper kernels where they serve them."""
     from .common import arch_of, config
 
@@ -62,12 +55,12 @@ def config_for(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float) ->
     if 90 <= arch < 100:
         from . import hopper
 
-        if hopper.refusal(q, k, v, softcap, scale, arch) is None:
+        if hopper.refusal(q, v, softcap, scale, arch) is None:
             return hopper.config(q.shape[-1], v.shape[-1])
     return config(q.shape[-1], v.shape[-1], q.dtype, arch)
 
 
-def kernels_for(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float) -> str:
+def kernels_for(q: Tensor, v: Tensor, softcap: float, scale: float) -> str:
     """Which of the two families :func:`config_for` takes, for the log."""
     from .common import arch_of
 
@@ -76,7 +69,7 @@ def kernels_for(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float) -
         return "plain kernels"
     from . import hopper
 
-    why = hopper.refusal(q, k, v, softcap, scale, arch)
+    why = hopper.refusal(q, v, softcap, scale, arch)
     return "Hopper kernels" if why is None else f"plain kernels, for the Hopper ones do not serve {why}"
 
 

@@ -62,9 +62,9 @@ _CONFIGS = {
 HEAD_DIMS = tuple(_CONFIGS)
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, softcap: float, scale: float, arch: int) -> str | None:
+def refusal(q: Tensor, v: Tensor, softcap: float, scale: float, arch: int) -> str | None:
     """None where the kernels serve these arguments of ``tree_attention``, else why not, in a few words."""
-    refused = unknown_release() or refused_arguments(q, k, v, softcap, scale, arch)
+    refused = unknown_release() or refused_arguments(q.dtype, softcap, scale, arch)
     if refused is None and padded_head_dim(q.shape[-1], v.shape[-1]) == 0:
         refused = f"head dims {q.shape[-1]} and {v.shape[-1]}"
     return refused
