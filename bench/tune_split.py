@@ -53,8 +53,8 @@ def measure(name: str, heads: tuple[int, int, int], device: torch.device, rounds
     runs, results = {}, {}
     for kind in ("whole", "parted"):
         tiles = triton.tile_tensors(plan, q, v, 0, replace(hopper.config(d), split=kind == "parted"))
-        out, lse = triton.attn_fwd(q, k, v, None, plan.subtree_end, tiles, scale, 0.0, True)
-        args = (dout, q, k, v, out, lse, plan.subtree_end, tiles, scale, 0.0, True)
+        out, lse = triton.attn_fwd(q, k, v, None, plan.subtree_end, tiles, scale, 0.0)
+        args = (dout, q, k, v, out, lse, plan.subtree_end, tiles, scale, 0.0)
         runs[kind] = lambda args=args: triton.attn_bwd(*args)
         results[kind] = runs[kind]()
         runs[kind]()

@@ -128,7 +128,7 @@ def step(config, d, dtype, shifted=False, sinks=None, window=0, softcap=0.0):
             # a layer whose values begin off a multiple of 16 bytes
             v = torch.empty(v.numel() + 1, dtype=dtype)[1:].view(v.shape).copy_(v)
         tiles = kernels.tile_tensors(plan, q, v, window, config)
-        rest = plan.subtree_end, tiles, 0.1, softcap, True
+        rest = plan.subtree_end, tiles, 0.1, softcap
         out, lse = kernels.attn_fwd(q, k, v, sinks, *rest)
         dout = torch.ones_like(out)
         kept.append((q, k, v, out, lse, tiles, dout, kernels.attn_bwd(dout, q, k, v, out, lse, *rest)))

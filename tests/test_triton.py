@@ -54,7 +54,7 @@ def kernels(subtree_end, q, k, v, dout, sinks=None, *, scale=0.3, window=0, soft
     lists, end = backend.tile_tensors(plan, q, v, window, pinned), plan.subtree_end
     if mutate:
         end, lists = mutate(end, lists)
-    rest = lists, scale, softcap, True
+    rest = lists, scale, softcap
     out, lse = backend.attn_fwd(q, k, v, sinks, end, *rest)
     return out, lse, *backend.attn_bwd(dout, q, k, v, out, lse, end, *rest)
 

@@ -21,6 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from . import flops
+from .reference import compute_dtype
 
 # rows of out and dout that the gradient of the sinks widens at a time
 SINK_ROWS = 8192
@@ -36,11 +37,6 @@ _library.define(
     " Tensor subtree_end, Tensor position, Tensor[] tiles, float scale, int window, float softcap, SymInt num_pairs,"
     " str backend, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The log-sum-exp is kept in float32, and in float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _forward(
@@ -74,7 +70,7 @@ def _forward(
         case "triton":
             from . import triton
 
-            return triton.attn_fwd(q, k, v, sinks, subtree_end, tiles, scale, softcap, deterministic)
+            return triton.attn_fwd(q, k, v, sinks, subtree_end, tiles, scale, softcap)
     raise ValueError(f"backend {backend!r} has no tree_attention kernel")
 
 
@@ -112,12 +108,12 @@ def _backward(
         case "triton":
             from . import triton
 
-            return triton.attn_bwd(dout, q, k, v, out, lse, subtree_end, tiles, scale, softcap, deterministic)
+            return triton.attn_bwd(dout, q, k, v, out, lse, subtree_end, tiles, scale, softcap)
     raise ValueError(f"backend {backend!r} has no tree_attention kernel")
 
 
 def _empty_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype(q.dtype))
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=compute_dtype(q.dtype))
 
 
 def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

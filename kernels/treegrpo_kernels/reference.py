@@ -57,7 +57,7 @@ def _attend(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     num_tokens, num_heads, head_dim = q.shape
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(q.dtype)
     scale = head_dim**-0.5 if scale is None else scale
     end = subtree_end.to(device=q.device, dtype=torch.int64)
     position = positions(end)
@@ -92,7 +92,7 @@ def _attend(
         outs.append(out)
         lses.append(lse)
     if not outs:
-        return _empty(q, k, v, compute, return_lse)
+        return no_tokens(q, k, v, return_lse)
     out = torch.cat(outs, dim=1).transpose(0, 1).contiguous().to(q.dtype)
     if not return_lse:
         return out
@@ -118,7 +118,13 @@ def dense_mask(subtree_end: Tensor, window: int | None = None) -> Tensor:
     return visible
 
 
-def _empty(q: Tensor, k: Tensor, v: Tensor, compute: torch.dtype, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def no_tokens(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """What :func:`tree_attention` returns for inputs with T = 0."""
     # summing the inputs keeps the graph, so that backward gives empty gradients and no error
     out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
-    return (out, q.new_zeros(0, q.shape[1], dtype=compute)) if return_lse else out
+    return (out, q.new_zeros(0, q.shape[1], dtype=compute_dtype(q.dtype))) if return_lse else out
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What inputs of ``dtype`` are summed in, by every backend; the log-sum-exp has it too."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

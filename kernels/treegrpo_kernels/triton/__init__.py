@@ -116,13 +116,12 @@ def attn_fwd(
     tiles: list[Tensor],
     scale: float,
     softcap: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv], sinks [Hq] or None -> out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32.
+    """q [T,Hq,D], k [T,Hkv,D], v [T,Hkv,Dv], sinks [Hq] or None -> out [T,Hq,Dv] in q's dtype, lse [T,Hq] fp32; T > 0.
 
-    lse is a natural logarithm. A window is in the tiles. ``deterministic`` changes nothing: the kernels add in a fixed
-    order either way.
+    lse is a natural logarithm. A window is in the tiles. Sums run in a fixed order: the same inputs give the same bits.
     """
+    # the Hopper kernels' lists are more
     if len(tiles) != _DKV.stop:
         from . import hopper
 
@@ -143,9 +142,8 @@ def attn_bwd(
     tiles: list[Tensor],
     scale: float,
     softcap: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients dq, dk, dv for dout [T,Hq,Dv]; ``deterministic`` changes nothing, as in :func:`attn_fwd`."""
+    """Gradients dq, dk, dv for dout [T,Hq,Dv], in a fixed order too."""
     if len(tiles) != _DKV.stop:
         from . import hopper
 

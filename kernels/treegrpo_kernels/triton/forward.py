@@ -257,8 +257,6 @@ def forward(
     num_tokens, num_heads, _ = q.shape
     out = torch.empty((num_tokens, num_heads, v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((num_tokens, num_heads), dtype=torch.float32, device=q.device)
-    if num_tokens == 0:
-        return out, lse
     if scale < 0:
         # the kernel takes row maxima before scaling; the sign moves to q exactly
         q, scale = -q, -scale
