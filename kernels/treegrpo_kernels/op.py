@@ -13,6 +13,8 @@ Where nothing but autograd watches (:func:`is_plain`), the public op calls :func
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -145,26 +147,27 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    tiles = ctx.rest[2]
-    if dout is None:
-        return (None,) * 6 + ([None] * len(tiles),) + (None,) * 6
+    grads = (None,) * 4 if dout is None else _gradients(ctx, dout, torch.ops.treegrpo.tree_attention_backward)
+    of_tiles = [None] * len(ctx.rest[2])
+    return (*grads, None, None, of_tiles, *(None,) * 6)
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dsinks); ``backward`` is the operator, or what it runs."""
     q, k, v, out, lse, sinks = ctx.saved_tensors
     dout = dout.contiguous()
-    dq, dk, dv = torch.ops.treegrpo.tree_attention_backward(dout, q, k, v, out, lse, sinks, *ctx.rest)
-    dsinks = _sinks_grad(dout, out, lse, sinks) if ctx.needs_input_grad[3] else None
-    return (dq, dk, dv, dsinks, None, None, [None] * len(tiles), *(None,) * 6)
+    grads = backward(dout, q, k, v, out, lse, sinks, *ctx.rest)
+    return (*grads, _sinks_grad(dout, out, lse, sinks) if ctx.needs_input_grad[3] else None)
 
 
 def _sinks_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     with torch.no_grad():
-        length = dout.shape[0]
         # a block of rows at a time, for the products are wider than dout; not for a compiler, which fuses them
-        step = SINK_ROWS if type(length) is int else length
+        step = SINK_ROWS if type(dout.shape[0]) is int else dout.shape[0]
         grad = torch.zeros_like(sinks, dtype=lse.dtype)
-        for begin in range(0, length, step) if type(length) is int else (0,):
-            rows = slice(begin, begin + step)
-            delta = (dout[rows].to(lse.dtype) * out[rows].to(lse.dtype)).sum(-1)
-            grad -= (torch.exp(sinks.to(lse.dtype) - lse[rows]) * delta).sum(0)
+        for dout_b, out_b, lse_b in zip(*(x.split(step) for x in (dout, out, lse)), strict=True):
+            delta = (dout_b.to(lse.dtype) * out_b.to(lse.dtype)).sum(-1)
+            grad -= (torch.exp(sinks.to(lse.dtype) - lse_b) * delta).sum(0)
         grad = grad.to(sinks.dtype)
     return _Once.apply(grad, dout, sinks) if torch.is_grad_enabled() else grad
 
@@ -197,26 +200,17 @@ class _TreeAttention(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rest: tuple
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, sinks, *rest)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
-        # the plan's own tensors: nobody differentiates or offloads them
-        ctx.rest = rest
-        return out, lse
+        output = _forward(q, k, v, sinks, *rest)
+        _setup_context(ctx, (q, k, v, sinks, *rest), output)
+        return output
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: None) -> tuple:
         if dout is None:
             return (None,) * 5
-        q, k, v, out, lse, sinks = ctx.saved_tensors
-        dout = dout.contiguous()
         # under create_graph the operator says that it has no second derivative
         watched = torch.is_grad_enabled() or not is_plain(dout)
-        run = torch.ops.treegrpo.tree_attention_backward if watched else _backward
-        dq, dk, dv = run(dout, q, k, v, out, lse, sinks, *ctx.rest)
-        dsinks = _sinks_grad(dout, out, lse, sinks) if ctx.needs_input_grad[3] else None
-        return dq, dk, dv, dsinks, None
+        return *_gradients(ctx, dout, torch.ops.treegrpo.tree_attention_backward if watched else _backward), None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
