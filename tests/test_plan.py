@@ -98,6 +98,20 @@ def test_the_key_side_of_lists_depends_on_block_n_alone(subtree_end):
     assert int(ranges.sum()) == len(wanted.q_indices)
 
 
+def test_lists_made_by_another_thread_while_some_are_looked_for():
+    plan = TreePlan.build(torch.full((64,), 64))
+
+    class MadeMeanwhile:
+        @property
+        def block_n(self):
+            plan.tile_lists(16, 16)
+            return 4
+
+    for block_m in (1, 2):
+        plan._tile_lists[block_m, 4, 0] = MadeMeanwhile()
+    assert plan.key_lists(8, 8).block_n == 8
+
+
 @pytest.mark.parametrize(("block_m", "block_n"), BLOCKS)
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 def test_tile_lists_cover_exactly_the_visible_tiles(block_m, block_n, window):

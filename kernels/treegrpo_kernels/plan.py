@@ -134,7 +134,8 @@ class TreePlan:
     def key_lists(self, block_m: int, block_n: int) -> TileLists:
         """Lists whose key side fits tiles of ``block_n`` keys, which block_m and window have no part in: some that are
         made already, else those of (block_m, block_n). Of what is returned only the tensors ``kv_*`` are meant."""
-        made = (lists for lists in self._tile_lists.values() if lists.block_n == block_n)
+        # a copy, for another thread may add lists meanwhile
+        made = (lists for lists in tuple(self._tile_lists.values()) if lists.block_n == block_n)
         return next(made, None) or self.tile_lists(block_m, block_n)
 
     def made_once(self, key: object, make: Callable[[], list[Tensor]]) -> list[Tensor]:
