@@ -62,9 +62,9 @@ def tree_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks: [Hq] raw logits, one extra term of each head's softmax denominator.
         backend: ``auto | reference | cpu | triton | cuda | gather``.
-        deterministic: bitwise repeatable results (the default). False lets backend="cuda" on Hopper add up dq in the
-            order in which programs come to it, with five products a tile in backward, not seven: slower on an H200, and
-            meant for GPUs with less arithmetic to their bandwidth. Elsewhere the same.
+        deterministic: bitwise repeatable results (the default). False lets backend="gather" add up gradients in any
+            order, and backend="cuda" on Hopper dq, with five products a tile in backward, not seven: slower on an H200,
+            and meant for GPUs with less arithmetic to their bandwidth. Elsewhere the same.
         return_lse: also return the natural log of the softmax denominator.
 
     Returns:
