@@ -395,7 +395,7 @@ def _relative_error(x: Tensor, reference: Tensor) -> Tensor:
 def _compare_head(model: nn.Module, logits: Tensor, plan: tk.TreePlan, ids: Tensor) -> None:
     """The chunked log-prob head against the model's own logits: finds a logit transform that it does not know."""
     rows = torch.arange(len(ids), device=ids.device)
-    ours, _ = row_logprobs(model, ids, plan, rows, ids)
+    ours = row_logprobs(model, ids, plan, rows, ids)
     wide = logits.to(torch.float64)
     theirs = torch.log_softmax(wide, -1)[rows, ids]
     # logits of a low-precision model carry one rounding each, of the size of the logits

@@ -171,25 +171,9 @@ def _stream_logprobs(
     return (logp, blank.index_copy(0, targets.trained, entropies)) if entropy else logp
 
 
-def row_logprobs(
-    model: nn.Module,
-    ids: Tensor,
-    plan: tk.TreePlan,
-    rows: Tensor,
-    labels: Tensor,
-    *,
-    temperature: float = 1.0,
-    entropy: bool = False,
-    chunk_rows: int | None = None,
-    backend: str = "auto",
-    head: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """(logp [P], entropy [P] or None) of ``labels`` [P] under the logits at ``rows`` [P] of the packed row ``ids`` [T].
-
-    Rows may repeat: each is projected once. The other arguments are those of ``token_logprobs``.
-    """
-    options = dict(temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head)
-    return _target_logprobs(model, ids, plan, _Targets.of(rows, rows), labels, **options)
+def row_logprobs(model: nn.Module, ids: Tensor, plan: tk.TreePlan, rows: Tensor, labels: Tensor) -> Tensor:
+    """logp [P] of ``labels`` [P] under the logits at ``rows`` [P], which may repeat, of the packed row ``ids`` [T]."""
+    return _target_logprobs(model, ids, plan, _Targets.of(rows, rows), labels)[0]
 
 
 def _target_logprobs(
@@ -199,11 +183,11 @@ def _target_logprobs(
     targets: _Targets,
     labels: Tensor,
     *,
-    temperature: float,
-    entropy: bool,
-    chunk_rows: int | None,
-    backend: str,
-    head: str,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    head: str = "auto",
     head_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if not temperature > 0:
