@@ -8,7 +8,7 @@ import numbers
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -155,7 +155,7 @@ class TrainConfig(RolloutConfig):
             raise ValueError(
                 "temperature=0 has no log-probabilities: give the temperature the rollouts were sampled with"
             )
-        for name, choices in {**_CHOICES, **rollouts.CHOICES}.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if self.load_in_4bit and not self.lora_r:
@@ -260,14 +260,9 @@ _AT_LEAST = {
     ),
 }
 _CHOICES = {
-    "samples": ("trajectory", "call"),
-    "attention": ("tree", "chain"),
+    **{name: get_args(kind) for name, kind in get_type_hints(TrainConfig).items() if get_origin(kind) is Literal},
     "backend": ("auto", "reference", "cpu", "triton", "cuda", "gather"),
-    "importance_sampling_level": ("token", "sequence"),
-    "shared_tokens": ("per_leaf", "mean", "once"),
-    "old_logprobs": ("computed", "recorded"),
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
-    "scale_rewards": ("group", "batch", "none"),
     "lr_scheduler_type": (
         "linear",
         "cosine",
@@ -278,7 +273,6 @@ _CHOICES = {
         "inverse_sqrt",
     ),
     "advantage_estimator": ESTIMATORS,
-    "save_strategy": ("steps", "no"),
 }
 
 

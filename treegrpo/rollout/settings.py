@@ -99,8 +99,3 @@ AT_LEAST = {
     **dict.fromkeys(("num_expansions", "max_refills", "eval_steps", "eval_temperature"), 0),
     **dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), 0),
 }
-CHOICES = {
-    "selection": ("uniform", "entropy"),
-    "zero_std_groups": ("keep", "refill"),
-    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
-}
