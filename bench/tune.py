@@ -302,9 +302,7 @@ class Timer:
             self.child = None
 
 
-def tune(
-    setup: Setup, seconds: float, limit: float, jobs: int, say: Callable[[str], None] = print
-) -> dict[str, object]:
+def tune(setup: Setup, seconds: float, limit: float, jobs: int) -> dict[str, object]:
     """Everything but the table: device, rows (asdict of :class:`Row`), sorted by kernel and rate."""
     deadline = time.monotonic() + seconds - RESERVE_SECONDS
     listed = setup.listed(list(setup.kernels))
@@ -312,10 +310,10 @@ def tune(
     timer = Timer(setup)
     began = time.monotonic()
     device = timer.start()
-    say(f"{device} after {time.monotonic() - began:.1f} s")
+    print(f"{device} after {time.monotonic() - began:.1f} s")
     if device["arch"]:
         compile_all(rows, listed, device["arch"], setup.head_dim, deadline, jobs)
-        say(f"{len(rows)} candidates compiled after {time.monotonic() - began:.1f} s")
+        print(f"{len(rows)} candidates compiled after {time.monotonic() - began:.1f} s")
     for index, row in enumerate(rows):
         if row.error is not None and not row.error.startswith("not tried"):
             continue
@@ -324,7 +322,7 @@ def tune(
             continue
         row.error, row.seconds = timer.measure(index, min(limit, left))
         row.tflops = {name: timer.flops[name][row.kernel] / s / 1e12 for name, s in row.seconds.items()}
-        say(f"{row.kernel} {row.name}: {row.error or ' '.join(f'{s * 1e3:.3f} ms' for s in row.seconds.values())}")
+        print(f"{row.kernel} {row.name}: {row.error or ' '.join(f'{s * 1e3:.3f} ms' for s in row.seconds.values())}")
     timer.stop()
     rows.sort(key=lambda row: (row.kernel, -row.mean))
     return {**device, "head_dim": setup.head_dim, "seconds": time.monotonic() - began, "rows": list(map(asdict, rows))}

@@ -379,11 +379,11 @@ def test_an_error_of_an_async_reward_comes_through_a_running_loop() -> None:
 
 def test_resolve_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "my_rewards", types.SimpleNamespace(three=three))
-    functions = resolve_rewards(["search_em/official", "search_f1", "my_rewards:three", "format"], variant="paper")
+    functions = resolve_rewards(["search_em/official", "search_f1/paper", "my_rewards:three", "format"])
     columns = {"answers": [["x"], ["y"]]}
     rewards, parts = run(functions, completions=["<answer> y </answer>"] * 2, columns=columns)
     assert parts["search_em/official"] == pytest.approx([0.1, 0.8])
-    assert parts["search_f1"] == pytest.approx([-0.2, 0.8])
+    assert parts["search_f1/paper"] == pytest.approx([-0.2, 0.8])
     assert rewards == pytest.approx([2.9, 1.6])
     for name in ("em", "search_em/best", "format/paper", "my_rewards:four", "my_rewards_none:x"):
         with pytest.raises(ValueError, match=name):

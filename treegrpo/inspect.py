@@ -80,7 +80,7 @@ def visible_fraction(subtree_end: np.ndarray, canvas: int = _CANVAS) -> np.ndarr
     return ((at[None, :] <= at[:, None]) & (at[:, None] < np.asarray(subtree_end)[at][None, :])).astype(np.float32)
 
 
-def draw(tree: RolloutTree, path: str | Path, title: str | None = None) -> None:
+def draw(tree: RolloutTree, path: str | Path) -> None:
     """Writes a PNG, and its folder: the tree over depth, the packed row, and the mask (sampled, never T x T)."""
     import matplotlib
 
@@ -94,7 +94,7 @@ def draw(tree: RolloutTree, path: str | Path, title: str | None = None) -> None:
         height_ratios=(1, 20),
         layout="constrained",
     )
-    figure.suptitle(title or f"group {tree.group}: {tree.num_tokens:,} unique tokens of {tree.num_chain_tokens:,}")
+    figure.suptitle(f"group {tree.group}: {tree.num_tokens:,} unique tokens of {tree.num_chain_tokens:,}")
     _draw_tree(axes["tree"], tree)
     _draw_row(axes["row"], tree)
     size = tree.num_tokens

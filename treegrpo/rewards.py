@@ -197,18 +197,16 @@ def group_id(row: dict[str, Any], index: int, source: str) -> str:
     return ":".join(urllib.parse.quote(part, safe="/") for part in parts)
 
 
-def resolve_rewards(
-    names: Sequence[str], *, variant: str = "monotone", tags: Tags | None = None, weight: float = 0.2
-) -> list[Callable]:
+def resolve_rewards(names: Sequence[str]) -> list[Callable]:
     """Functions of their names: search_em, search_f1, math_answer, format, environment, or `module:function` of the
-    user's own. `search_em/official` chooses a variant for one of them. The keywords go to ours that take them.
+    user's own. `search_em/official` chooses a variant.
 
     ValueError naming what is unknown or cannot be imported.
     """
-    return [_resolve(name, {"variant": variant, "tags": tags, "weight": weight}) for name in names]
+    return [_resolve(name) for name in names]
 
 
-def _resolve(name: str, options: dict[str, Any]) -> Callable:
+def _resolve(name: str) -> Callable:
     ours = {
         "search_em": search_em,
         "search_f1": search_f1,
@@ -228,15 +226,11 @@ def _resolve(name: str, options: dict[str, Any]) -> Callable:
     if function is math_answer and not formula.is_installed():
         # else the first answer that is no plain number would end the run
         raise ValueError(f"reward {name!r} needs math-verify: pip install 'treegrpo[math]', or choose another reward")
-    taken = {key: value for key, value in options.items() if key in inspect.signature(function).parameters}
-    if variant or "variant" in taken:
-        chosen = variant or taken["variant"]
-        if "variant" not in taken or chosen not in VARIANTS:
-            raise ValueError(
-                f"reward {name!r}: {base} has no variant {chosen!r}; those of search_* are {', '.join(VARIANTS)}"
-            )
-        taken["variant"] = chosen
-    bound = functools.partial(function, **taken)
+    if variant and (function not in (search_em, search_f1) or variant not in VARIANTS):
+        raise ValueError(
+            f"reward {name!r}: {base} has no variant {variant!r}; those of search_* are {', '.join(VARIANTS)}"
+        )
+    bound = functools.partial(function, **({"variant": variant} if variant else {}))
     bound.__name__ = name
     return bound
 

@@ -3,8 +3,7 @@ at hand.
 
 A customer asks what a basket costs; the agent looks prices up, calculates and answers, and sometimes errs. Every group
 is sampled as Tree-GRPO samples: a few whole chains, then branches from random steps of each (initialise, then expand).
-Tokens are the bytes of the conversation in ChatML plus two special tokens; the same seed gives the same rollouts on
-every machine.
+Tokens are the bytes of the conversation in ChatML plus two special tokens; the rollouts are the same on every machine.
 """
 
 from __future__ import annotations
@@ -35,15 +34,13 @@ class Step:
     observation: str | None
 
 
-def sample_groups(
-    num_groups: int, *, num_trees: int = 2, num_expansions: int = 3, seed: int = 0, num_items: int = 3
-) -> list[Trajectory]:
+def sample_groups(num_groups: int, *, num_trees: int = 2, num_expansions: int = 3) -> list[Trajectory]:
     """`num_trees * (1 + num_expansions)` trajectories for each of `num_groups` prompts, with reward 1.0 for the right
     total, else 0.0."""
     trajectories = []
     for group in range(num_groups):
-        rng = random.Random(f"{seed}/{group}")
-        basket = {item: rng.randint(2, 9) for item in rng.sample(sorted(_PRICES), num_items)}
+        rng = random.Random(f"0/{group}")
+        basket = {item: rng.randint(2, 9) for item in rng.sample(sorted(_PRICES), 3)}
         for tree in range(num_trees):
             first = _finish(basket, [], rng)
             chains = [first, *(_finish(basket, first[: rng.randrange(len(first))], rng) for _ in range(num_expansions))]

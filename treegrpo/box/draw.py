@@ -17,7 +17,8 @@ _CURVES = (
     ("tools/call_frequency", "tool calls a trajectory"),
     ("batch/packing_ratio", "tokens, chains / tree"),
 )
-_WIDTH = 46
+# Characters of a step's box, in a line and in all.
+_WIDTH, _LENGTH = 46, 230
 
 
 def draw_run(
@@ -95,8 +96,8 @@ def draw_tree(figure: Any, tree: RolloutTree, tokenizer: Any) -> None:
     )
 
 
-def _shortened(text: str, limit: int = 230) -> str:
-    return text if len(text) <= limit else text[: limit - 4] + " ..."
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LENGTH else text[: _LENGTH - 4] + " ..."
 
 
 def _nodes(tree: RolloutTree, advantages: list[np.ndarray]) -> list[dict[str, Any]]:

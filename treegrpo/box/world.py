@@ -97,6 +97,7 @@ RELATIONS = {
     ),
 }
 
+_COUNTS = {"person": 700, "city": 160, "work": 280}
 _ONSETS = "b br c d dr f g gr h j k l m n p r s st t v w z".split()
 _VOWELS = "a e i o u ae ia ou".split()
 _CODAS = "l n r s th x m nd rk".split()
@@ -211,14 +212,8 @@ class World:
         return sorted(set(text.split()))
 
 
-def build_world(
-    seed: int = 0, *, parallel: int = 0, num_people: int = 700, num_cities: int = 160, num_works: int = 280
-) -> World:
-    """The world of a seed, the same on every machine; with `parallel` > 0 another one with the same entities.
-
-    Raises:
-        ValueError: more entities of a kind than there are names for.
-    """
+def build_world(seed: int = 0, *, parallel: int = 0) -> World:
+    """The world of a seed, the same on every machine; with `parallel` > 0 another one with the same entities."""
     rng = random.Random(f"world/{seed}")
     word_source = _invented_words(rng)
     take = lambda count: tuple(itertools.islice(word_source, count))  # noqa: E731
@@ -229,12 +224,8 @@ def build_world(
     }
     endings = {"trade": _TRADES, "year": tuple(str(y) for y in range(1900, 1912)), "country": take(16)}
     world = World()
-    for kind, count in (("person", num_people), ("city", num_cities), ("work", num_works)):
+    for kind, count in _COUNTS.items():
         names = ["-".join(pair) for pair in itertools.product(*pools[kind])]
-        if count > len(names):
-            raise ValueError(
-                f"num_{'people' if kind == 'person' else kind + 's'}={count}: there are {len(names)} names"
-            )
         rng.shuffle(names)
         for index, name in enumerate(names[:count]):
             world.kinds[name] = kind
