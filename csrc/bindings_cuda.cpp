@@ -85,16 +85,16 @@ std::tuple<Tensor, Tensor> attn_fwd(Tensor q, Tensor k, Tensor v, std::optional<
   Tensor lse = torch::stable::new_empty(q, {shape.num_tokens, shape.num_heads}, compute_of(type));
   if (shape.num_tokens) {
     forward(type,
-                  {shape,
-                   {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
-                   {scale, softcap},
-                   view(q),
-                   view(k),
-                   view(v),
-                   sinks ? sinks->const_data_ptr() : nullptr,
-                   out.mutable_data_ptr(),
-                   lse.mutable_data_ptr()},
-                  current_stream(q));
+            {shape,
+             {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
+             {scale, softcap},
+             view(q),
+             view(k),
+             view(v),
+             sinks ? sinks->const_data_ptr() : nullptr,
+             out.mutable_data_ptr(),
+             lse.mutable_data_ptr()},
+            current_stream(q));
   }
   return {out, lse};
 }
@@ -117,20 +117,20 @@ std::tuple<Tensor, Tensor, Tensor> attn_bwd(Tensor dout, Tensor q, Tensor k, Ten
   Tensor dv = torch::stable::new_empty(q, {shape.num_tokens, shape.num_kv_heads, shape.value_dim});
   if (shape.num_tokens) {
     backward(type,
-                   {shape,
-                    {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
-                    {scale, softcap},
-                    view(dout),
-                    view(q),
-                    view(k),
-                    view(v),
-                    view(out),
-                    lse.const_data_ptr(),
-                    delta.mutable_data_ptr(),
-                    dq.mutable_data_ptr(),
-                    dk.mutable_data_ptr(),
-                    dv.mutable_data_ptr()},
-                   current_stream(q));
+             {shape,
+              {subtree_end.const_data_ptr<int32_t>(), position.const_data_ptr<int32_t>(), checked_window(shape, window)},
+              {scale, softcap},
+              view(dout),
+              view(q),
+              view(k),
+              view(v),
+              view(out),
+              lse.const_data_ptr(),
+              delta.mutable_data_ptr(),
+              dq.mutable_data_ptr(),
+              dk.mutable_data_ptr(),
+              dv.mutable_data_ptr()},
+             current_stream(q));
   }
   return {dq, dk, dv};
 }

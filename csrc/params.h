@@ -38,12 +38,12 @@ struct ForwardParams {
   Shape shape;
   Mask mask;
   Score score;
-  const void* q;       // [T, Hq, D]
-  const void* k;       // [T, Hkv, D]
-  const void* v;       // [T, Hkv, Dv]
+  const void* q;        // [T, Hq, D]
+  const void* k;        // [T, Hkv, D]
+  const void* v;        // [T, Hkv, Dv]
   const double* sinks;  // [Hq] or null
-  void* out;           // [T, Hq, Dv]
-  void* lse;           // [T, Hq] float, double for kFloat64
+  void* out;            // [T, Hq, Dv]
+  void* lse;            // [T, Hq] float, double for kFloat64
   int64_t num_workers;
   Parallel parallel;
 };

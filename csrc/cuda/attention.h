@@ -8,7 +8,6 @@
 
 namespace treegrpo::cuda {
 
-
 enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // A [T, heads, dim] tensor with dense rows; strides in elements.

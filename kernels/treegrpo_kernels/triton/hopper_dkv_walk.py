@@ -4,8 +4,8 @@ The query rows that see a key tile are one contiguous range, so nothing is looke
 work.query_lists says which. The producer counts through the range once for every query head of the group and streams Q,
 dO, lse and delta through a ring.
 
-Shape legend: T tokens, D head dim, BM query rows of a tile, BN key rows, ROWS of them in
-a box. Names as in common.py; s_ shared memory, bars_ mbarriers.
+Shape legend: T tokens, D head dim, BM query rows of a tile, BN key rows, ROWS of them in a box. Names as in common.py;
+s_ shared memory, bars_ mbarriers.
 """
 
 from __future__ import annotations
