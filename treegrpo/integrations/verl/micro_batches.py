@@ -6,7 +6,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from treegrpo.tree import Trajectory, build_tree
+from treegrpo.packing import cut_tree
+from treegrpo.tree import RolloutTree, Trajectory, build_tree
 
 
 def groups_of(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -23,21 +24,34 @@ def groups_of(keys: Sequence[Hashable]) -> list[list[int]]:
 
 def unique_tokens(rows: Sequence[np.ndarray]) -> int:
     """Tokens of the trie of ``rows``, int arrays of at least one token."""
-    return build_tree([Trajectory(row, np.zeros(len(row), np.int8), reward=0.0) for row in rows]).num_tokens
+    return _tree(rows).num_tokens
+
+
+def _tree(rows: Sequence[np.ndarray]) -> RolloutTree:
+    return build_tree([Trajectory(row, np.zeros(len(row), np.int8), reward=0.0) for row in rows])
 
 
 def by_budget(rows: Sequence[np.ndarray], groups: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     """Row indices of each micro-batch: whole groups, at most ``budget`` unique tokens each, the largest groups first.
 
-    A group beyond the budget is cut between rows that share least: rows in the order of their tokens. What different
+    A group beyond the budget is cut between rows, in the order of their tokens (packing.cut_tree). What different
     groups share is counted twice, so that micro-batches come out less full than they could be, never over the budget.
 
     Raises:
         ValueError: a single row is longer than the budget.
     """
+    for row, ids in enumerate(rows):
+        if len(ids) > budget:
+            raise ValueError(f"row {row} has {len(ids)} tokens, more than max_token_len_per_gpu={budget}: raise it")
     parts: list[tuple[int, list[int]]] = []
     for group in groups:
-        parts += _cut(rows, list(group), budget)
+        tree = _tree([rows[i] for i in group])
+        if tree.num_tokens <= budget:
+            parts.append((tree.num_tokens, list(group)))
+            continue
+        for cut in cut_tree(tree, budget):
+            part = [group[leaf] for leaf in cut]
+            parts.append((unique_tokens([rows[i] for i in part]), part))
     loads: list[int] = []
     batches: list[list[int]] = []
     for size, part in sorted(parts, key=lambda x: (-x[0], x[1])):
@@ -49,20 +63,6 @@ def by_budget(rows: Sequence[np.ndarray], groups: Sequence[Sequence[int]], budge
             loads[place] += size
             batches[place] += part
     return batches
-
-
-def _cut(rows: Sequence[np.ndarray], group: list[int], budget: int) -> list[tuple[int, list[int]]]:
-    """(unique tokens, rows) of the parts of one group."""
-    size = unique_tokens([rows[i] for i in group])
-    if size <= budget:
-        return [(size, group)]
-    if len(group) == 1:
-        raise ValueError(
-            f"row {group[0]} has {len(rows[group[0]])} tokens, more than max_token_len_per_gpu={budget}: raise it"
-        )
-    ordered = sorted(group, key=lambda i: rows[i].tolist())
-    half = len(ordered) // 2
-    return _cut(rows, ordered[:half], budget) + _cut(rows, ordered[half:], budget)
 
 
 def by_count(groups: Sequence[Sequence[int]], size: int) -> list[list[int]]:
