@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -63,12 +64,25 @@ SPILLS_ALLOWED = {
 SPILLS_OF_NEWER = 0 if OF_36 else 160
 
 WITHOUT_PRODUCTS = ("delta", "dkv_sum", "head_score", "head_slope")
+# what the features of a case ask of its launch, and the kernels that they change
+FEATURES = {"plain": {}, "cap": {"softcap": 30.0, "sinks": True}, "sinks": {"sinks": True}, "window": {"window": 1024}}
+HEAD_KERNELS = {"plain": ("head_score", "head_slope"), "cap": ("head_score", "head_slope")}
+PLAIN_KERNELS = {
+    "plain": ("dkv", "dkv_split", "dq", "fwd", "delta", "dkv_sum"),
+    "cap": ("dkv", "dq", "fwd"),
+    "window": ("dkv", "dkv_split", "dq", "fwd"),
+}
+HOPPER_KERNELS = {
+    "plain": ("hopper_dkv", "hopper_dkv_split", "hopper_dq", "hopper_fwd"),
+    "sinks": ("hopper_fwd",),
+    "window": ("hopper_dkv", "hopper_dkv_split", "hopper_dq", "hopper_fwd"),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one head size, dtype and architecture; ``features``: plain, cap (softcap and sinks; for the
-    log-prob head, whose head size is 0, softcap and entropy), sinks or window."""
+    """One kernel at one head size, dtype and architecture; ``features`` of FEATURES (cap means softcap and entropy for
+    the log-prob head, whose head size is 0)."""
 
     kernel: str
     arch: int
@@ -215,9 +229,7 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     """``tiles`` and ``tma`` default to what a launch would choose."""
     dtype = DTYPES[case.dtype]
     tiles = tiles or config(case.head_dim, case.head_dim, dtype, case.arch)
-    options = {"cap": {"softcap": 30.0, "sinks": True}, "sinks": {"sinks": True}, "window": {"window": 1024}}.get(
-        case.features, {}
-    )
+    options = FEATURES[case.features]
     if tma is None:
         tma = tma_fits(case.arch, torch.empty(1, 1, case.head_dim, dtype=dtype))
     specialised = case.kernel.startswith("hopper")
@@ -244,13 +256,8 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     if shared > limit:
         errors.append(f"{shared} bytes of shared memory, limit {limit}")
     # head dims over 128 leave dK/dV too few registers for the 64 key rows that wgmma wants
-    if (
-        case.arch == 90
-        and case.kernel not in WITHOUT_PRODUCTS
-        and case.dtype != "fp32"
-        and case.head_dim <= 128
-        and not wgmma
-    ):
+    wants_wgmma = case.arch == 90 and case.dtype != "fp32" and case.head_dim <= 128
+    if wants_wgmma and case.kernel not in WITHOUT_PRODUCTS and not wgmma:
         errors.append("no wgmma")
     return Result(case, registers, spilled, shared, wgmma, seconds, "; ".join(errors) or None)
 
@@ -258,28 +265,14 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
 def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
     """Every kernel plain; and, for the first dtype, with softcap and sinks (those for Hopper with sinks), and with a
     window. On Blackwell the first dtype alone."""
-    hopper_kernels = ("hopper_dkv", "hopper_dkv_split", "hopper_dq", "hopper_fwd")
-    all_dtypes = dtypes
     for arch in archs:
-        dtypes = all_dtypes[:1] if arch >= 100 else all_dtypes
-        yield from (
-            Case(kernel, arch, 0, dtype, features)
-            for kernel in ("head_score", "head_slope")
-            for dtype in dtypes
-            for features in ("plain", "cap")
-        )
-        for head_dim in head_dims:
-            for dtype in dtypes:
-                if 90 <= arch < 100 and head_dim in hopper.HEAD_DIMS and dtype != "fp32":
-                    yield from (Case(kernel, arch, head_dim, dtype, "plain") for kernel in hopper_kernels)
-                    if dtype == dtypes[0]:
-                        yield Case("hopper_fwd", arch, head_dim, dtype, "sinks")
-                        yield from (Case(kernel, arch, head_dim, dtype, "window") for kernel in hopper_kernels)
-                for features in ("plain", "cap", "window") if dtype == dtypes[0] else ("plain",):
-                    for kernel in ("dkv", "dkv_split", "dq", "fwd", "delta", "dkv_sum"):
-                        of_window = features == "window" and kernel == "dkv_split"
-                        if kernel in ("dkv", "dq", "fwd") or features == "plain" or of_window:
-                            yield Case(kernel, arch, head_dim, dtype, features)
+        for dtype, head_dim in product(dtypes[:1] if arch >= 100 else dtypes, (0, *head_dims)):
+            families = [PLAIN_KERNELS if head_dim else HEAD_KERNELS]
+            if 90 <= arch < 100 and head_dim in hopper.HEAD_DIMS and dtype != "fp32":
+                families.append(HOPPER_KERNELS)
+            for features, kernel in ((name, x) for of in families for name, kernels in of.items() for x in kernels):
+                if features == "plain" or head_dim == 0 or dtype == dtypes[0]:
+                    yield Case(kernel, arch, head_dim, dtype, features)
 
 
 def _line(*cells: object) -> str:
