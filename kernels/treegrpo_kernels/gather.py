@@ -43,20 +43,16 @@ class Layout:
     path: Tensor  # int64 [P] packed index of every token of every segment's path, root first
 
 
-_layouts: weakref.WeakKeyDictionary[TreePlan, Layout] = weakref.WeakKeyDictionary()
-
-
 def layout_of(plan: TreePlan) -> Layout:
     """The plan's layout, built once per plan in O(P)."""
-    layout = _layouts.get(plan)
-    if layout is None:
-        # kept for calls that save it for their backward, whoever comes first
-        with torch.inference_mode(False), torch.no_grad():
-            layout = _layouts[plan] = _build_layout(plan.subtree_end.long())
-    return layout
+    return plan.made_once("gather", lambda: _build_layout(plan.subtree_end))
 
 
-def _build_layout(end: Tensor) -> Layout:
+# kept for calls that save it for their backward, whoever comes first
+@torch.inference_mode(False)
+@torch.no_grad()
+def _build_layout(subtree_end: Tensor) -> Layout:
+    end = subtree_end.long()
     num_tokens, device = end.shape[0], end.device
     # token t is the only child of t-1 iff their subtrees end together: segments are runs of equal subtree_end
     opens = torch.ones(num_tokens, dtype=torch.bool, device=device)

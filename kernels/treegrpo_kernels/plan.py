@@ -22,9 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class TreePlan:
         self._window_pairs: dict[int, int] = {}
         self._tile_lists: dict[tuple[int, int, int], TileLists] = {}
         # what a backend made of the plan, under the backend's own keys
-        self.derived: dict[object, list[Tensor]] = {}
+        self.derived: dict[object, Any] = {}
         # what api.py decided for the shapes, dtypes and options of calls with this plan
         self.calls: dict[tuple, tuple] = {}
 
@@ -138,7 +141,7 @@ class TreePlan:
         made = (lists for lists in tuple(self._tile_lists.values()) if lists.block_n == block_n)
         return next(made, None) or self.tile_lists(block_m, block_n)
 
-    def made_once(self, key: object, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def made_once(self, key: object, make: Callable[[], Made]) -> Made:
         """What ``make`` makes of the plan, kept in ``derived`` under ``key``."""
         made = self.derived.get(key)
         if made is None:
@@ -155,8 +158,8 @@ class TreePlan:
         else:
             return
         raise ValueError(
-            f"tile lists cannot be built {within}, for their length depends on the tree: call tree_attention once with"
-            f" this plan and these shapes before {before}"
+            f"lists of a plan cannot be built {within}, for their length depends on the tree: call tree_attention once"
+            f" with this plan and these shapes before {before}"
         )
 
     def __repr__(self) -> str:
