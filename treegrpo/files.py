@@ -26,6 +26,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path}, line {number + 1}: {damage}") from error
 
 
+def cache_home() -> Path:
+    """Where what is made once is kept: `treegrpo` in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treegrpo"
+
+
 def check_folder(folder: str | Path, setting: str) -> None:
     """ValueError unless files can be written into `folder`, or it can be made; asked before the work, makes nothing.
 

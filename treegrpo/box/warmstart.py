@@ -24,6 +24,7 @@ import torch
 
 from treegrpo.box.demonstrations import Carelessness, demonstrations
 from treegrpo.box.world import SPLITS, World, build_world, write_corpus, write_questions
+from treegrpo.files import cache_home
 from treegrpo.rollout.order import EpochOrder
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -64,10 +65,6 @@ class WarmStart:
         """Names the cache folder; 4 is the layout's version."""
         text = json.dumps([4, dataclasses.asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treegrpo"
 
 
 def warm_start(

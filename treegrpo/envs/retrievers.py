@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from treegrpo.files import read_lines
+from treegrpo.files import cache_home, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class BM25Retriever:
         self._settings["words"] = hashlib.sha256(
             "\n".join([WORD.pattern, *sorted(self._stopwords)]).encode()
         ).hexdigest()
-        root = Path(cache_dir) if cache_dir is not None else _cache_home() / "treegrpo" / "bm25"
+        root = Path(cache_dir) if cache_dir is not None else cache_home() / "bm25"
         self.index_dir = root / self._key()
         if self.index_dir.exists() and (damage := _damage(self.index_dir)):
             logger.warning("BM25 index %s is damaged (%s): building it again", self.index_dir, damage)
@@ -228,11 +228,6 @@ def _corpus_line(line: bytes) -> tuple[str, str]:
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair ({error}): write the text as UTF-8") from error
     return str(name), text
-
-
-def _cache_home() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home) if home else Path.home() / ".cache"
 
 
 def _checksum(file: Path) -> str:
