@@ -14,6 +14,7 @@ from trl_tiny import VOCAB, Forwarded, difference, make, parameters, save_tiny  
 from treegrpo.integrations.trl import (  # noqa: E402
     TreeGRPOConfig,
     TreeGRPOTrainer,
+    async_tree_attention,
     packed,
     plan_of_row,
     take,
@@ -193,6 +194,17 @@ def test_the_plan_of_trls_row_sees_what_its_paths_hold():
         path = row["tree_kv_index"][paths[segment] : paths[segment + 1]].tolist()
         last = starts[segment + 1] - 1
         assert path == [j for j in range(last + 1) if last < end[j]]
+
+
+def test_async_rows_in_float64_stay_so_under_autocast():
+    row = tree_row()
+    names = ("tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")
+    options = {name: row[name] for name in names} | dict(tree_max_seqlen_q=0, tree_max_seqlen_k=0)
+    q = torch.randn(1, 2, len(row["input_ids"]), 8, dtype=torch.float64)
+    want, _ = async_tree_attention(None, q, q, q, None, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = async_tree_attention(None, q, q, q, None, **options)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

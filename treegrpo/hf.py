@@ -131,26 +131,20 @@ def treegrpo_attention(
     window = _check_call(module, query, key, attention_mask, dropout, sliding_window, kwargs)
     if tree_trace is not None:
         tree_trace.append(module)
-    device = query.device.type
-    dtype = query.dtype
+    options = dict(scale=scaling, window=window, softcap=softcap, sinks=s_aux)
+    return attend(query, key, value, tree_plan, **options, backend=tree_backend, deterministic=tree_deterministic), None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: tk.TreePlan, **options: Any) -> Tensor:
+    """``treegrpo_kernels.tree_attention`` on heads-first rows: query [1, Hq, T, D], key [1, Hkv, T, D] and value
+    [1, Hkv, T, Dv] -> out [1, T, Hq, Dv], in autocast's dtype where that is on."""
+    device, dtype = query.device.type, query.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         # under autocast rotary embeddings leave q and k in float32 beside a v in low precision
         dtype = torch.get_autocast_dtype(device)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     with torch.autocast(device, enabled=False):
-        out = tk.tree_attention(
-            q,
-            k,
-            v,
-            tree_plan,
-            scale=scaling,
-            window=window,
-            softcap=softcap,
-            sinks=s_aux,
-            backend=tree_backend,
-            deterministic=tree_deterministic,
-        )
-    return out.unsqueeze(0), None
+        return tk.tree_attention(q, k, v, plan, **options).unsqueeze(0)
 
 
 def _check_call(

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 import treegrpo_kernels as tk
+from treegrpo.hf import attend
 
 
 def use_tree_op() -> None:
@@ -53,13 +54,7 @@ def async_tree_attention(
     if plan is None:
         # kept on the tensor, which every layer of a forward and its recomputation is given
         plan = tree_cu_seqlens_q.treegrpo_plan = plan_of_row(tree_cu_seqlens_q, tree_cu_seqlens_k)
-    device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    with torch.autocast(device, enabled=False):
-        out = tk.tree_attention(q, k, v, plan, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
-    return out.unsqueeze(0), None
+    return attend(query, key, value, plan, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux), None
 
 
 def plan_of_row(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tk.TreePlan:
