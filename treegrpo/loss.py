@@ -95,13 +95,6 @@ def _weights(trained: Tensor, shared_tokens: str, multiplicity: Tensor | None, d
     return torch.where(trained, 1 / multiplicity.to(dtype), 0)
 
 
-def _check_max_completion_length(max_completion_length: int | None) -> None:
-    if not max_completion_length or max_completion_length < 0:
-        raise ValueError(
-            f"max_completion_length is {max_completion_length!r}: 'dr_grpo' divides by it, give a positive number"
-        )
-
-
 def loss_normalizer(
     loss_type: str,
     mask: Tensor,
@@ -123,12 +116,15 @@ def loss_normalizer(
     _check_streams(mask.numel(), mask.device, {"mask": mask, "multiplicity": multiplicity})
     _check_offsets(leaf_offsets, mask.numel())
     weights = _weights(mask != 0, shared_tokens, multiplicity, torch.float64)
-    num_leaves = leaf_offsets.numel() - 1
-    if loss_type == "grpo":
-        return torch.tensor(float(num_leaves), dtype=torch.float64, device=mask.device)
-    if loss_type == "dr_grpo":
-        _check_max_completion_length(max_completion_length)
-        return torch.tensor(float(num_leaves * max_completion_length), dtype=torch.float64, device=mask.device)
+    if loss_type == "dr_grpo" and (not max_completion_length or max_completion_length < 0):
+        raise ValueError(
+            f"max_completion_length is {max_completion_length!r}: 'dr_grpo' divides by it, give a positive number"
+        )
+    if loss_type in ("grpo", "dr_grpo"):
+        num_leaves = leaf_offsets.numel() - 1
+        size = num_leaves if loss_type == "grpo" else num_leaves * max_completion_length
+        # filled on the device: a number copied there would be waited for
+        return torch.full((), size, dtype=torch.float64, device=mask.device)
     return (weights if shared_tokens == "once" else (mask != 0).double()).sum()
 
 
@@ -260,13 +256,14 @@ def grpo_loss(
     else:
         loss = _total(per_token)
     if normalizer is None:
-        if loss_type == "grpo":
-            normalizer = max(num_leaves, 1)
-        elif loss_type == "dr_grpo":
-            _check_max_completion_length(max_completion_length)
-            normalizer = max(num_leaves, 1) * max_completion_length
-        else:
-            normalizer = _total(denominators).clamp(min=1)
+        normalizer = loss_normalizer(
+            loss_type,
+            mask,
+            leaf_offsets,
+            shared_tokens=shared_tokens,
+            multiplicity=multiplicity,
+            max_completion_length=max_completion_length,
+        ).clamp(min=1)
     loss = (loss / normalizer).to(logp.dtype)
 
     metrics = _metrics(clipped, ratio, trained, leaf_offsets, leaf_tokens, importance_sampling_level)
