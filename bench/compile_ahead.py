@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from bench.workloads import Forest
 
 LIMIT_SECONDS = 120.0
-# (contender, head dim, tokens, window)
+# (contender, head dim, window)
 JOBS = {
-    "triton-128": ("tree_triton", 128, 2055, 0),
-    "triton-64": ("tree_triton", 64, 2055, 0),
-    "triton-96": ("tree_triton", 96, 2055, 0),
-    "triton-256": ("tree_triton", 256, 2055, 0),
-    "flex-128": ("flex", 128, 2055, 0),
-    "flex-64": ("flex", 64, 2055, 0),
-    "flex-96": ("flex", 96, 2055, 0),
-    "flex-256": ("flex", 256, 2055, 0),
-    "triton-window": ("tree_triton", 128, 2055, 1024),
-    "flex-window": ("flex", 128, 2055, 1024),
+    "triton-128": ("tree_triton", 128, 0),
+    "triton-64": ("tree_triton", 64, 0),
+    "triton-96": ("tree_triton", 96, 0),
+    "triton-256": ("tree_triton", 256, 0),
+    "flex-128": ("flex", 128, 0),
+    "flex-64": ("flex", 64, 0),
+    "flex-96": ("flex", 96, 0),
+    "flex-256": ("flex", 256, 0),
+    "triton-window": ("tree_triton", 128, 1024),
+    "flex-window": ("flex", 128, 1024),
 }
-# tokens by which a job's second chain is longer
-LONGER = 16_384
+# of a job's two chains
+LENGTHS = (2055, 18_439)
 
 
 def forests(job: str) -> list[Forest]:
@@ -40,9 +40,8 @@ def forests(job: str) -> list[Forest]:
     from bench.workloads import chain, lay_out
     from treegrpo import build_forest
 
-    _, _, num_tokens, window = JOBS[job]
-    lengths = (num_tokens, num_tokens + LONGER)
-    return [lay_out(job, tuple(build_forest(chain(length))), window=window) for length in lengths]
+    *_, window = JOBS[job]
+    return [lay_out(job, tuple(build_forest(chain(length))), window=window) for length in LENGTHS]
 
 
 def run(job: str) -> None:
@@ -52,7 +51,7 @@ def run(job: str) -> None:
     from bench.gpu_baselines import CONTENDERS
     from bench.race import HEADS, KV_HEADS, Problem
 
-    name, head_dim, _, _ = JOBS[job]
+    name, head_dim, _ = JOBS[job]
     device = torch.device("cuda")
     for forest in forests(job):
         problem = Problem(forest, HEADS, KV_HEADS, head_dim, device, torch.bfloat16)

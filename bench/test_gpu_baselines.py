@@ -201,7 +201,7 @@ def test_what_the_races_compile_is_compiled_ahead(monkeypatch):
         return {("tree_triton", head_dim, forest.window > 0, parted), ("flex", head_dim, forest.window > 0)}
 
     ahead, raced = set(), set()
-    for job, (name, head_dim, _, _) in compile_ahead.JOBS.items():
+    for job, (name, head_dim, _) in compile_ahead.JOBS.items():
         for forest in compile_ahead.forests(job):
             ahead |= {kernel for kernel in kernels(forest, head_dim) if kernel[0] == name}
     for workload, head_dim in CELLS:
