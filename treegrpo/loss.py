@@ -202,40 +202,29 @@ def grpo_loss(
     for name, value in (("normalizer", normalizer), ("entropy_normalizer", entropy_normalizer)):
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}: it must be positive (clamp the sum over the step to at least 1)")
-    length = logp.numel()
     streams = {"old_logp": old_logp, "advantages": advantages, "mask": mask, "ref_logp": ref_logp}
     streams |= {"multiplicity": multiplicity, "entropy": entropy}
     streams |= {"importance_sampling_ratio": importance_sampling_ratio}
-    _check_streams(length, logp.device, streams)
-    _check_offsets(leaf_offsets, length)
+    _check_streams(logp.numel(), logp.device, streams)
+    _check_offsets(leaf_offsets, logp.numel())
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
 
     trained = mask != 0
     weights = _weights(trained, shared_tokens, multiplicity, logp.dtype)
     leaf_offsets = leaf_offsets.to(logp.device, torch.int64)
-    num_leaves = leaf_offsets.numel() - 1
     # where(), not a product: unknown log-probs are NaN outside the mask, and NaN * 0 is NaN, also in backward
     logp, old_logp, advantages = (torch.where(trained, x.to(logp.dtype), 0) for x in (logp, old_logp, advantages))
     leaf_tokens = _leaf_sum(trained.to(logp.dtype), leaf_offsets)
 
     log_ratio = logp - old_logp
     if importance_sampling_level == "sequence":
-        leaf_log_ratio = _leaf_sum(log_ratio, leaf_offsets) / leaf_tokens.clamp(min=1)
-        leaves = torch.arange(num_leaves, device=logp.device)
-        leaf_of_token = torch.repeat_interleave(leaves, leaf_offsets.diff(), output_size=length)
-        log_ratio = _Spread.apply(leaf_log_ratio, leaf_of_token, leaf_offsets)
+        log_ratio = _sequence_means(log_ratio, leaf_offsets, leaf_tokens)
     ratio = torch.exp(log_ratio)
-
     if loss_type == "cispo":
         per_token = -ratio.clamp(max=epsilon_high).detach() * advantages * logp
         clipped = {"cispo_clip_ratio": (ratio > epsilon_high) & (advantages > 0)}
     else:
-        bounded = ratio if delta is None else ratio.clamp(max=delta)
-        per_token = -torch.min(bounded * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
-        low = (bounded < 1 - epsilon) & (advantages < 0)
-        high = (bounded > 1 + epsilon_high) & (advantages > 0)
-        clipped = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
-
+        per_token, clipped = _clipped_terms(ratio, advantages, epsilon, epsilon_high, delta)
     if importance_sampling_ratio is not None:
         per_token = per_token * torch.where(trained, importance_sampling_ratio.to(logp.dtype), 0)
     per_token_kl = None
@@ -278,6 +267,24 @@ def grpo_loss(
                 entropy_normalizer = _total(denominators).clamp(min=1)
             loss = loss - entropy_coef * (_total(entropy * weights) / entropy_normalizer).to(logp.dtype)
     return loss, metrics
+
+
+def _sequence_means(x: Tensor, leaf_offsets: Tensor, leaf_tokens: Tensor) -> Tensor:
+    """Each leaf's sum of x over its trained tokens' number, on all its tokens: [L] -> [L]."""
+    leaves = torch.arange(leaf_tokens.numel(), device=x.device)
+    leaf_of_token = torch.repeat_interleave(leaves, leaf_offsets.diff(), output_size=x.numel())
+    return _Spread.apply(_leaf_sum(x, leaf_offsets) / leaf_tokens.clamp(min=1), leaf_of_token, leaf_offsets)
+
+
+def _clipped_terms(
+    ratio: Tensor, advantages: Tensor, epsilon: float, epsilon_high: float, delta: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy term [L], and by metric which tokens were clipped, bool [L]."""
+    bounded = ratio if delta is None else ratio.clamp(max=delta)
+    per_token = -torch.min(bounded * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
+    low = (bounded < 1 - epsilon) & (advantages < 0)
+    high = (bounded > 1 + epsilon_high) & (advantages > 0)
+    return per_token, {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
 
 
 @torch.no_grad()
