@@ -84,7 +84,7 @@ common.Launch.run = hopper_common.HopperLaunch.run = run
 compared, made = [], []
 
 
-def both(known, key, make, names, tensors):
+def both(known, key, make, changing):
     """Triton's launch, and what is prepared for it; a first time for ``known`` goes Triton's way."""
     launch = make()
     kernel = kernel_of(launch)
@@ -94,9 +94,9 @@ def both(known, key, make, names, tensors):
         made.append(key)
         return launch
 
-    assert handed_over(kernel, lambda: prepared.launch(known, key, make_again, names, tensors)) == wanted
+    assert handed_over(kernel, lambda: prepared.launch(known, key, make_again, changing)) == wanted
     # nothing is made any more
-    got = handed_over(kernel, lambda: prepared.launch(known, key, None, names, tensors))
+    got = handed_over(kernel, lambda: prepared.launch(known, key, None, changing))
     assert got == wanted, (launch.kernel, [at for at in range(len(wanted)) if got[at] != wanted[at]])
     compared.append(got)
 

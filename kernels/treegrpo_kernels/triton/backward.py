@@ -302,18 +302,19 @@ def backward(
     def make_sum() -> Launch:
         return sum_launch(*partials, parted, dk, dv, scale)
 
+    def make_delta() -> Launch:
+        return delta_launch(dout, out, lse, delta, lse2)
+
+    def make_dq() -> Launch:
+        return dq_launch(dq, dq_tile, dq_lists, **shared())
+
     key = q.shape, k.shape, v.shape, q.dtype, scale, softcap
-    names, tensors = ("dout", "out", "lse", "delta", "lse2"), (dout, out, lse, delta, lse2)
-    known = launches_of(shape)
-    launch(known, ("delta", *key), lambda: delta_launch(dout, out, lse, delta, lse2), names, tensors)
-    names = ("dout", "q", "k", "v", "delta", "lse2", "subtree_end")
-    tensors = (dout, q, k, v, delta, lse2, subtree_end)
-    launch(known, ("dq", *key), lambda: dq_launch(dq, dq_tile, dq_lists, **shared()), (*names, "dq"), (*tensors, dq))
-    known, names, tensors = launches_of(dkv_shape), (*names, "dk", "dv"), (*tensors, dk, dv)
-    if not partials:
-        launch(known, ("dkv", *key), make_dkv, names, tensors)
-        return dq, dk, dv
-    launch(known, ("dkv", *key), make_dkv, (*names, "partial_dk", "partial_dv"), (*tensors, *partials))
-    names = ("partial_dk", "partial_dv", "dk", "dv")
-    launch(known, ("sum", *key), make_sum, names, (*partials, dk, dv))
+    of_dq, of_dkv = launches_of(shape), launches_of(dkv_shape)
+    inputs = dict(dout=dout, q=q, k=k, v=v, delta=delta, lse2=lse2, subtree_end=subtree_end)
+    grads, parts = dict(dk=dk, dv=dv), dict(partial_dk=partials[0], partial_dv=partials[1]) if partials else {}
+    launch(of_dq, ("delta", *key), make_delta, dict(dout=dout, out=out, lse=lse, delta=delta, lse2=lse2))
+    launch(of_dq, ("dq", *key), make_dq, inputs | dict(dq=dq))
+    launch(of_dkv, ("dkv", *key), make_dkv, inputs | grads | parts)
+    if parts:
+        launch(of_dkv, ("sum", *key), make_sum, parts | grads)
     return dq, dk, dv

@@ -262,15 +262,14 @@ def forward(
         q, scale = -q, -scale
     q, k, v = rows(q), rows(k), rows(v)
     shape, *lists = tiles
-    names, tensors = ("q", "k", "v", "out", "lse", "subtree_end"), (q, k, v, out, lse, subtree_end)
+    changing = dict(q=q, k=k, v=v, out=out, lse=lse, subtree_end=subtree_end)
     if sinks is not None:
-        sinks = sinks.contiguous()
-        names, tensors = (*names, "sinks"), (*tensors, sinks)
+        changing["sinks"] = sinks = sinks.contiguous()
 
     def make() -> Launch:
         tma = tma_fits(arch_of(q.device), q, k, v)
         return fwd_launch(q, k, v, sinks, out, lse, subtree_end, tile_of(shape), lists, scale, softcap, tma)
 
     key = "fwd", q.shape, k.shape, v.shape, q.dtype, scale, softcap, None if sinks is None else sinks.dtype
-    launch(launches_of(shape), key, make, names, tensors)
+    launch(launches_of(shape), key, make, changing)
     return out, lse

@@ -125,17 +125,16 @@ def attn_fwd(
     padded = padded_head_dim(q.shape[2], value_dim)
     q, k, v = _packed(q, padded), _packed(k, padded), _packed(v, padded)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
-    names, tensors = ("q_desc", "k_desc", "v_desc", "out_desc", "lse"), (q, k, v, out, lse)
+    changing = dict(q_desc=q, k_desc=k, v_desc=v, out_desc=out, lse=lse)
     if sinks is not None:
-        sinks = sinks.contiguous()
-        names, tensors = (*names, "sinks"), (*tensors, sinks)
+        changing["sinks"] = sinks = sinks.contiguous()
 
     def make() -> HopperLaunch:
         tile, *lists = tiles[_FWD]
         return fwd_launch(q, k, v, sinks, out, lse, _tile_of(tile), lists, scale)
 
     key = "fwd", q.shape, k.shape, q.dtype, scale, None if sinks is None else sinks.dtype
-    launch(launches_of(tiles[_FWD.start]), key, make, names, tensors)
+    launch(launches_of(tiles[_FWD.start]), key, make, changing)
     return _cut(out, value_dim), lse
 
 
@@ -171,19 +170,16 @@ def attn_bwd(
     def make_sum() -> Launch:
         return sum_launch(*partials, parted, dk, dv, scale)
 
-    shapes = (q.shape, k.shape, q.dtype, scale)
-    known, names = launches_of(tiles[_DQ.start]), ("dout", "out", "lse", "delta", "lse2")
-    launch(known, ("delta", out.shape, *shapes), make_delta, names, (narrow_dout, out, lse, delta, lse2))
-    names = ("dout_desc", "q_desc", "k_desc", "v_desc", "lse2", "delta")
-    inputs = (dout, q, k, v, lse2, delta)
-    launch(known, ("dq", *shapes), make_dq, (*names, "dq_desc"), (*inputs, dq))
-    known, names, inputs = launches_of(tile), (*names, "dk_desc", "dv_desc"), (*inputs, dk, dv)
-    if not partials:
-        launch(known, ("dkv", *shapes), make_dkv, names, inputs)
-        return _cut(dq, head_dim), _cut(dk, head_dim), _cut(dv, value_dim)
-    launch(known, ("dkv", *shapes), make_dkv, (*names, "partial_dk", "partial_dv"), (*inputs, *partials))
-    names = ("partial_dk", "partial_dv", "dk", "dv")
-    launch(known, ("sum", *shapes), make_sum, names, (*partials, dk, dv))
+    key = q.shape, k.shape, q.dtype, scale
+    of_dq, of_dkv = launches_of(tiles[_DQ.start]), launches_of(tile)
+    inputs = dict(dout_desc=dout, q_desc=q, k_desc=k, v_desc=v, lse2=lse2, delta=delta)
+    parts = dict(partial_dk=partials[0], partial_dv=partials[1]) if partials else {}
+    sums = dict(dout=narrow_dout, out=out, lse=lse, delta=delta, lse2=lse2)
+    launch(of_dq, ("delta", out.shape, *key), make_delta, sums)
+    launch(of_dq, ("dq", *key), make_dq, inputs | dict(dq_desc=dq))
+    launch(of_dkv, ("dkv", *key), make_dkv, inputs | dict(dk_desc=dk, dv_desc=dv) | parts)
+    if parts:
+        launch(of_dkv, ("sum", *key), make_sum, parts | dict(dk=dk, dv=dv))
     return _cut(dq, head_dim), _cut(dk, head_dim), _cut(dv, value_dim)
 
 

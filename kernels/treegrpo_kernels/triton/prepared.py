@@ -88,15 +88,15 @@ def launch(
     known: dict[tuple, PreparedLaunch | None],
     key: tuple,
     make: Callable[[], Launch],
-    names: tuple[str, ...],
-    tensors: tuple[Tensor, ...],
+    changing: dict[str, Tensor],
 ) -> None:
-    """Launch what ``make`` describes; from the second time on with the addresses of ``tensors`` alone.
+    """Launch what ``make`` describes; from the second time on with the addresses of ``changing`` alone.
 
-    ``names`` are the arguments that ``tensors`` fill; those of other tensors are the same in every call with ``known``,
-    and outlive it. There prepared launches are kept, by what they depend on: ``key``, which tells the kernel, shapes,
+    ``changing`` are the call's own arguments, by name; other tensors are the same in every call with ``known``, and
+    outlive it. There prepared launches are kept, by what they depend on: ``key``, which tells the kernel, shapes,
     dtypes and numbers apart, and how the tensors lie in memory.
     """
+    tensors = changing.values()
     addresses = [x.data_ptr() for x in tensors]
     # Triton compiles for strides, and for addresses that are multiples of 16
     key = (key, *[x.stride() for x in tensors], *[address % 16 == 0 for address in addresses])
@@ -104,9 +104,9 @@ def launch(
     prepared = known.get(key)
     if prepared is None:
         described = make()
-        known[key] = prepare(described.run(), described.grid, described.args, names)
+        known[key] = prepare(described.run(), described.grid, described.args, tuple(changing))
         return
-    index = tensors[0].get_device()
+    index = next(iter(tensors)).get_device()
     if torch.cuda.current_device() == index:
         prepared(driver.active.get_current_stream(index), *addresses)
     else:
