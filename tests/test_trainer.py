@@ -275,6 +275,16 @@ def test_log_prob_that_is_not_finite_names_group_and_token(files, tmp_path):
         trainer.train()
 
 
+def test_log_probs_that_are_not_finite_in_several_groups_of_a_row_accuse_none_alone(files, tmp_path):
+    rows = tiny.trajectories()
+    sick = dataclasses.replace(rows[5], token_ids=[*rows[5].token_ids[:-1], tiny.VOCAB - 1])
+    rows = [dataclasses.replace(row, token_ids=row.token_ids % (tiny.VOCAB - 1)) for row in rows]
+    trainer = Trainer(settings(files, tmp_path / "out", shuffle=False), [*rows[:5], sick, *rows[6:]])
+    trainer.policy.get_input_embeddings().weight.data[tiny.VOCAB - 1] = float("nan")
+    with pytest.raises(ValueError, match=r"group 'g0': log-prob .* is nan; so are values of 'g1', .*_step=1"):
+        trainer.train()
+
+
 def bad_rows(kind: str) -> list[Trajectory]:
     rows = tiny.trajectories()
     if kind == "reward missing":

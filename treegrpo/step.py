@@ -336,8 +336,16 @@ def blame(row: Row, logp: Tensor) -> str:
             continue
         bad = (~torch.isfinite(stream) & batch.leaf_mask).nonzero().flatten()
         if bad.numel():
-            leaf = int(torch.searchsorted(batch.leaf_offsets, bad[0], right=True)) - 1
-            place = int(bad[0] - batch.leaf_offsets[leaf])
+            leaves = (torch.searchsorted(batch.leaf_offsets, bad, right=True) - 1).tolist()
+            place = int(bad[0] - batch.leaf_offsets[leaves[0]])
             value = float(stream[bad[0]].detach())
-            return f"group {groups[leaf]!r}: {name} of token {place} of its leaf is {value}"
+            first, *others = dict.fromkeys(groups[leaf] for leaf in leaves)
+            found = f"group {first!r}: {name} of token {place} of its leaf is {value}"
+            if not others:
+                return found
+            # kernels multiply what a mask hides by 0, and 0 * NaN is NaN
+            return (
+                f"{found}; so are values of {', '.join(map(repr, others))}, and attention can spread them within a"
+                " packed row: train with groups_per_step=1 to see whose they are"
+            )
     return f"groups {', '.join(dict.fromkeys(map(repr, groups)))}: all log-probs are finite, so a ratio overflowed"
