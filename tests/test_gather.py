@@ -1,5 +1,7 @@
 """backend="gather": its layout, and its numbers with a plain varlen attention in the place of the GPU's kernel."""
 
+import sys
+import types
 import typing
 import weakref
 from functools import partial
@@ -91,6 +93,50 @@ def test_equals_the_oracle(name, heads, dims, window, softcap, deterministic):
         torch.autograd.grad(got, inputs, dout), torch.autograd.grad(want, inputs, dout), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def library_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size, softcap=0.0):
+    """(out, lse [H, T]) as flash-attn and torch compute them: `left` keys before the query are seen, -1 for all, and
+    `right` after it, which torch takes causality from."""
+    left, right = window_size
+    assert right == 0
+    layout = gather.Layout(cu_q, cu_k, max_q, max_k, torch.empty(0))
+    out, lse = varlen(q, k, v, layout, scale, left + 1, softcap, True)
+    return out, lse.transpose(0, 1)
+
+
+def as_torch(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux, scale, window_size=(-1, -1), enable_gqa=False):
+    assert return_aux.lse and enable_gqa
+    return library_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size)
+
+
+def as_flash_attn(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    assert causal and deterministic and return_attn_probs and not dropout_p
+    bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return *library_kernel(q, k, v, *bounds, softmax_scale, window_size, softcap), None
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (1, 0.0), (3, 0.0), (3, 1.5)])
+@pytest.mark.parametrize("library", ["torch", "flash_attn"])
+def test_what_the_librarys_kernel_is_asked_for(monkeypatch, library, window, softcap):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", as_torch)
+    flash = types.SimpleNamespace(flash_attn_varlen_func=as_flash_attn)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash if library == "flash_attn" else None)
+    subtree_end = torch.from_numpy(FORESTS["ragged_turns"])
+    q, k, v = (torch.randn(len(subtree_end), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    args = q, k, v, TreePlan.build(subtree_end), 0.4, window, softcap, None, True, True
+    if softcap and library == "torch":
+        with pytest.raises(ValueError, match="no softcap"):
+            gather.attend(*args)
+        return
+    got, lse = gather.attend(*args)
+    options = dict(scale=0.4, window=window or None, softcap=softcap or None, return_lse=True)
+    want, want_lse = reference.tree_attention(q, k, v, subtree_end, **options)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-11, atol=1e-11)
 
 
 def test_no_tokens():
