@@ -16,7 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import treegrpo
 from treegrpo import packing
-from treegrpo.packing import pack
+from treegrpo.packing import cut_tree, pack
 from treegrpo.tree import Trajectory, build_forest, build_tree, load
 from treegrpo_kernels.plan import TreePlan
 
@@ -313,6 +313,30 @@ def test_any_forest_packs_within_budget(rows, slack, share):
     batches = pack(forest, token_budget=budget, share_across_groups=share)
     assert all(b.num_tokens <= budget for b in batches)
     assert sorted(i for b in batches for i in b.tree_indices) == list(range(len(forest)))
+
+
+def test_batches_opened_too_early_lose_no_tree():
+    """[1 ..] and the first [0 ..] would open both batches that suffice, and the last tree fit into neither."""
+    leaves = [[1, 10, 10], [0, 11, 11, 11], [0, 12, 12, 12], [0, 13, 13, 13, 13], [1, 14, 14, 14, 14]]
+    forest = build_forest([Trajectory(ids, [0] * len(ids), group=f"g{i}") for i, ids in enumerate(leaves)])
+    batches = pack(forest, token_budget=10)
+    assert len(batches) == 2 and sorted(i for batch in batches for i in batch.tree_indices) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_cut_tree_keeps_every_leaf_once_within_the_budget(name):
+    [tree] = forest_of(name)
+    longest = max(t.num_tokens for t in tree.trajectories)
+    for budget in range(longest, tree.num_tokens + 2):
+        parts = cut_tree(tree, budget)
+        assert sorted(leaf for part in parts for leaf in part) == list(range(tree.num_leaves))
+        sizes = [build_tree([tree.trajectories[leaf] for leaf in part]).num_tokens for part in parts]
+        assert max(sizes) <= budget and (len(parts) == 1) == (tree.num_tokens <= budget)
+
+
+def test_a_tree_is_cut_where_least_is_repeated():
+    [tree] = build_forest([Trajectory(ids, [0] * len(ids)) for ids in ([1, 2, 3, 4], [1, 6, 7], [1, 2, 5])])
+    assert cut_tree(tree, 5) == [[0, 2], [1]]
 
 
 def test_a_tree_over_the_budget_is_named():
