@@ -149,6 +149,12 @@ def test_metrics_are_masked_means(level):
         torch.testing.assert_close(metrics[name], value, rtol=1e-12, atol=1e-14, msg=name)
 
 
+def test_a_leaf_without_trained_tokens_is_not_the_least_clipped():
+    logp, mask, offsets = torch.zeros(4), torch.tensor([1, 1, 0, 0]), torch.tensor([0, 2, 4])
+    _, metrics = grpo_loss(logp, logp + 1, -torch.ones(4), mask, offsets)
+    assert metrics["clip_ratio/low_min"] == metrics["clip_ratio/low_mean"] == 1
+
+
 def test_cispo_bound_is_epsilon_high_itself():
     logp = torch.tensor([-0.5, -0.5], dtype=torch.float64, requires_grad=True)
     old = logp.detach() - torch.log(torch.tensor([2.0, 9.0], dtype=torch.float64))

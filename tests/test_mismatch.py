@@ -21,6 +21,7 @@ CASES = {
     ("token_truncate", None, 3.0): [1, 2, 1, 1, 3, 0.5],
     ("token_mask", None, 3.0): [1, 2, 1, 1, 0, 0.5],
     ("token_mask", 0.6, None): [1, 2, 1, 1, 4, 0],
+    ("token_mask", 1.0, 1.0): [1, 0, 1, 1, 0, 0],
     ("token_truncate", 0.75, 1.5): [1, 1.5, 1, 1, 1.5, 0.75],
     ("sequence_truncate", None, 1.5): [1, 1.5, 1.5, 1, 1.5, 1.5],
     ("sequence_mask", None, 3.0): [1, 2, 2, 1, 2, 2],
