@@ -26,7 +26,7 @@ import triton.language as tl
 from treegrpo_kernels.triton.backward import delta_launch
 from treegrpo_kernels.triton.backward_dkv import dkv_bounds, dkv_launch
 from treegrpo_kernels.triton.common import Config, TileConfig, arch_of, config, tma_fits
-from treegrpo_kernels.work import first_visible, query_lists, work_items
+from treegrpo_kernels.work import first_visible, num_slots, query_lists, work_items
 
 pytestmark = [
     pytest.mark.skipif(
@@ -185,7 +185,8 @@ def test_long_key_tiles_are_parted(num_tokens, pinned, window, poisoned_empty):
     subtree_end = cases.random_subtree_end(num_tokens, 3, branch=0.02, root=0.01)
     plan = TreePlan.build(torch.as_tensor(subtree_end, device=DEVICE))
     tile = pinned.dkv
-    items, parted = (x.tolist() for x in work_items(plan, tile, 1, window))
+    work = work_items(plan, tile, 1, window)
+    items, parted = (x.tolist() for x in work)
     assert parted and len(items) > len(parted)
     lists = plan.tile_lists(tile.block_m, tile.block_n)
     offsets = query_lists(plan, tile, window)[1][::2].tolist()
@@ -201,7 +202,7 @@ def test_long_key_tiles_are_parted(num_tokens, pinned, window, poisoned_empty):
         assert (ranges[0][0], ranges[-1][1]) == (tuple(offsets[kv : kv + 2]) if window else whole)
         assert all(one[1] == two[0] for one, two in zip(ranges, ranges[1:], strict=False))
     taken = [slot for kv, first, count in parted for slot in range(first, first + count)]
-    assert taken == list(range(len(taken)))
+    assert taken == list(range(num_slots(num_tokens, tile.block_n, *work)))
     for kv, first, count in parted:
         assert [slot for _, slot in sorted(slots.pop(kv))] == list(range(first, first + count))
     assert not slots
