@@ -104,7 +104,7 @@ class TreePlan:
         kernels = _kernels(end.device) if num_tokens else None
         end32, position, violations, *counts = kernels.positions(end) if kernels else _positions(end)
         if violations:
-            raise ValueError(_first_violation(end.long()))
+            raise ValueError(_first_violation(end))
         return cls(end32, position, *counts)
 
     def count_pairs(self, window: int | None = None) -> int:
@@ -195,58 +195,27 @@ def _positions(end: Tensor) -> tuple[Tensor, Tensor, int, int, int]:
     closing = torch.bincount(inside, minlength=num_tokens + 1)
     position = index - closing[:num_tokens].cumsum(0)
     at_end = torch.cat([position, position.new_full((1,), -1)])[inside]
-    bad = _out_of_range(end, index) | (at_end > position)
+    bad = (end <= index) | (end > num_tokens) | (at_end > position)
     longest = position.max() + 1 if num_tokens else end.new_zeros(())
     # one device synchronisation carries the verdict and the counts
     counts = torch.stack([bad.sum(), (end - index).sum(), longest]).tolist()
     return end.to(torch.int32), position.to(torch.int32), *counts
 
 
-def _out_of_range(end: Tensor, index: Tensor) -> Tensor:
-    return (end <= index) | (end > end.shape[0])
-
-
 def _first_violation(end: Tensor) -> str:
-    """What is wrong with ``end`` [T] int64, which is no packed forest, at the first index where it is."""
+    """What is wrong with ``end`` [T], which is no packed forest, at the first index where it is."""
     num_tokens = end.shape[0]
-    index = torch.arange(num_tokens, device=end.device)
-    out_of_range = _out_of_range(end, index)
-    # a token that ends nowhere is let end at once, lest others be blamed for it
-    given, end = end, torch.where(out_of_range, index + 1, end)
-    closing = torch.bincount(end.clamp(0, num_tokens), minlength=num_tokens + 1)[:num_tokens]
-    bad = out_of_range | _crossing(end, index - closing.cumsum(0), index)
-    first = int(bad.to(torch.int8).argmax())
     cure = "lay each tree out depth first, every node's tokens contiguous (treegrpo.pack does)"
-    if out_of_range[first]:
-        return f"subtree_end[{first}] = {int(given[first])} must lie in ({first}, {num_tokens}]; {cure}"
-    return f"subtree_end[{first}] = {int(end[first])} crosses the subtree it lies in; {cure}"
-
-
-def _crossing(end: Tensor, position: Tensor, index: Tensor) -> Tensor:
-    """True where a token's interval leaves its parent's: bool [T].
-
-    ``position`` counts open intervals. A token's parent is the token before it if that is still open, else the last
-    earlier token one level up. If every token lies inside its parent, the chain of parents holds exactly the open
-    intervals, hence the intervals nest.
-    """
-    num_tokens = end.shape[0]
-    bad = torch.zeros(num_tokens, dtype=torch.bool, device=end.device)
-    if num_tokens < 2:
-        return bad
-    continues = end[:-1] > index[1:]
-    bad[1:] = continues & ((end[1:] > end[:-1]) | (position[1:] != position[:-1] + 1))
-    branches = torch.nonzero(~continues).squeeze(1) + 1
-    branches = branches[position[branches] > 0]
-    if branches.numel() == 0:
-        return bad
-    stride = num_tokens + 1
-    by_level = torch.sort(position * stride + index).values
-    found = torch.searchsorted(by_level, (position[branches] - 1) * stride + branches) - 1
-    parent_key = by_level[found.clamp(min=0)]
-    parent = parent_key % stride
-    same_level = (found >= 0) & (parent_key // stride == position[branches] - 1)
-    bad[branches] = ~same_level | (end[parent] <= branches) | (end[branches] > end[parent])
-    return bad
+    around: list[int] = []  # ends of the subtrees that token t lies in, innermost last
+    for t, stop in enumerate(end.tolist()):
+        while around and around[-1] <= t:
+            around.pop()
+        if not t < stop <= num_tokens:
+            return f"subtree_end[{t}] = {stop} must lie in ({t}, {num_tokens}]; {cure}"
+        if around and stop > around[-1]:
+            return f"subtree_end[{t}] = {stop} crosses the subtree it lies in; {cure}"
+        around.append(stop)
+    raise AssertionError("subtree_end is a packed forest")
 
 
 def _build_tile_lists(
