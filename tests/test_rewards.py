@@ -109,6 +109,14 @@ def test_an_answerless_response_scores_no_answer() -> None:
     assert "<answer>" in search_prompt()
 
 
+def test_a_policy_that_repeats_itself_costs_no_square_of_its_length() -> None:
+    boxes, blocks = (extract_result, r"\boxed{", 3_000), (last_answer, "<information>", 10_000)
+    for read, part, times in (boxes, blocks, (format_valid, "\n", 20_000)):
+        begun = time.process_time()
+        assert not read("<think> a" + part * times + "b")
+        assert time.process_time() - begun < 1, read.__name__
+
+
 def test_answers_are_read_from_the_completion_alone() -> None:
     assert last_answer("<answer> a </answer> x <answer> b </answer>") == "b"
     assert last_answer("<answer> a <answer> b </answer>") == "b"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
@@ -95,11 +95,11 @@ def extract_result(completion: str, tags: Tags | None = None) -> str | None:
     """
     answer = last_answer(completion, tags)
     text = completion if answer is None else answer
-    boxed = list(_boxes(text))
+    boxed = _last_box(text)
     if answer is not None:
-        return boxed[-1][1] if boxed else answer
+        return boxed[1] if boxed else answer
     lines = [(match.start(), match[1].strip()) for match in re.finditer(r"####[ \t]*([^\n<]*)", text)]
-    found = max(boxed + lines, default=None)
+    found = max(lines[-1:] + ([boxed] if boxed else []), default=None)
     return found[1] if found else None
 
 
@@ -157,11 +157,14 @@ def _only_number(text: str) -> Fraction | None:
     )
 
 
-def _boxes(text: str) -> Iterator[tuple[int, str]]:
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                yield match.start(), text[match.end() : position].strip()
-                break
+def _last_box(text: str) -> tuple[int, str] | None:
+    """Where the last closed box begins, and what is in it; one pass over the braces, however many boxes stay open."""
+    begins = {match.end() - 1: match.start() for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)}
+    opened: list[int] = []
+    last = None
+    for brace in re.finditer(r"[{}]", text) if begins else ():
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened and (at := opened.pop()) in begins:
+            last = max(last or (0, 0), (at, brace.start()))
+    return last and (begins[last[0]], text[last[0] + 1 : last[1]].strip())

@@ -61,7 +61,9 @@ def last_answer(completion: str, tags: Tags | None = None) -> str | None:
     """
     tags = tags or Tags()
     name = re.escape(tags.information)
-    own = re.sub(rf"<{name}>.*?</{name}>", " ", completion, flags=re.DOTALL)
+    # what is opened behind the last closing tag is no block, and looking for its end takes as long as the text is
+    closed, close, rest = completion.rpartition(f"</{tags.information}>")
+    own = re.sub(rf"<{name}>.*?</{name}>", " ", closed + close, flags=re.DOTALL) + rest
     answers = [content for kind, content in _blocks(own, tags) if kind == "answer"]
     return answers[-1] if answers else None
 
@@ -88,8 +90,9 @@ def _blocks(text: str, tags: Tags) -> list[tuple[str, str]]:
     return found
 
 
-# what a chat template or a tokenizer may leave at the end of a decoded completion
-_END_OF_TURN = re.compile(r"(?:<\|[^|<>]*\|>|</s>|<eos>|<end_of_turn>|\s)+\Z")
+# what a chat template or a tokenizer may leave at the end of a decoded completion: <|...|> </s> <eos> <end_of_turn>,
+# backwards, for looking for it from the front takes the square of a long run of white space
+_END_OF_TURN = re.compile(r"(?:>\|[^|<>]*\|<|>s/<|>soe<|>nrut_fo_dne<|\s)*")
 
 
 def format_valid(completion: str, tags: Tags | None = None) -> bool:
@@ -106,7 +109,8 @@ def format_valid(completion: str, tags: Tags | None = None) -> bool:
     think, search, information, answer = tags.think, tags.search, tags.information, tags.answer
     follows = {"start": (think,), think: (search, answer), search: (information,), information: (think,), answer: ()}
     state, inside = "start", False
-    for index, part in enumerate(tags.marks.split(_END_OF_TURN.sub("", completion))):
+    end = len(completion) - _END_OF_TURN.match(completion[::-1]).end()
+    for index, part in enumerate(tags.marks.split(completion[:end])):
         if index % 2 == 0:
             if not inside and part.strip():
                 return False
