@@ -72,14 +72,16 @@ class Block:
 sys.meta_path.insert(0, Block())
 sys.path.insert(0, "kernels")
 import torch, treegrpo_kernels as tk
+# as long again to import as torch, for those who compile nothing
+print("torch._dynamo" in sys.modules)
 plan = tk.TreePlan.build(torch.tensor([2, 2]))
 x = torch.ones(2, 1, 4)
 print(tk.tree_attention(x, x, x, plan, backend="reference").sum().item())
 """
-    assert run(code, cwd=ROOT) == "8.0"
+    assert run(code, cwd=ROOT) == "False\n8.0"
 
 
-def test_trees_import_without_torch():
+def test_trees_help_and_reports_need_no_torch(tmp_path):
     code = """
 class Block:
     def find_spec(self, name, path=None, target=None):
@@ -91,3 +93,15 @@ tree = treegrpo.build_tree([treegrpo.Trajectory([1, 2], [0, 1]), treegrpo.Trajec
 print(tree.num_tokens)
 """
     assert run(code, cwd=ROOT) == "3"
+    pytest.importorskip("tyro")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    code += f"""
+import contextlib
+from treegrpo.cli import main
+with contextlib.suppress(SystemExit):
+    main(["train", "--help"])
+print(main(["report", {str(tmp_path)!r}]))
+"""
+    shown = run(code, cwd=ROOT)
+    assert "--row-token-budget" in shown and shown.endswith("0")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from treegrpo.files import write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 
 class StepMetrics:
@@ -29,7 +30,7 @@ class StepMetrics:
     def add(self, name: str, value: Any, *, weight: Any = 1.0, how: str = "mean") -> None:
         """`how`: mean (weighted), sum, min or max (of what has a weight). `value` and `weight` may be 0-d tensors; they
         are read in `reduced`, all at once, so that a step does not wait for its device at every number."""
-        self._added.append((name, how, *(x.detach() if isinstance(x, torch.Tensor) else x for x in (value, weight))))
+        self._added.append((name, how, *(x.detach() if _is_tensor(x) else x for x in (value, weight))))
 
     def add_loss(self, metrics: dict[str, torch.Tensor], weight: Any, clip_weight: Any = None) -> None:
         """The metrics of `grpo_loss` for one batch with `weight` trained tokens; `clip_weight` is the number of leaves
@@ -41,10 +42,13 @@ class StepMetrics:
 
     def _read(self) -> None:
         """Turns what was added into numbers: one read for all tensors of a device."""
+        # here, for who only reads the file needs none of it
+        import torch
+
         given = [x for _, _, *pair in self._added for x in pair]
-        numbers: list[float] = [math.nan if isinstance(x, torch.Tensor) else float(x) for x in given]
-        for device in {x.device for x in given if isinstance(x, torch.Tensor)}:
-            places = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor) and x.device == device]
+        numbers: list[float] = [math.nan if _is_tensor(x) else float(x) for x in given]
+        for device in {x.device for x in given if _is_tensor(x)}:
+            places = [i for i, x in enumerate(given) if _is_tensor(x) and x.device == device]
             read = torch.stack([given[i].double() for i in places]).tolist()
             for i, number in zip(places, read, strict=True):
                 numbers[i] = number
@@ -78,6 +82,10 @@ class StepMetrics:
             else:
                 result[name] = {"sum": sum, "min": min, "max": max}[how](values)
         return result
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach")
 
 
 class MetricsFile:

@@ -194,7 +194,6 @@ def _parse(backend: str | Backend) -> Backend:
     raise ValueError(f"backend {backend!r} is unknown: use one of {', '.join(b.value for b in _BACKENDS)}")
 
 
-@torch.compiler.assume_constant_result
 def _reason(backend: Backend, device: torch.device) -> str | None:
     """Why ``backend`` cannot run on ``device``; None if it can. A fact of the process: torch.compile asks once."""
     match backend:
@@ -217,6 +216,10 @@ def _reason(backend: Backend, device: torch.device) -> str | None:
 
             return gather.reason(device)
     raise ValueError(f"backend {backend.value!r} is a choice, not a kernel")
+
+
+# all that torch.compiler.assume_constant_result does, which would import the compiler for those who compile nothing
+_reason._dynamo_marked_constant = True
 
 
 def _refusal(backend: Backend, q: Tensor, softcap: float, sinks: Tensor | None) -> str | None:
