@@ -62,8 +62,8 @@ def token_trie(sequences: Sequence[np.ndarray], owners: np.ndarray | None = None
     of the sequences. With `owners` (int [n], never decreasing), only sequences of one owner merge: the result is the
     tries of the owners side by side, in that order.
 
-    O(L log n) time and O(L) memory: sort as big-endian bytes, compare neighbours, and copy what is shared by pointer
-    doubling; no Python per token.
+    O(L log n) time and O(L) memory: sort as big-endian bytes, compare neighbours, and copy what is shared from the row
+    before; no Python per token.
     """
     num = len(sequences)
     lengths = np.fromiter(map(len, sequences), np.int64, num)
@@ -72,56 +72,58 @@ def token_trie(sequences: Sequence[np.ndarray], owners: np.ndarray | None = None
     flat = np.concatenate(sequences) if num else np.zeros(0, np.int64)
 
     order = _sorted_rows(flat, offsets, owners)
-    inverse = np.empty(num, np.int64)
-    inverse[order] = np.arange(num)
-    # From here on row r is sequence order[r], and rows lie one after another in `row_tokens`.
-    row_lengths = lengths[order]
-    row_starts = np.cumsum(row_lengths) - row_lengths
-    total = int(offsets[-1])
-    index = np.arange(total)
-    row_of = np.repeat(np.arange(num), row_lengths)
-    depth = index - row_starts[row_of]
-    row_tokens = flat[index + (offsets[:-1][order] - row_starts)[row_of]]
+    # From here on row r is sequence order[r], which begins at flat[begins[r]].
+    begins, lengths = offsets[:-1][order], lengths[order]
+    common = _common_prefixes(flat, begins, lengths, owners)
+    num_new = lengths - common
+    ends = np.cumsum(num_new)
+    first = _runs(begins + common, num_new)
+    index = np.arange(first.size)
+    leaf_tokens = np.empty(flat.size, np.int64)
+    leaf_tokens[first] = index
+    shared = np.flatnonzero(common)
+    spans = (x.tolist() for x in (begins[shared], begins[shared - 1], common[shared]))
+    for begin, before, length in zip(*spans, strict=True):
+        leaf_tokens[begin : begin + length] = leaf_tokens[before : before + length]
 
-    # `above` is the same depth in the row before: token f - (length of that row).
-    length_before = np.zeros(num, np.int64)
-    length_before[1:] = row_lengths[:-1]
-    if owners is not None:
-        # No row before the first of its owner: nothing merges across owners.
-        length_before[1:][np.diff(owners) != 0] = 0
-    length_before = length_before[row_of]
-    above = index - length_before
-    equal = (depth < length_before) & (row_tokens == row_tokens[above])
-    common = np.minimum.reduceat(np.where(equal, total, depth), row_starts) if num else row_lengths
-    common = np.minimum(common, row_lengths)
-
-    is_new = depth >= common[row_of]
-    packed = np.cumsum(is_new) - 1
-    source = np.where(is_new, index, above)
-    pending = np.flatnonzero(~is_new[source])
-    while pending.size:
-        source[pending] = source[source[pending]]
-        pending = pending[~is_new[source[pending]]]
-    row_leaf = packed[source]
-
-    first = np.flatnonzero(is_new)
-    prev = np.where(depth[first] > 0, row_leaf[first - 1], -1)
+    prev = index - 1
+    has_new = num_new > 0
+    above = np.where(common > 0, leaf_tokens[begins + common - 1], -1)
+    prev[(ends - num_new)[has_new]] = above[has_new]
     # A token is last seen in the row whose successor has parted from it; its subtree ends with that row.
-    common_after = np.zeros(num, np.int64)
-    common_after[:-1] = common[1:]
-    last = np.flatnonzero(depth >= common_after[row_of])
+    common_after = np.append(common[1:], 0)[:num]
+    num_last = lengths - common_after
     subtree_end = np.empty(first.size, np.int32)
-    subtree_end[row_leaf[last]] = packed[(row_starts + row_lengths - 1)[row_of[last]]] + 1
-
-    back = np.repeat(row_starts[inverse] - offsets[:-1], lengths) + index
+    subtree_end[leaf_tokens[_runs(begins + common_after, num_last)]] = np.repeat(ends, num_last)
     return Trie(
-        tokens=row_tokens[first].astype(np.int64),
+        tokens=flat[first].astype(np.int64),
         subtree_end=subtree_end,
         prev=prev.astype(np.int32),
-        position=depth[first].astype(np.int32),
-        leaf_tokens=row_leaf[back],
+        position=(first - np.repeat(begins, num_new)).astype(np.int32),
+        leaf_tokens=leaf_tokens,
         leaf_offsets=offsets,
     )
+
+
+def _runs(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The indices begins[r] .. begins[r] + lengths[r] of every row, one behind the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(lengths.sum()) + np.repeat(begins - (ends - lengths), lengths)
+
+
+def _common_prefixes(
+    flat: np.ndarray, begins: np.ndarray, lengths: np.ndarray, owners: np.ndarray | None
+) -> np.ndarray:
+    """How many tokens each sorted row begins with as the row before it does; none where that has another owner."""
+    is_alike = flat[begins[1:]] == flat[begins[:-1]]
+    if owners is not None:
+        is_alike &= owners[1:] == owners[:-1]
+    overlap = np.zeros_like(lengths)
+    overlap[1:] = np.where(is_alike, np.minimum(lengths[1:], lengths[:-1]), 0)
+    parted = np.flatnonzero(flat[_runs(begins, overlap)] != flat[_runs(np.roll(begins, 1), overlap)])
+    ends = np.cumsum(overlap)
+    parted = np.append(parted, overlap.sum())
+    return np.minimum(parted[np.searchsorted(parted, ends - overlap)], ends) - (ends - overlap)
 
 
 def _sorted_rows(flat: np.ndarray, offsets: np.ndarray, owners: np.ndarray | None) -> np.ndarray:
