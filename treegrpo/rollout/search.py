@@ -39,7 +39,8 @@ MAX_ERROR_LENGTH = 200
 """Characters of an exception's text that the policy gets to read."""
 
 
-@dataclass(kw_only=True, eq=False)
+# no repr: asyncio.run writes out what its task returned, only to compare signal handlers, and that would be every token
+@dataclass(kw_only=True, eq=False, repr=False)
 class SampledGroup:
     """All leaves of one prompt, tree by tree, in each the first chain and then the expansions in order. Entry i of
     every list belongs to leaf i."""
