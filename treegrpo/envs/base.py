@@ -68,9 +68,15 @@ def markup(tokenizer: Any, *more: str) -> re.Pattern[str]:
 
 
 def without(marks: re.Pattern[str], text: str) -> str:
-    """`text` with no match of `marks` left, those included that removing others brings together."""
+    """`text` with no match of `marks` left; one that removing others brings together becomes a space.
+
+    >>> without(re.compile("<eos>"), "a<eos> <e<eos>os>b")
+    'a  b'
+    """
+    text = marks.sub("", text)
+    # with nothing in their place each nesting would take a pass of its own
     while marks.search(text):
-        text = marks.sub("", text)
+        text = marks.sub(" ", text)
     return text
 
 
