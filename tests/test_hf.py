@@ -1,6 +1,7 @@
 """Families through tree attention against each leaf alone in eager; wrong ones refused; generate(); bad calls."""
 
 import copy
+import inspect
 import re
 
 import numpy as np
@@ -190,8 +191,24 @@ def test_a_static_cache_gets_its_masks(family):
     plain.set_attn_implementation("eager")
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
     options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, cache_implementation="static")
+    options |= dict(return_dict_in_generate=True, output_logits=True)
     ours, theirs = (m.generate(ids, disable_compile=True, **options) for m in (twin, plain))
-    assert torch.equal(ours, theirs)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(ours.logits, theirs.logits)
+
+
+@torch.no_grad()
+def test_a_static_cache_without_generate():
+    """The cache counts its tokens in place: a mask made late must not count those of its own call."""
+    twin = tree_twin(tiny_model("llama", dtype=torch.float32))
+    plain = copy.deepcopy(twin)
+    plain.set_attn_implementation("eager")
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
+    name = "cache" if "cache" in inspect.signature(twin.forward).parameters else "past_key_values"
+    caches = [transformers.StaticCache(config=plain.config, max_cache_len=12) for _ in range(2)]
+    for part in (ids[:, :5], ids[:, 5:7], ids[:, 7:8]):
+        ours, theirs = (m(part, **{name: cache}).logits for m, cache in zip((twin, plain), caches, strict=True))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_tree_forward_builds_no_mask(monkeypatch):

@@ -49,6 +49,9 @@ class LazyMask:
     A tree forward never needs it (O(T) instead of O(T^2)); without a tree it becomes the mask of ``sdpa`` or ``eager``.
     """
 
+    # as the mask it stands for: a model that is handed one made already asks (transformers 5.24, static cache)
+    ndim = 4
+
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self._built: dict[str, Tensor | None] = {}
@@ -83,6 +86,13 @@ class LazyMask:
 
 def lazy_mask(**arguments: Any) -> LazyMask:
     """Mask function of the attention name ``treegrpo`` (transformers' AttentionMaskInterface)."""
+    given = arguments.get("attention_mask")
+    if isinstance(given, LazyMask):
+        return given
+    offset = arguments.get("q_offset")
+    if isinstance(offset, Tensor):
+        # a static cache counts in place, before a layer asks for the mask
+        arguments["q_offset"] = offset.clone()
     return LazyMask(arguments)
 
 
