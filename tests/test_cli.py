@@ -238,18 +238,19 @@ def test_missing_packages_of_the_command_line_are_named(monkeypatch, capsys):
     assert "the command line needs tyro, rich: pip install" in capsys.readouterr().err
 
 
-def test_a_source_archive_holds_what_the_build_reads(tmp_path):
-    """Headers and CUDA sources are no extension's sources: only MANIFEST.in brings them in."""
+def test_a_source_archive_holds_what_build_and_tests_read(tmp_path):
+    """Headers, CUDA sources and the tests' helpers are nobody's sources: only MANIFEST.in brings them in."""
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
-    folders = ("csrc", "treegrpo", "kernels")
+    folders = ("bench", "csrc", "docs", "examples", "kernels", "tests", "treegrpo")
     wanted = [p for folder in folders for p in (EXAMPLES.parent / folder).rglob("*") if p.is_file()]
     wanted = {p.relative_to(EXAMPLES.parent).as_posix() for p in wanted if p.suffix not in (".so", ".pyc")}
-    assert wanted | {"setup.py", "CMakeLists.txt", "README.md", "LICENSE"} <= held
+    assert wanted | {"setup.py", "CMakeLists.txt", "Makefile", "README.md", "LICENSE"} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
 
 
 def test_an_old_setuptools_is_told_what_to_do(tmp_path):
