@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_convert import CHATML, TALK, byte_tokenizer
 
 from treegrpo import compare, load
@@ -140,6 +141,30 @@ def test_doctor_names_every_backend(capsys):
     text = capsys.readouterr().out
     assert all(f"backend {name}" in text for name in ("reference", "cpu", "triton", "cuda", "gather"))
     assert "torch" in text and "transformers" in text and "nvcc" in text
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    ("name", "missing", "needs"), [("cpu", "_C", "a C++"), ("cuda", "_C_cuda", "a CUDA toolkit (nvcc)")]
+)
+def test_doctor_says_how_to_build_what_pip_left_out(monkeypatch, gpu, name, missing, needs):
+    """As after `pip install .` without --no-build-isolation, where a compiler is there."""
+    import treegrpo_kernels
+    from treegrpo import doctor
+    from treegrpo_kernels import native
+
+    failure = native._failure.__wrapped__
+    monkeypatch.setattr(native, "__file__", "/nowhere/native.py")
+    monkeypatch.setattr(native, "_failure", lambda object_: failure(object_) if object_ == missing else None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    reason = treegrpo_kernels.api._reason(treegrpo_kernels.Backend(name), torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(treegrpo_kernels, "backends", lambda: {name: reason})
+    (finding,) = doctor._backends()
+    if name == "cuda" and not gpu:
+        assert finding.cure == "run on a machine with an NVIDIA GPU"
+        return
+    assert "was not built: in treegrpo's folder run" in finding.state and needs in finding.state
+    assert finding.cure.startswith("pip install --no-build-isolation .") and needs in finding.cure
 
 
 def test_demo_compares_tree_and_chain(tmp_path, monkeypatch, capsys):

@@ -22,10 +22,11 @@ _PACKAGES = {
     "math-verify": "pip install 'treegrpo[math]' (needed for math_answer only)",
 }
 _NEEDS_GPU = ("triton", "cuda", "gather")
+_BUILD = "pip install --no-build-isolation . (editable: -e .) in treegrpo's folder, with"
 _CURES = {
-    "cpu": "install a C++17 compiler (g++ or clang++), then: make setup",
+    "cpu": f"{_BUILD} a C++17 compiler (g++ or clang++)",
+    "cuda": f"{_BUILD} a C++17 compiler and a CUDA toolkit (nvcc)",
     "triton": "pip install triton (Linux), on a GPU of compute capability 8.0 or newer",
-    "cuda": "install a CUDA toolkit (nvcc), then: make setup",
     "gather": "pip install torch>=2.11 with CUDA; flash-attn is used when installed (pip install 'treegrpo[flash]')",
     "reference": "pip install torch",
 }
@@ -164,12 +165,13 @@ def _backends() -> list[Finding]:
 
     findings = []
     for name, reason in treegrpo_kernels.backends().items():
+        if name == "cpu":
+            # where there is a GPU, backends() tells of its tensors
+            reason = _cpu_reason()
         if reason is None:
             findings.append(Finding(f"backend {name}", _usable(name)))
         elif name in _NEEDS_GPU and not torch.cuda.is_available():
             findings.append(Finding(f"backend {name}", reason, "run on a machine with an NVIDIA GPU"))
-        elif name == "cpu" and torch.cuda.is_available() and _cpu_reason() is None:
-            findings.append(Finding(f"backend {name}", f"usable on CPU tensors, {_cpu_info()}"))
         else:
             findings.append(Finding(f"backend {name}", reason, _CURES.get(name, "see the reason")))
     return findings
@@ -178,7 +180,7 @@ def _backends() -> list[Finding]:
 def _usable(name: str) -> str:
     match name:
         case "cpu":
-            return f"usable, {_cpu_info()}"
+            return f"usable on CPU tensors, {_cpu_info()}"
         case "triton":
             import torch
 

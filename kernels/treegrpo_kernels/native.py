@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-_CURE = "run `pip install --no-build-isolation -e .` with a C++ compiler (csrc needs no network)"
+_NEEDS = {"_C": "a C++ compiler", "_C_cuda": "a C++ compiler and a CUDA toolkit (nvcc)"}
 
 
 def load() -> None:
@@ -53,11 +53,13 @@ def set_isa(name: str) -> None:
 @cache
 def _failure(name: str) -> str | None:
     """Loads one object: None if that worked, else the reason."""
+    # without the flag pip builds where there is no torch, and leaves the objects out
+    cure = f"in treegrpo's folder run `pip install --no-build-isolation .` (editable: `-e .`) with {_NEEDS[name]}"
     found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     if not found:
-        return f"{name} was not built: {_CURE}"
+        return f"{name} was not built: {cure}"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"{found[0].name} does not load ({error.__cause__ or error}): built for another torch? {_CURE}"
+        return f"{found[0].name} does not load ({error.__cause__ or error}): built for another torch? {cure}"
     return None
