@@ -51,6 +51,25 @@ def test_the_folder_of_an_output_is_made(tmp_path):
     assert len(load(tmp_path / "d" / "tokens.jsonl")) == 1
 
 
+def test_files_of_editors_that_mark_utf8(tmp_path):
+    """A byte order mark is no part of JSON, nor of what the model reads."""
+    source, tokenizer = _chat(tmp_path)
+    template, listed = tmp_path / "chat.jinja", tmp_path / "chat.json"
+    template.write_text(CHATML)
+    listed.write_text(f"[{source.read_text()}]")
+    _, model = tiny.write(tmp_path)
+    outs = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        for path in (source, listed, template, model):
+            path.write_text(path.read_text(), encoding=encoding)
+        for path in (source, listed):
+            outs.append(tmp_path / f"{encoding}-{path.name}")
+            argv = ["convert", path, outs[-1], "--tokenizer", tokenizer, "--chat-template", template]
+            assert main([*map(str, argv)]) == 0
+    assert len({path.read_text() for path in outs}) == 1
+    assert main(["flops", str(outs[0]), "--model", str(model)]) == 0
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, refused):
     def no_work(*args, **kwargs):
         raise AssertionError("the work has begun")

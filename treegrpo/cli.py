@@ -266,7 +266,7 @@ def convert(
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer {tokenizer!r} cannot be loaded: {error}") from error
     if chat_template is not None:
-        loaded.chat_template = _existing(chat_template).read_text(encoding="utf-8")
+        loaded.chat_template = _existing(chat_template).read_text(encoding="utf-8-sig")
     if not loaded.chat_template:
         raise ValueError(f"tokenizer {tokenizer} has no chat template: give --chat-template FILE")
     trajectories = convert_records(records, loaded, parse_arguments=parse_arguments)

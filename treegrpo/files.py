@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import os
 import zlib
@@ -10,7 +11,8 @@ from pathlib import Path
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """`(number from 1, line)` of a file, decompressed if its name ends in `.gz`; blank lines are left out.
+    """`(number from 1, line)` of a file, decompressed if its name ends in `.gz`; blank lines and a byte order mark are
+    left out.
 
     Raises:
         ValueError: the compressed data is damaged.
@@ -19,6 +21,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as stream:
             for number, line in enumerate(stream, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -40,7 +40,7 @@ def read_model_config(path: str | Path) -> Any:
         values = (
             yaml.safe_load(path.read_text(encoding="utf-8"))
             if path.suffix in (".yaml", ".yml")
-            else json.loads(path.read_text())
+            else json.loads(path.read_text(encoding="utf-8-sig"))
         )
         return AutoConfig.for_model(**values)
     except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
