@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 
 import pytest
 import tiny
@@ -102,6 +103,31 @@ def test_a_failed_write_is_one_line(tmp_path, monkeypatch, refused):
     monkeypatch.setattr("treegrpo.files.os.replace", full)
     assert "No space left" in refused("flops", rollouts, "--model", model, "--json", tmp_path / "x.json")
     assert not list(tmp_path.glob("*x.json*"))
+
+
+def test_a_full_disk_is_one_line(tmp_path, refused):
+    """Imitated by a limit on a file's size; safetensors and torch.save raise errors of their own where they meet it."""
+    rollouts, model = tiny.write(tmp_path)
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-1"
+    flags = ["--rollouts", f"replay:{rollouts}", "--model", model, "--output-dir", run, "--max-steps", "1"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (20_000, 150_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            err = refused("train", *flags, "--overwrite-output-dir", "--disable-tqdm")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert f"{checkpoint} cannot be written: " in err
+        assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert main([*map(str, ["train", *flags]), "--overwrite-output-dir", "--disable-tqdm"]) == 0
+    weights, moments = (checkpoint / name for name in ("model.safetensors", "optimizer.pt"))
+    assert 20_000 < weights.stat().st_size < 150_000 < moments.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        err = refused("export", checkpoint, tmp_path / "out" / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path / 'out' / 'model'} cannot be written: " in err and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(

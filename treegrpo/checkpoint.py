@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from treegrpo.files import writing_weights
 from treegrpo.parallel import Parallel, full, full_like
 from treegrpo.shards import SHARDS, load_shards, save_shards
 
@@ -66,7 +67,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    torch.save(old_logprobs, temporary / f"{_OLD}{accelerator.process_index}.pt")
+    with writing_weights(path, temporary):
+        torch.save(old_logprobs, temporary / f"{_OLD}{accelerator.process_index}.pt")
     # adapters are small: they are always written in one piece
     is_sharded = parallel.sharding is not None and not parallel.sharding.full_checkpoints and not _has_adapters(policy)
     if is_sharded:
@@ -76,12 +78,13 @@ def save(
         weights = _whole_weights(policy, parallel.is_main)
         moments = _mapped(optimizer.state_dict(), lambda value, _: _whole(value, parallel.is_main))
     if parallel.is_main:
-        if is_sharded:
-            policy.config.save_pretrained(temporary)
-            policy.generation_config.save_pretrained(temporary)
-        else:
-            policy.save_pretrained(temporary, state_dict=weights)
-        torch.save({"optimizer": moments, "schedule": schedule}, temporary / "optimizer.pt")
+        with writing_weights(path, temporary):
+            if is_sharded:
+                policy.config.save_pretrained(temporary)
+                policy.generation_config.save_pretrained(temporary)
+            else:
+                policy.save_pretrained(temporary, state_dict=weights)
+            torch.save({"optimizer": moments, "schedule": schedule}, temporary / "optimizer.pt")
         write_more(temporary)
         (temporary / "trainer_state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     accelerator.wait_for_everyone()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import gzip
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -57,6 +59,19 @@ def check_file(path: str | Path | None, setting: str) -> None:
     if Path(path).is_dir():
         raise ValueError(f"{setting} {path} is a folder: give the name of a file")
     check_folder(Path(path).parent, setting)
+
+
+@contextmanager
+def writing_weights(path: Path, temporary: Path) -> Iterator[None]:
+    """OSError naming `path` where a full disk or the like stops safetensors or torch.save, which raise errors of their
+    own without a name; what was written of it, the folder `temporary`, is removed."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from treegrpo.files import writing_weights
+
 
 def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields `(name, tensor)` for every weight and saved buffer of a transformers or PEFT model; tied ones once.
@@ -60,8 +62,10 @@ def save_checkpoint(model: torch.nn.Module, folder: str | Path) -> Path:
         raise ValueError(f"{type(base).__name__} has no save_pretrained: only transformers models can be saved")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    weights = None if base is model else dict(checkpoint_weights(model))
     try:
-        base.save_pretrained(temporary, state_dict=None if base is model else dict(checkpoint_weights(model)))
+        with writing_weights(folder, temporary):
+            base.save_pretrained(temporary, state_dict=weights)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
