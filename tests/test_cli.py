@@ -216,12 +216,14 @@ def test_errors_are_one_line_and_exit_2(argv, message, capsys, tmp_path, monkeyp
         ("max_steps: 1.5", "max_steps=1.5"),
         ("max_steps: .inf", "max_steps=inf"),
         ("- 1", "must be a mapping"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "x.yaml: not valid YAML"),
+        ("save_strategy: no", "save_strategy=False: YAML reads a bare no, .* put it into quotes"),
+        ("output_dir: l\xe4ufe", "x.yaml: not valid YAML in UTF-8: .* byte 0xe4"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
     path = tmp_path / "x.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         read_config(path)
 

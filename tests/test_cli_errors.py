@@ -52,6 +52,15 @@ def test_the_folder_of_an_output_is_made(tmp_path):
     assert len(load(tmp_path / "d" / "tokens.jsonl")) == 1
 
 
+def test_convert_does_not_replace_what_it_reads(tmp_path, refused):
+    source, tokenizer = _chat(tmp_path)
+    before = source.read_text()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for out in (source, tmp_path / "link.jsonl"):
+        assert "is the file that is read" in refused("convert", source, out, "--tokenizer", tokenizer)
+    assert source.read_text() == before
+
+
 def test_files_of_editors_that_mark_utf8(tmp_path):
     """A byte order mark is no part of JSON, nor of what the model reads."""
     source, tokenizer = _chat(tmp_path)
@@ -178,6 +187,19 @@ def test_adapters_alone_are_no_model(tmp_path, refused):
 def test_eval_refuses_flags_it_would_not_read(rollouts, flags, kind, refused):
     err = refused("eval", "--model", "m", "--rollouts", rollouts, *flags)
     assert f"{flags[0]}: only with rollouts of {kind}, not with {rollouts}" in err
+
+
+def test_eval_says_what_rollouts_may_be(tmp_path, refused):
+    rollouts, model = tiny.write(tmp_path)
+    for flags in ([], ["--attention", "tree"]):
+        assert "give replay:FILE, or an engine" in refused("eval", "--model", model, "--rollouts", rollouts, *flags)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path, refused):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    err = refused("export", tmp_path, tmp_path / "out")
+    assert "is the folder of a run: give one of its checkpoints, such as" in err and "checkpoint-10" in err
 
 
 def test_eval_samples_with_the_temperature_and_seed_given(tmp_path, monkeypatch):

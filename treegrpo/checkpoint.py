@@ -208,7 +208,9 @@ def find(output_dir: str | Path, wanted: str) -> Path:
 
 def check(path: Path) -> None:
     """ValueError unless every file of the checkpoint has the size it was written with."""
-    cure = "resume from another checkpoint"
+    cure = "give another checkpoint"
+    if not (path / _MANIFEST).exists() and (of_run := listed(path)):
+        raise ValueError(f"{path} is the folder of a run: give one of its checkpoints, such as {of_run[-1]}")
     try:
         sizes = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         wrong = {

@@ -155,6 +155,7 @@ def evaluate(
 
     from treegrpo.evaluate import evaluate as run
     from treegrpo.report import number
+    from treegrpo.rollout.build import check_engine
 
     check_file(json, "--json")
     _quiet_transformers()
@@ -166,6 +167,7 @@ def evaluate(
         trajectories = _read_trajectories(Path(rollouts.removeprefix("replay:")))
         result = run(model, trajectories, **{"attention": "both", **given})
     else:
+        check_engine(rollouts)
         _refuse(rollouts, "replay:FILE", of_replay)
         result = _sampled_evaluation(
             model, rollouts, config, eval_dataset=dataset, eval_rows=rows, eval_temperature=temperature, seed=seed
@@ -260,6 +262,8 @@ def convert(
     from treegrpo.convert import convert_records, read_records
 
     check_file(out, "OUT")
+    if out.exists() and out.samefile(_existing(file)):
+        raise ValueError(f"OUT {out} is the file that is read, and would be replaced; give another name")
     records = _not_empty(file, read_records(_existing(file)))
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)

@@ -288,8 +288,8 @@ def read_config(path: str | Path) -> TrainConfig:
         raise ValueError(f"config: no such file: {path}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {path}: not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: not valid YAML in UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {path}: must be a mapping of settings, not {type(values).__name__}")
     return TrainConfig(**{name: _typed(path, name, value) for name, value in values.items()})
@@ -321,6 +321,8 @@ def _typed(path: Path, name: str, value: Any) -> Any:
                 if isinstance(value, bool) or (cast is int and float(value) != int(float(value))):
                     raise TypeError(f"not of type {prefix}")
                 return cast(float(value)) if cast is float else int(value)
+        if isinstance(value, bool):
+            raise TypeError("YAML reads a bare no, off, yes or on as true or false: put it into quotes")
         if not isinstance(value, str):
             raise TypeError(f"write text, not {type(value).__name__}")
         return value

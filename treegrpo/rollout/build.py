@@ -26,10 +26,15 @@ def is_engine(name: str) -> bool:
     return name in ("hf", "vllm") or name.startswith(("server:http://", "server:https://"))
 
 
+def check_engine(rollouts: str) -> None:
+    """ValueError unless it names one of ENGINES."""
+    if not is_engine(rollouts):
+        raise ValueError(f"rollouts={rollouts!r}: give replay:FILE, or an engine: {', '.join(ENGINES)}")
+
+
 def check_settings(config: TrainConfig) -> None:
     """ValueError unless `rollouts` is an engine and what it needs is given and exists; loads nothing."""
-    if not is_engine(config.rollouts):
-        raise ValueError(f"rollouts={config.rollouts!r}: give replay:FILE, or an engine: {', '.join(ENGINES)}")
+    check_engine(config.rollouts)
     if config.load_in_4bit and config.rollouts != "hf":
         raise ValueError(
             f"load_in_4bit with rollouts={config.rollouts!r}: other engines get adapters merged, and rounding to 4 bits"
