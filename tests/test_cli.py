@@ -143,6 +143,16 @@ def test_doctor_names_every_backend(capsys):
     assert "torch" in text and "transformers" in text and "nvcc" in text
 
 
+def test_doctor_prints_extras_whole(monkeypatch, capsys):
+    """In brackets, which rich takes for markup."""
+    from treegrpo import doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor._engines()])
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert main(["doctor"]) == 0
+    assert "needs httpx (pip install 'treegrpo[server]')" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
     ("name", "missing", "needs"), [("cpu", "_C", "a C++"), ("cuda", "_C_cuda", "a CUDA toolkit (nvcc)")]

@@ -55,9 +55,8 @@ def print_report(console) -> None:
     table.add_column("part", no_wrap=True)
     table.add_column("state", overflow="fold")
     for finding in findings:
-        table.add_row(
-            finding.part, finding.state if finding.cure is None else f"[yellow]{_escape(finding.state)}[/yellow]"
-        )
+        state = _escape(finding.state)
+        table.add_row(finding.part, state if finding.cure is None else f"[yellow]{state}[/yellow]")
     console.print(table)
     problems = [finding for finding in findings if finding.cure]
     for finding in problems:
