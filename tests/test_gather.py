@@ -127,7 +127,7 @@ def test_what_the_librarys_kernel_is_asked_for(monkeypatch, library, window, sof
     monkeypatch.setitem(sys.modules, "flash_attn", flash if library == "flash_attn" else None)
     subtree_end = torch.from_numpy(FORESTS["ragged_turns"])
     q, k, v = (torch.randn(len(subtree_end), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    args = q, k, v, TreePlan.build(subtree_end), 0.4, window, softcap, None, True, True
+    args = q, k, v, TreePlan.build(subtree_end), 0.4, window, softcap, True, True
     if softcap and library == "torch":
         with pytest.raises(ValueError, match="no softcap"):
             gather.attend(*args)
