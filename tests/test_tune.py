@@ -14,7 +14,7 @@ from bench.candidates import Candidate, _delta, _dq, _fwd, candidates, make_prob
 from bench.tune import FORESTS, Setup, table, tune
 from treegrpo_kernels.triton.common import TileConfig
 
-TILE = TileConfig(32, 32, 4, 1)
+TILE = TileConfig(64, 64, 4, 1)
 
 
 class Spoiled:
@@ -44,7 +44,7 @@ def listed(kernels):
         Candidate("fwd", "ptr", _fwd(TILE, False)),
         Candidate("fwd", "wrong", _wrong),
         Candidate("fwd", "dies", _dies),
-        Candidate("dq", "no such tile", _dq(TileConfig(17, 32, 4, 1), True)),
+        Candidate("dq", "no such tile", _dq(TileConfig(17, 64, 4, 1), True)),
         Candidate("delta", "ptr", _delta),
     ]
 
