@@ -14,6 +14,7 @@ from treegrpo import Trajectory
 from treegrpo.cli import main
 from treegrpo.dryrun import run_plan
 from treegrpo.models import read_model_config
+from treegrpo.rollout.order import EpochOrder
 from treegrpo.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,3 +146,11 @@ def test_an_environment_with_a_reset_of_its_own_is_not_begun_to_measure_it(box, 
     config = online_config(box, tmp_path / "out", **own, **templates)
     run_plan(config)
     Trainer(config)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_items_of_the_next_places(shuffle):
+    order = EpochOrder(5, seed=3, shuffle=shuffle)
+    for place in range(11):
+        for count in range(14):
+            assert order.upcoming(place, count) == sorted({order[p] for p in range(place, place + count)})
