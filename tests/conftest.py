@@ -45,25 +45,6 @@ def interpreter_fault() -> str | None:
     return None
 
 
-def patch_once() -> None:
-    """Triton's interpreter replaces all of triton.language at every call of a device function, which a launch has done
-    already: most of its time. Here what is replaced is left as it is; tests of kernels take about half as long."""
-    if os.environ.get("TRITON_INTERPRET", "0") == "0" or importlib.util.find_spec("triton") is None:
-        return
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    def patch_new(function):
-        names = [x for x in function.__globals__.values() if x is language or x is language.core]
-        if names and not any(language.core.is_builtin(x.load) for x in names):
-            return interpreter._LangPatchScope()
-        return patch(function)
-
-    interpreter._patch_lang = patch_new
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """How many workers ``-n auto`` starts: none where there is a GPU, whose memory and clock tests want alone."""
@@ -74,7 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
     fault = interpreter_fault()
     if fault is not None:
         raise pytest.UsageError(fault)
-    patch_once()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0" and importlib.util.find_spec("triton") is not None:
+        from interpreter import speed_up
+
+        speed_up()
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
     config.addinivalue_line("markers", "cuda_kernels: launches kernels of csrc/cuda, on Hopper those of sm90")

@@ -25,6 +25,13 @@ UINT32 = "uint32"
 class Block(torch.Tensor):
     """A tensor in registers."""
 
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        # what torch's own does for every subclass, without its search for tensors in whatever comes out
+        with torch._C.DisableTorchFunctionSubclass():
+            made = function(*args, **(kwargs or {}))
+        return made.as_subclass(cls) if type(made) is torch.Tensor else made
+
     @property
     def type(self) -> SimpleNamespace:
         return SimpleNamespace(layout=None)
@@ -147,17 +154,21 @@ class Scheduler:
 
     def __init__(self) -> None:
         self.draw = random.Random(0)
-        self.turn = threading.Condition()
         self.local = threading.local()
+        self.turns: list[threading.Lock] = []
         self.blocked: dict[int, Any] = {}
-        self.running, self.alive, self.failure = 0, set(), None
+        self.alive, self.failure = set(), None
 
     def run(self, partitions: list[tuple[Any, tuple]]) -> None:
         self.alive, self.blocked, self.failure = set(range(len(partitions))), {}, None
-        self.running = self.draw.choice(sorted(self.alive))
+        # held by all but the one whose turn it is
+        self.turns = [threading.Lock() for _ in partitions]
+        for turn in self.turns:
+            turn.acquire()
         threads = [threading.Thread(target=self._partition, args=(i, *p)) for i, p in enumerate(partitions)]
         for thread in threads:
             thread.start()
+        self._pass_on()
         for thread in threads:
             thread.join()
         if self.failure is not None:
@@ -166,45 +177,47 @@ class Scheduler:
     def _partition(self, number: int, function: Any, args: tuple) -> None:
         self.local.number, self.local.products, self.local.stores = number, deque(), deque()
         try:
-            with self.turn:
-                self._await_turn()
+            self._await_turn()
             # the grad mode is a thread's own
             with torch.no_grad():
                 function(*args)
             assert not self.local.stores, "shared memory is left before it is stored"
         except BaseException as error:
-            self.failure = self.failure or error
-        with self.turn:
-            self.alive.discard(number)
-            self._pass_on()
+            self._fail(error)
+        self.alive.discard(number)
+        self._pass_on()
+
+    def _fail(self, error: BaseException) -> None:
+        # whoever fails first has the turn: the others are let go on, to end
+        if self.failure is None:
+            self.failure = error
+            for turn in self.turns:
+                if turn.locked():
+                    turn.release()
 
     def _await_turn(self) -> None:
-        while self.running != self.local.number and self.failure is None:
-            self.turn.wait()
+        self.turns[self.local.number].acquire()
         if self.failure is not None:
             raise RuntimeError("another partition failed")
 
     def _pass_on(self) -> None:
         ready = [i for i in sorted(self.alive) if i not in self.blocked or self.blocked[i]()]
-        if ready:
-            self.running = self.draw.choice(ready)
-        elif self.alive and self.failure is None:
-            self.failure = AssertionError(f"partitions {sorted(self.alive)} wait for each other")
-        self.turn.notify_all()
+        if self.failure is None and ready:
+            self.turns[self.draw.choice(ready)].release()
+        elif self.failure is None and self.alive:
+            self._fail(AssertionError(f"partitions {sorted(self.alive)} wait for each other"))
 
     def may_switch(self) -> None:
         if self.draw.random() < 0.3:
-            with self.turn:
-                self._pass_on()
-                self._await_turn()
+            self._pass_on()
+            self._await_turn()
 
     def wait(self, ready: Any) -> None:
-        with self.turn:
-            while not ready():
-                self.blocked[self.local.number] = ready
-                self._pass_on()
-                self._await_turn()
-            self.blocked.pop(self.local.number, None)
+        while not ready():
+            self.blocked[self.local.number] = ready
+            self._pass_on()
+            self._await_turn()
+        self.blocked.pop(self.local.number, None)
         self.may_switch()
 
 
