@@ -6,8 +6,6 @@
 
 VENV   := .venv
 STAMPS := .stamps
-# bytecode comes with the first import; all of torch's and transformers' would take a quarter of the installation
-PIP    := pip install -q --no-compile
 
 ifeq ($(origin PYTHON),undefined)
 PY    := $(VENV)/bin/python
@@ -32,16 +30,16 @@ $(STAMPS)/venv: constraints.txt pyproject.toml
 	@echo "== making $(VENV) and installing the pinned packages (torch is large: this takes minutes the first time)"
 	@mkdir -p $(STAMPS)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(VENV)/bin/python -m $(PIP) -c constraints.txt setuptools wheel ninja packaging torch numpy
+	$(VENV)/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja packaging torch numpy
 	@# a CUDA build of torch brings its own triton; the CPU build brings none
-	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m $(PIP) triton==3.6.0
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install -q triton==3.6.0
 	@touch $@
 
 $(STAMPS)/active: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@$(PY) -c "import torch; print('== using', '$(PY)', 'with torch', torch.__version__)" || \
 	  { echo "PYTHON=$(PY) has no torch: install torch there, or run make without PYTHON to have a .venv made"; exit 1; }
-	$(PY) -m $(PIP) 'setuptools>=77' wheel ninja packaging
+	$(PY) -m pip install -q 'setuptools>=77' wheel ninja packaging
 	@touch $@
 
 # two halves that wait for different things: `make -j2 setup` does them at once
@@ -51,7 +49,7 @@ COMPILED  := $(STAMPS)/compiled-$(notdir $(DEPS))
 $(INSTALLED): $(DEPS) setup.py pyproject.toml
 	@echo "== installing treegrpo in place, with what tests and demo need"
 	@# pip would build in a folder of its own, and `make cuda` all over again
-	TREEGRPO_BUILD=none $(PY) -m $(PIP) --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
+	TREEGRPO_BUILD=none $(PY) -m pip install -q --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
 	@touch $@
 
 $(COMPILED): $(DEPS) $(SOURCES)
@@ -71,7 +69,7 @@ test: $(BUILT)
 test-trl: $(BUILT)
 	@echo "== TRL's GRPOTrainer against TreeGRPOTrainer"
 	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
-	.venv-trl/bin/python -m $(PIP) -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
+	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
 	TREEGRPO_DOCS=trl .venv-trl/bin/python -m pytest tests/test_docs.py::test_block
 
@@ -80,7 +78,7 @@ test-verl: $(BUILT)
 	@echo "== verl's FSDP engine against TreeFSDPEngine"
 	test -x .venv-verl/bin/python || python3 -m venv .venv-verl
 	grep -v '^transformers' constraints.txt > $(STAMPS)/verl-constraints.txt
-	.venv-verl/bin/python -m $(PIP) -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi cachetools \
+	.venv-verl/bin/python -m pip install -q -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi cachetools \
 	  pytest hypothesis
 	.venv-verl/bin/python -m pytest tests/test_verl.py tests/test_verl_trainer.py tests/test_verl_run.py
 	TREEGRPO_DOCS=verl .venv-verl/bin/python -m pytest tests/test_docs.py::test_block
