@@ -18,7 +18,7 @@ endif
 BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup test test-trl test-verl test-tritons demo bench bench-smoke lint format aot ctest cuda docs doctor clean
+.PHONY: help setup programs test test-trl test-verl test-tritons demo bench bench-smoke lint format aot ctest cuda docs doctor clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
@@ -119,10 +119,13 @@ test-tritons: $(BUILT)
 	  PYTHONPATH=$$folder $(PY) -m pytest -q tests/test_prepared.py tests/test_hopper.py tests/test_hopper_emulated.py tests/test_triton.py || exit 1; \
 	done
 
-ctest: $(BUILT)
-	@echo "== csrc without torch: CMake and ctest"
+programs:
+	@echo "== csrc without torch, by CMake"
 	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/cmake --parallel
+
+ctest: $(BUILT) programs
+	@echo "== csrc without torch: ctest"
 	ctest --test-dir build/cmake --output-on-failure
 	$(PY) -m pytest tests/test_imitated.py -q
 
