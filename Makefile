@@ -30,16 +30,16 @@ $(STAMPS)/venv: constraints.txt pyproject.toml
 	@echo "== making $(VENV) and installing the pinned packages (torch is large: this takes minutes the first time)"
 	@mkdir -p $(STAMPS)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt setuptools wheel ninja packaging torch numpy
+	$(VENV)/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt setuptools wheel ninja packaging torch numpy
 	@# a CUDA build of torch brings its own triton; the CPU build brings none
-	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install -q triton==3.6.0
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/python -m pip install -q $(PIP_FLAGS) triton==3.6.0
 	@touch $@
 
 $(STAMPS)/active: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@$(PY) -c "import torch; print('== using', '$(PY)', 'with torch', torch.__version__)" || \
 	  { echo "PYTHON=$(PY) has no torch: install torch there, or run make without PYTHON to have a .venv made"; exit 1; }
-	$(PY) -m pip install -q 'setuptools>=77' wheel ninja packaging
+	$(PY) -m pip install -q $(PIP_FLAGS) 'setuptools>=77' wheel ninja packaging
 	@touch $@
 
 # two halves that wait for different things: `make -j2 setup` does them at once
@@ -49,7 +49,7 @@ COMPILED  := $(STAMPS)/compiled-$(notdir $(DEPS))
 $(INSTALLED): $(DEPS) setup.py pyproject.toml
 	@echo "== installing treegrpo in place, with what tests and demo need"
 	@# pip would build in a folder of its own, and `make cuda` all over again
-	TREEGRPO_BUILD=none $(PY) -m pip install -q --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
+	TREEGRPO_BUILD=none $(PY) -m pip install -q $(PIP_FLAGS) --no-build-isolation $(if $(findstring venv,$(DEPS)),-c constraints.txt,) -e '.[dev]'
 	@touch $@
 
 $(COMPILED): $(DEPS) $(SOURCES)
@@ -69,7 +69,7 @@ test: $(BUILT)
 test-trl: $(BUILT)
 	@echo "== TRL's GRPOTrainer against TreeGRPOTrainer"
 	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
-	.venv-trl/bin/python -m pip install -q -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
+	.venv-trl/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
 	TREEGRPO_DOCS=trl .venv-trl/bin/python -m pytest tests/test_docs.py::test_block
 
@@ -78,7 +78,7 @@ test-verl: $(BUILT)
 	@echo "== verl's FSDP engine against TreeFSDPEngine"
 	test -x .venv-verl/bin/python || python3 -m venv .venv-verl
 	grep -v '^transformers' constraints.txt > $(STAMPS)/verl-constraints.txt
-	.venv-verl/bin/python -m pip install -q -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi cachetools \
+	.venv-verl/bin/python -m pip install -q $(PIP_FLAGS) -c $(STAMPS)/verl-constraints.txt torch numpy 'verl==0.9.1' TransferQueue uvicorn fastapi cachetools \
 	  pytest hypothesis
 	.venv-verl/bin/python -m pytest tests/test_verl.py tests/test_verl_trainer.py tests/test_verl_run.py
 	TREEGRPO_DOCS=verl .venv-verl/bin/python -m pytest tests/test_docs.py::test_block
@@ -113,7 +113,7 @@ TRITONS := 3.7.1 3.8.0 3.9.0
 test-tritons: $(BUILT)
 	for release in $(TRITONS); do \
 	  echo "== Triton $$release"; folder=$(CURDIR)/.triton/$$release; \
-	  test -d $$folder || $(PY) -m pip install -q --no-deps --target $$folder triton==$$release || exit 1; \
+	  test -d $$folder || $(PY) -m pip install -q $(PIP_FLAGS) --no-deps --target $$folder triton==$$release || exit 1; \
 	  PYTHONPATH=$$folder TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot || exit 1; \
 	  PYTHONPATH=$$folder TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot --arch 90 --head-dim 256 --dtype bf16 || exit 1; \
 	  PYTHONPATH=$$folder $(PY) -m pytest -q tests/test_prepared.py tests/test_hopper.py tests/test_hopper_emulated.py tests/test_triton.py || exit 1; \
