@@ -1,7 +1,8 @@
 """Runs the Hopper kernels' own source on the CPU: Gluon's operations in torch, one thread a warp-specialised partition.
 
 What is emulated is what the kernels rely on: shared memory that starts as NaN, mbarriers with arrivals, expected bytes
-and phases, TMA boxes that read zeros outside, products and stores that read shared memory as late as their wait allows.
+and phases, TMA boxes that read zeros outside, products and stores that read shared memory as late as their wait allows,
+fences between stores and what reads by another path.
 Only one partition runs at a time; at every barrier and copy a seeded draw decides who goes on, so that a buffer
 released too early is overwritten before it is read, and partitions that wait for each other are found. Layouts,
 registers and what ptxas makes of it all are not emulated.
@@ -89,8 +90,21 @@ class Shared:
 
     def store(self, value: torch.Tensor) -> None:
         scheduler.may_switch()
-        assert value.dtype == self.dtype or self.dtype in (torch.int32, torch.float32), (value.dtype, self.dtype)
+        # what threads read back themselves needs no fence
+        of_threads = self.dtype in (torch.int32, torch.float32)
+        assert of_threads or value.dtype == self.dtype, (value.dtype, self.dtype)
         self.memory.copy_(value)
+        if not of_threads:
+            scheduler.unfenced.append((scheduler.local.number, self.span))
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.memory.data_ptr(), self.memory.data_ptr() + self.memory.nbytes
+
+    def check_fenced(self) -> None:
+        """Tensor cores and copies out read by another path than the one that stores take."""
+        start, stop = self.span
+        assert all(stop <= first or last <= start for _, (first, last) in scheduler.unfenced), "a store is not fenced"
 
 
 class Barrier:
@@ -157,10 +171,12 @@ class Scheduler:
         self.local = threading.local()
         self.turns: list[threading.Lock] = []
         self.blocked: dict[int, Any] = {}
+        self.unfenced: list[tuple[int, tuple[int, int]]] = []
         self.alive, self.failure = set(), None
 
     def run(self, partitions: list[tuple[Any, tuple]]) -> None:
         self.alive, self.blocked, self.failure = set(range(len(partitions))), {}, None
+        self.unfenced = []
         # held by all but the one whose turn it is
         self.turns = [threading.Lock() for _ in partitions]
         for turn in self.turns:
@@ -262,7 +278,12 @@ def load_box(source: Descriptor, corner: list[Any], bar: Barrier, into: Shared) 
     bar.settle()
 
 
+def fence_async_shared() -> None:
+    scheduler.unfenced = [x for x in scheduler.unfenced if x[0] != scheduler.local.number]
+
+
 def store_box(target: Descriptor, corner: list[Any], source: Shared) -> None:
+    source.check_fenced()
     scheduler.local.stores.append((*target.part(corner), source))
 
 
@@ -276,6 +297,9 @@ class tma:
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
+    for operand in (a, b):
+        if isinstance(operand, Shared):
+            operand.check_fenced()
     product = Product(a, b, acc, use_acc)
     scheduler.local.products.append(product)
     return product
@@ -341,7 +365,7 @@ REPLACED = dict(
     tma=tma,
     warpgroup_mma=warpgroup_mma,
     warpgroup_mma_wait=warpgroup_mma_wait,
-    fence_async_shared=lambda: None,
+    fence_async_shared=fence_async_shared,
 )
 
 

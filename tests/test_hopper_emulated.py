@@ -205,7 +205,7 @@ def test_other_rings_and_orders(seed, emulated):
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
-FAULTS = ("the producer waits for nobody", "consumers wait for nothing", "no buffer is released")
+FAULTS = ("the producer waits for nobody", "consumers wait for nothing", "no buffer is released", "nothing is fenced")
 # the modules that speak a kernel's protocol, and a head dim that takes them
 PROTOCOLS = {
     "fwd": ([hopper_forward], 64),
@@ -219,14 +219,14 @@ PROTOCOLS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_faults_are_found(fault, protocol, emulated, monkeypatch):
-    """The emulator is worth nothing if it forgives: three faults in each kernel's protocol, each found."""
+    """The emulator is worth nothing if it forgives: faults in each kernel's protocol, each found."""
     modules, d = PROTOCOLS[protocol]
 
     class Faulty(gluon_emulator.mbarrier):
         @staticmethod
         def wait(bar, parity):
             is_producer = gluon_emulator.scheduler.local.number == 2
-            if fault == FAULTS[2] or is_producer != (fault == FAULTS[0]):
+            if fault in FAULTS[2:] or is_producer != (fault == FAULTS[0]):
                 gluon_emulator.mbarrier.wait(bar, parity)
 
         @staticmethod
@@ -236,6 +236,8 @@ def test_faults_are_found(fault, protocol, emulated, monkeypatch):
 
     for module in modules:
         monkeypatch.setattr(module, "mbarrier", Faulty)
+        if fault == FAULTS[3] and hasattr(module, "fence_async_shared"):
+            monkeypatch.setattr(module, "fence_async_shared", lambda: None)
     subtree_end = FORESTS["chain"]
     args = inputs(len(subtree_end), hq=2, hkv=1, d=d, dv=d, dtype=torch.bfloat16)[:4]
 
