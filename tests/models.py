@@ -116,10 +116,12 @@ WRONG: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "expand": 2},
     # selects keys, of more than the check's paths have, whatever its layers are called
-    "deepseek_v32": {**DEEPSEEK, "layer_types": ["full_attention"] * 2, "index_n_heads": 2, "index_head_dim": 8},
+    "deepseek_v32": {**DEEPSEEK, "index_n_heads": 2, "index_head_dim": 8},
     "llama4_text": {**EXPERTS, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48},
 }
 
+if Version(transformers.__version__) >= Version("5.18"):
+    WRONG["deepseek_v32"]["layer_types"] = ["full_attention"] * 2
 # its attention became replaceable in 5.24
 (EXACT if Version(transformers.__version__) >= Version("5.24") else WRONG)["gptj"] = {**GPT2, "rotary_dim": 4}
 

@@ -83,12 +83,14 @@ def _attend(
         out = torch.einsum("hgbn,hnd->hgbd", torch.exp(scores - lse[..., None]), v_b)
         return out.flatten(0, 1), lse.flatten(0, 1)
 
+    # forward mode asks for no gradient, and not every torch has one of a checkpoint
+    recomputed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks))
     block = max(1, _BLOCK_SCORES // max(1, num_heads * num_tokens))
     outs, lses = [], []
     for start in range(0, num_tokens, block):
         stop = min(start + block, num_tokens)
         args = (q_h[:, start:stop], k_h[:, :stop], v_h[:, :stop], sink_h, start)
-        out, lse = checkpoint(rows, *args, use_reentrant=False) if torch.is_grad_enabled() else rows(*args)
+        out, lse = checkpoint(rows, *args, use_reentrant=False) if recomputed else rows(*args)
         outs.append(out)
         lses.append(lse)
     if not outs:
