@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU nothing is interpreted")
+pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="nothing is interpreted here")
 
 
 @triton.jit
