@@ -323,6 +323,58 @@ def test_batches_opened_too_early_lose_no_tree():
     assert len(batches) == 2 and sorted(i for batch in batches for i in batch.tree_indices) == [0, 1, 2, 3, 4]
 
 
+def best_fit_by_definition(sizes, stems, order, budget, max_batches, num_early):
+    """`_best_fit` with a look at every batch for every tree."""
+    batches, used, held = [], [], []
+    for tree in order:
+        fits = []
+        for batch, nodes in enumerate(held):
+            shared = max((depth for node, depth in stems[tree] if node in nodes), default=0)
+            if used[batch] + sizes[tree] - shared <= budget:
+                fits.append((shared, used[batch], -batch))
+        shared, _, batch = max(fits, default=(0, 0, 0))
+        if not fits or (not shared and len(batches) < num_early):
+            if len(batches) == max_batches:
+                return 0, []
+            shared, batch = 0, -len(batches)
+            batches, used, held = [*batches, []], [*used, 0], [*held, set()]
+        batches[-batch].append(tree)
+        used[-batch] += sizes[tree] - shared
+        held[-batch].update(node for node, _ in stems[tree])
+    return sum(used), batches
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_trees_go_where_a_look_at_every_batch_would_put_them(seed, monkeypatch):
+    """Beginnings that share beginnings, and sizes so few that batches are equally full."""
+    rng = np.random.default_rng(seed)
+    ids = [[p, p, p, 10 + q, 10 + q, *[100 + i] * n] for i, (p, q, n) in enumerate(rng.integers(1, 6, (80, 3)))]
+    forest = build_forest([Trajectory(row, [0] * len(row), group=str(i)) for i, row in enumerate(ids)])
+    packed = [[b.tree_indices for b in pack(forest, token_budget=budget)] for budget in range(10, 40, 3)]
+    monkeypatch.setattr(packing, "_best_fit", best_fit_by_definition)
+    assert packed == [[b.tree_indices for b in pack(forest, token_budget=budget)] for budget in range(10, 40, 3)]
+
+
+class CountedList(list):
+    reads = 0
+
+    def __getitem__(self, index):
+        CountedList.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3, 1000])
+def test_filling_looks_at_few_batches_for_each_tree(num_prompts, monkeypatch):
+    num = 3000
+    lists = lambda fill: vars(fill).update(used=CountedList(), _order=CountedList())  # noqa: E731
+    monkeypatch.setattr(packing._Fill, "__init__", lists)
+    sizes = np.random.default_rng(0).integers(30, 80, num).tolist()
+    stems = [[(tree % num_prompts, 20)] for tree in range(num)]
+    CountedList.reads = 0
+    _, batches = packing._best_fit(sizes, stems, list(range(num)), 100, num, 0)
+    assert len(batches) > num // 3 and CountedList.reads < 100 * num
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_cut_tree_keeps_every_leaf_once_within_the_budget(name):
     [tree] = forest_of(name)

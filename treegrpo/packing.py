@@ -5,7 +5,8 @@ T unique tokens in the packed row, L leaf-stream length (sum of leaf lengths), B
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -342,9 +343,9 @@ def _multiplicity(tries: list[Trie], mask: np.ndarray) -> np.ndarray:
 
 def _assign(trees: list[RolloutTree], budget: int, share: bool) -> list[list[int]]:
     """Tree indices of each batch: best-fit decreasing, then the smallest budget that needs no more batches."""
-    sizes = np.array([tree.num_tokens for tree in trees])
+    sizes = [tree.num_tokens for tree in trees]
     stems = _shared_stems(trees) if share else [[] for _ in trees]
-    order = np.lexsort((np.arange(len(trees)), -sizes)).tolist()
+    order = sorted(range(len(trees)), key=lambda tree: -sizes[tree])
     tokens, best = _best_fit(sizes, stems, order, budget, len(trees), 0)
     num_batches = num_early = len(best)
     if num_batches in (1, len(trees)) or len(trees) > REFINE_MAX_TREES:
@@ -355,7 +356,7 @@ def _assign(trees: list[RolloutTree], budget: int, share: bool) -> list[list[int
         tokens, best = early_tokens, early
     else:
         num_early = 0
-    low, high = int(sizes.max()), budget
+    low, high = max(sizes), budget
     for _ in range(BALANCE_TRIALS):
         middle = (low + high) // 2
         if middle >= high:
@@ -369,7 +370,7 @@ def _assign(trees: list[RolloutTree], budget: int, share: bool) -> list[list[int
 
 
 def _best_fit(
-    sizes: np.ndarray,
+    sizes: list[int],
     stems: list[list[tuple[int, int]]],
     order: list[int],
     budget: int,
@@ -384,32 +385,58 @@ def _best_fit(
     is its size less the longest of them already there: never less than the true number of new tokens.
     """
     batches: list[list[int]] = []
-    used = np.zeros(max_batches, np.int64)
-    holders: dict[int, list[int]] = {}
+    fill = _Fill()
+    holders: dict[int, set[int]] = {}
     for tree in order:
-        num = len(batches)
-        shared = np.zeros(num, np.int64)
-        for node, depth in stems[tree]:
-            shared[holders.get(node, [])] = depth
-        after = used[:num] + sizes[tree] - shared
-        fits = np.flatnonzero(after <= budget)
-        most = shared[fits].max(initial=0)
-        if fits.size and (most > 0 or num >= num_early):
-            fits = fits[shared[fits] == most]
-            batch = int(fits[after[fits].argmax()])
-            used[batch] = after[batch]
-        elif num < max_batches:
-            batch = num
-            used[batch] = sizes[tree]
+        room = budget - sizes[tree]
+        batch, added = None, sizes[tree]
+        # a batch that holds a deeper beginning and has no room for the rest has none with a shallower one
+        for node, depth in reversed(stems[tree]):
+            batch = fill.fullest(room + depth, holders.get(node, ()))
+            if batch is not None:
+                added -= depth
+                break
+        if batch is None and len(batches) >= num_early:
+            batch = fill.fullest(room)
+        if batch is None:
+            if len(batches) == max_batches:
+                return 0, []
+            batch = len(batches)
             batches.append([])
-        else:
-            return 0, []
+        fill.add(batch, added)
         batches[batch].append(tree)
         for node, _ in stems[tree]:
-            held = holders.setdefault(node, [])
-            if batch not in held:
-                held.append(batch)
-    return int(used.sum()), batches
+            holders.setdefault(node, set()).add(batch)
+    return sum(fill.used), batches
+
+
+class _Fill:
+    """How full batches are, and the fullest that has room without a look at each."""
+
+    def __init__(self) -> None:
+        self.used: list[int] = []
+        self._order: list[tuple[int, int]] = []
+        """(used, -batch), ascending."""
+
+    def add(self, batch: int, tokens: int) -> None:
+        """To a batch, or to a new one behind the last."""
+        if batch == len(self.used):
+            self.used.append(0)
+        else:
+            del self._order[bisect_left(self._order, (self.used[batch], -batch))]
+        self.used[batch] += tokens
+        insort(self._order, (self.used[batch], -batch))
+
+    def fullest(self, most: int, among: Collection[int] | None = None) -> int | None:
+        """The fullest batch (of `among`) that holds at most `most` tokens, the first of equally full ones."""
+        if among is not None and len(among) ** 2 <= len(self._order):
+            fits = (batch for batch in among if self.used[batch] <= most)
+            return max(fits, key=lambda batch: (self.used[batch], -batch), default=None)
+        for at in range(bisect_right(self._order, (most, 0)) - 1, -1, -1):
+            batch = -self._order[at][1]
+            if among is None or batch in among:
+                return batch
+        return None
 
 
 def _shared_stems(trees: list[RolloutTree]) -> list[list[tuple[int, int]]]:
