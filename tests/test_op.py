@@ -257,10 +257,12 @@ def test_arguments_are_checked_again_when_they_change():
 def test_no_tokens(backend):
     plan = tk.TreePlan.build(torch.zeros(0, dtype=torch.int32))
     q, k, v = tensors(0, dv=5, dtype=torch.float32, grad=True)
-    out, lse = tk.tree_attention(q, k, v, plan, backend=backend, return_lse=True)
-    assert (out.shape, lse.shape) == ((0, 4, 5), (0, 4))
+    sinks = torch.tensor([0.5, float("inf"), float("-inf"), 2.0], dtype=torch.float64, requires_grad=True)
+    out, lse = tk.tree_attention(q, k, v, plan, sinks=sinks, backend=backend, return_lse=True)
+    assert (out.shape, out.dtype, lse.shape) == ((0, 4, 5), torch.float32, (0, 4))
     out.sum().backward()
     assert q.grad.shape == q.shape
+    assert sinks.grad.tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("backend", HERE)

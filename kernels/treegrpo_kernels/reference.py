@@ -94,7 +94,7 @@ def _attend(
         outs.append(out)
         lses.append(lse)
     if not outs:
-        return no_tokens(q, k, v, return_lse)
+        return no_tokens(q, k, v, return_lse, sinks)
     out = torch.cat(outs, dim=1).transpose(0, 1).contiguous().to(q.dtype)
     if not return_lse:
         return out
@@ -120,10 +120,13 @@ def dense_mask(subtree_end: Tensor, window: int | None = None) -> Tensor:
     return visible
 
 
-def no_tokens(q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def no_tokens(
+    q: Tensor, k: Tensor, v: Tensor, return_lse: bool, sinks: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """What :func:`tree_attention` returns for inputs with T = 0."""
-    # summing the inputs keeps the graph, so that backward gives empty gradients and no error
-    out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+    # summing the inputs keeps the graph, so that backward gives empty gradients, zeros for the sinks, and no error
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    out = q.new_zeros(0, q.shape[1], v.shape[2]) + 0 * sum(x.sum() for x in inputs)
     return (out, q.new_zeros(0, q.shape[1], dtype=compute_dtype(q.dtype))) if return_lse else out
 
 
