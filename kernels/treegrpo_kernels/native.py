@@ -45,9 +45,13 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Use another instruction set this machine has ("" for the best); for tests. RuntimeError if it has not."""
+    """Use another instruction set this machine has ("" for the best); for tests. ValueError if it has not."""
     load()
-    torch.ops.treegrpo_native.set_isa(name)
+    try:
+        torch.ops.treegrpo_native.set_isa(name)
+    except RuntimeError as error:
+        # which of the two a C++ exception becomes is up to torch
+        raise ValueError(str(error)) from error
 
 
 @cache
