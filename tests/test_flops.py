@@ -8,7 +8,8 @@ import torch
 from models import COMMON, EXACT, EXPERTS, WRONG, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from treegrpo import Trajectory, build_forest, build_tree, flops
+from treegrpo import Trajectory, build_forest, build_tree, flops, packing
+from treegrpo.step import Row, StepData, count_flops
 
 QWEN_05B = {
     "model_type": "qwen2",
@@ -239,6 +240,18 @@ def test_sharing_across_groups_is_said():
     assert shared.chain == apart.chain and shared.tree.head_rows == apart.tree.head_rows
     assert "each group on its own" in apart.table() and "shared across groups" in shared.table()
     assert shared.to_dict()["share_across_groups"] is True
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_packed_row_is_counted_as_it_is_and_not_packed_again(share, monkeypatch):
+    trees = two_groups_with_one_system_prompt()
+    config = QWEN_05B | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 4}
+    expected = flops.report(config, trees, share_across_groups=share)
+    [batch] = packing.pack(trees, share_across_groups=share)
+    monkeypatch.setattr(packing, "token_trie", None)
+    data = StepData(trees, [Row(batch, torch.zeros(batch.num_chain_tokens))])
+    count_flops(data, config)
+    assert data.rows[0].cost == expected and len({0, *flops.model_shape(config).windows}) == 2
 
 
 def test_table_and_json_carry_the_numbers_and_the_definition():

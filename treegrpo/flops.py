@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from treegrpo.packing import TreeBatch
     from treegrpo.tree import RolloutTree
 
 DEFINITION = """\
@@ -277,23 +278,37 @@ def report(config: Any, trees: Sequence[RolloutTree], *, share_across_groups: bo
     if not trees:
         raise ValueError("trees is empty: there is nothing to count")
     shape = model_shape(config)
-    windows = {0, *shape.windows}
-    lengths = np.array([len(trajectory.token_ids) for tree in trees for trajectory in tree.trajectories])
-    chain_rows = sum(int(np.count_nonzero(t.loss_mask)) for tree in trees for t in tree.trajectories)
     if share_across_groups:
         from treegrpo.packing import pack
 
         (batch,) = pack(trees, share_across_groups=True)
-        positions, tree_rows = [batch.position_ids.numpy()], int(batch.trained.sum())
-    else:
-        positions, tree_rows = [tree.trie.position for tree in trees], sum(map(_unique_trained, trees))
+        return _compare(shape, trees, [batch.position_ids.numpy()], int(batch.trained.sum()), True)
+    return _compare(shape, trees, [tree.trie.position for tree in trees], sum(map(_unique_trained, trees)), False)
+
+
+def report_batch(config: Any, batch: TreeBatch) -> ChainVsTree:
+    """What `report` says of a packed row as it is: what its groups begin with counts once where it stands there once.
+
+    Raises ValueError for a config that cannot be read, or whose family is not known.
+    """
+    shared = batch.num_tokens < sum(tree.num_tokens for tree in batch.trees)
+    positions, tree_rows = batch.position_ids.cpu().numpy(), int(batch.trained.sum())
+    return _compare(model_shape(config), batch.trees, [positions], tree_rows, shared)
+
+
+def _compare(
+    shape: ModelShape, trees: Sequence[RolloutTree], positions: Sequence[np.ndarray], tree_rows: int, shared: bool
+) -> ChainVsTree:
+    windows = {0, *shape.windows}
+    lengths = np.array([len(trajectory.token_ids) for tree in trees for trajectory in tree.trajectories])
+    chain_rows = sum(int(np.count_nonzero(t.loss_mask)) for tree in trees for t in tree.trajectories)
     chain_pairs = {window: _chain_pairs(lengths, window) for window in windows}
     tree_pairs = {window: _tree_pairs(positions, window) for window in windows}
     return ChainVsTree(
         model=shape.name,
         num_trees=len(trees),
         num_leaves=len(lengths),
-        share_across_groups=share_across_groups,
+        share_across_groups=shared,
         chain=_cost(shape, int(lengths.sum()), chain_rows, chain_pairs),
         tree=_cost(shape, sum(position.size for position in positions), tree_rows, tree_pairs),
     )

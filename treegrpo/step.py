@@ -219,14 +219,13 @@ def freeze_logprobs(
                 row.ref_logp = policy_logprobs(frozen, row.batch, config)[0]
 
 
-def count_flops(data: StepData, model_config: object, config: TrainConfig) -> None:
+def count_flops(data: StepData, model_config: object) -> None:
     """Fills `cost` of every row."""
     for row in data.rows:
         if row.is_blank:
             continue
-        share = config.share_across_groups and len(row.batch.trees) > 1
         try:
-            row.cost = flops.report(model_config, row.batch.trees, share_across_groups=share)
+            row.cost = flops.report_batch(model_config, row.batch)
         except ValueError:
             # The metric is left out for families without formulas; training does not depend on it.
             return

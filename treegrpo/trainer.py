@@ -204,7 +204,7 @@ class Trainer:
         if accelerator.num_processes > 1:
             counts = accelerator.gather(torch.tensor([len(self.data.rows)], device=self.device))
             step.fill_up(self.data, int(counts.max()), self.device)
-        step.count_flops(self.data, self.policy.config, self.config)
+        step.count_flops(self.data, self.policy.config)
         step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
 
     def _read(self, number: int, progress: RunProgress) -> list[list[RolloutTree]]:
