@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from treegrpo import build_forest, toy
-from treegrpo.inspect import visible_fraction
+from treegrpo import Trajectory, build_forest, toy
+from treegrpo.inspect import _draw_row, _draw_tree, visible_fraction
 from treegrpo.metrics import MetricsFile, StepMetrics, read_metrics
 from treegrpo.report import final_table, number, write_report
 
@@ -111,6 +111,22 @@ def test_picture_of_the_mask_never_exceeds_its_canvas():
     ends = np.array([6, 6, 5, 4, 5, 6])
     expected = [[k <= q < ends[k] for k in range(6)] for q in range(6)]
     assert visible_fraction(ends).tolist() == np.array(expected, dtype=float).tolist()
+
+
+@pytest.mark.parametrize("num_leaves", [1, 3, 200])
+def test_a_picture_has_one_collection_however_many_segments(num_leaves):
+    from matplotlib.figure import Figure
+
+    [tree] = build_forest([Trajectory([1, 2, 3 + leaf], [0, 0, 1]) for leaf in range(num_leaves)])
+    num_segments = len(tree.segments())
+    of_tree, of_row = Figure().subplots(2)
+    _draw_tree(of_tree, tree)
+    _draw_row(of_row, tree)
+    lines = [len(collection.get_segments()) for collection in of_tree.collections]
+    assert lines == ([num_segments, num_segments - 1] if num_leaves > 1 else [1])
+    assert [len(collection.get_paths()) for collection in of_row.collections] == [num_segments]
+    assert not of_tree.lines and not of_row.patches
+    assert of_tree.dataLim.bounds[::2] == (0, 3)
 
 
 def test_step_metrics_are_read_once(monkeypatch):

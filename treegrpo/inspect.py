@@ -123,24 +123,20 @@ def _draw_tree(axes, tree: RolloutTree) -> None:
         if segments[index].parent >= 0:
             children[segments[index].parent].append(lanes[index])
     below = _leaves_below(segments)
-    for index, segment in enumerate(segments):
-        begin = int(tree.trie.position[segment.start])
-        end = begin + segment.end - segment.start
-        axes.plot(
-            [begin, end],
-            [lanes[index]] * 2,
-            color="tab:blue",
-            linewidth=1.5 + 1.5 * np.log2(below[index] + 1),
-            solid_capstyle="butt",
-        )
-        if segment.parent >= 0:
-            axes.plot([begin, begin], [lanes[segment.parent], lanes[index]], color="0.6", linewidth=1)
+    begins = [int(tree.trie.position[segment.start]) for segment in segments]
+    ends = [begin + segment.end - segment.start for begin, segment in zip(begins, segments, strict=True)]
+    # one artist for all: each costs a millisecond
+    axes.hlines(lanes, begins, ends, color="tab:blue", linewidth=1.5 + 1.5 * np.log2(np.array(below) + 1))
+    forks = [(begins[i], lanes[segment.parent], lanes[i]) for i, segment in enumerate(segments) if segment.parent >= 0]
+    if forks:
+        axes.vlines(*zip(*forks, strict=True), color="0.6", linewidth=1)
+    for end, lane, segment in zip(ends, lanes, segments, strict=True):
         if segment.leaves and not segment.children and num_lanes <= 64:
             rewards = ", ".join(
                 "?" if tree.trajectories[i].reward is None else f"{tree.trajectories[i].reward:g}"
                 for i in segment.leaves
             )
-            axes.annotate(f" {rewards}", (end, lanes[index]), va="center", fontsize=8)
+            axes.annotate(f" {rewards}", (end, lane), va="center", fontsize=8)
     axes.set(
         xlabel="depth in tokens",
         title=f"{tree.num_leaves} leaves, rewards at their ends",
@@ -154,8 +150,8 @@ def _draw_row(axes, tree: RolloutTree) -> None:
     """The packed row, shaded by how many leaves share each segment."""
     segments = tree.segments()
     below = np.array(_leaves_below(segments), dtype=float)
-    shades = below / below.max()
-    for segment, shade in zip(segments, shades, strict=True):
-        axes.axvspan(segment.start, segment.end, color=(0.1, 0.3, 0.6, 0.15 + 0.85 * shade), linewidth=0)
-    axes.set(yticks=[], xticks=[], xlim=(0, tree.num_tokens))
+    shades = [(0.1, 0.3, 0.6, 0.15 + 0.85 * shade) for shade in below / below.max()]
+    spans = [(segment.start, segment.end - segment.start) for segment in segments]
+    axes.broken_barh(spans, (0, 1), color=shades, linewidth=0)
+    axes.set(yticks=[], xticks=[], xlim=(0, tree.num_tokens), ylim=(0, 1))
     axes.set_title("the packed row, darker where more leaves share; below, who sees whom", fontsize=10)
