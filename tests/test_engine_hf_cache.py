@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tiny import VOCAB
 from tiny_engine import FAMILIES, alone, forward_logprobs, greedy, make_model, together
 
-from treegrpo.rollout.engine import SamplingParams
+from treegrpo.rollout.engine import SamplingParams, checked_prompt
 from treegrpo.rollout.kv import KVBatch, KVShape, PrefixTree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,6 +142,39 @@ def common(a, b):
         if x != y:
             return
         yield x
+
+
+def bytecodes(work) -> int:
+    """How many Python instructions `work` executes: what a loop over tokens costs, whatever the machine."""
+    count = 0
+
+    def trace(frame, event, arg):
+        nonlocal count
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_a_long_context_is_read_without_python_per_token():
+    def read(num_tokens):
+        ids, keys = list(range(num_tokens)), torch.zeros(1, 1, num_tokens, 1)
+        fork = [*ids[:-3], 0]
+        tree = PrefixTree()
+        tree.insert(ids, keys, keys)
+        assert checked_prompt(ids, num_tokens + 5, num_tokens) == (ids, 5)
+        assert tree.match(ids[:-1])[0] == num_tokens - 1 and tree.match(fork)[0] == num_tokens - 3
+        tree.insert(fork, keys[:, :, 2:], keys[:, :, 2:])
+        assert tree.num_tokens == num_tokens + 1
+
+    assert bytecodes(lambda: read(16_000)) < 1.5 * bytecodes(lambda: read(1000))
 
 
 def test_batch_rows_keep_their_values_through_joins_drops_and_moves():

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -67,18 +69,24 @@ class EngineError(RuntimeError):
     """The engine cannot answer: unreachable, too slow, or what it sent is not an answer. Says which and the cure."""
 
 
-def checked_prompt(prompt_ids: Sequence[int], max_context_length: int) -> tuple[list[int], int]:
-    """The prompt as a list, and how many tokens may follow it. ValueError as `RolloutEngine.generate` says."""
-    ids = [int(token) for token in prompt_ids]
-    if not ids:
+def checked_prompt(
+    prompt_ids: Sequence[int], max_context_length: int, vocab_size: int | None = None
+) -> tuple[list[int], int]:
+    """The prompt as a list, and how many tokens may follow it. ValueError as `RolloutEngine.generate` says, and for an
+    id outside the vocabulary."""
+    # whole contexts come here at every turn, so no Python per token
+    ids = np.fromiter(prompt_ids, np.int64)
+    if not ids.size:
         raise ValueError("prompt_ids is empty: give at least one token, such as the beginning of sequence")
-    room = max_context_length - len(ids)
+    room = max_context_length - ids.size
     if room < 1:
         raise ValueError(
-            f"prompt_ids has {len(ids)} tokens, which leaves no room below max_context_length={max_context_length}:"
+            f"prompt_ids has {ids.size} tokens, which leaves no room below max_context_length={max_context_length}:"
             " shorten the prompt, or give the model a longer context"
         )
-    return ids, room
+    if vocab_size is not None and (bad := np.flatnonzero((ids < 0) | (ids >= vocab_size))).size:
+        raise ValueError(f"prompt_ids[{bad[0]}] is {ids[bad[0]]}, but the model has ids 0 to {vocab_size - 1}")
+    return ids.tolist(), room
 
 
 class RolloutEngine(Protocol):

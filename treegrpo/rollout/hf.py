@@ -150,9 +150,10 @@ class HFEngine:
         """One completion; see `RolloutEngine.generate`. EngineError, with the cause, where a forward failed."""
         if self._is_closed:
             raise EngineError("the engine is closed: make a new one")
-        ids, room = checked_prompt(prompt_ids, self.max_context_length)
+        # one id outside would fail the forward of everybody
+        vocab_size = self._model.get_input_embeddings().weight.shape[0]
+        ids, room = checked_prompt(prompt_ids, self.max_context_length, vocab_size)
         limit = min(sampling.max_tokens, room)
-        self._check_ids(ids)
         future = asyncio.get_running_loop().create_future()
         tree = self._sessions.setdefault(session, kv.PrefixTree()) if session else None
         watched = self._stop_text.watched(sampling, self._end_ids)
@@ -165,13 +166,6 @@ class HFEngine:
             return await future
         finally:
             self._in_flight.discard(request)
-
-    def _check_ids(self, ids: list[int]) -> None:
-        # one id outside would fail the forward of everybody
-        vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        bad = next((i for i, token in enumerate(ids) if not 0 <= token < vocabulary), None)
-        if bad is not None:
-            raise ValueError(f"prompt_ids[{bad}] is {ids[bad]}, but the model has ids 0 to {vocabulary - 1}")
 
     async def release(self, session: str) -> None:
         """Forgets a session's prefixes; what is still being sampled for it goes on."""
