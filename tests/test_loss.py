@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from treegrpo.loss import LOSS_TYPES, grpo_loss, loss_normalizer
 
@@ -337,6 +338,27 @@ def test_accumulation_equals_one_big_batch(loss_type, level, shared_tokens):
     assert (
         grpo_loss(**parts[0], **keywords, **floats)[0].item() == grpo_loss(**parts[0], **keywords, **totals)[0].item()
     )
+
+
+class LargestFloat(TorchDispatchMode):
+    """Elements of the largest floating-point tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            self.size = max(self.size, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_trained_tokens_are_counted_without_a_stream_of_ones(loss_type):
+    mask = torch.arange(3000) % 3 > 0
+    with LargestFloat() as largest:
+        size = loss_normalizer(loss_type, mask, torch.tensor([0, 1000, 3000]), max_completion_length=16)
+    assert size.dtype == torch.float64 and size == {"grpo": 2, "dr_grpo": 32}.get(loss_type, 2000)
+    assert largest.size == 1
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

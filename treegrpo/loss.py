@@ -115,7 +115,8 @@ def loss_normalizer(
     _choice("loss_type", loss_type, LOSS_TYPES)
     _check_streams(mask.numel(), mask.device, {"mask": mask, "multiplicity": multiplicity})
     _check_offsets(leaf_offsets, mask.numel())
-    weights = _weights(mask != 0, shared_tokens, multiplicity, torch.float64)
+    # only shares of a token need a stream: whole ones are counted
+    weights = None if shared_tokens == "per_leaf" else _weights(mask != 0, shared_tokens, multiplicity, torch.float64)
     if loss_type == "dr_grpo" and (not max_completion_length or max_completion_length < 0):
         raise ValueError(
             f"max_completion_length is {max_completion_length!r}: 'dr_grpo' divides by it, give a positive number"
@@ -125,7 +126,7 @@ def loss_normalizer(
         size = num_leaves if loss_type == "grpo" else num_leaves * max_completion_length
         # filled on the device: a number copied there would be waited for
         return torch.full((), size, dtype=torch.float64, device=mask.device)
-    return (weights if shared_tokens == "once" else (mask != 0).double()).sum()
+    return weights.sum() if shared_tokens == "once" else torch.count_nonzero(mask).double()
 
 
 def grpo_loss(
