@@ -2,9 +2,10 @@
 
     python tests/completions_server.py      prints two ports: one speaks vLLM's dialect, the other SGLang's
 
-It is neither vLLM nor SGLang: it implements what their documents say of the endpoints used here, so the client's
-side of the protocol runs for real. On request it misbehaves: POST /misbehave {"kind": ..., "times": n, "first_id": i}
-spoils the next n completions (of prompts that begin with i, if given). GET /count tells the completions asked for.
+It is neither vLLM nor SGLang: it does what vLLM 0.30 and SGLang 0.5.23 were seen to do at the endpoints used here, so
+the client's side of the protocol runs for real. On request it misbehaves: POST /misbehave {"kind": ..., "times": n,
+"first_id": i} spoils the next n completions (of prompts that begin with i, if given). GET /count tells the completions
+asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import torch
 VOCAB = 48
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCAB - 5)), "</search>"]
 CONTEXT = 96
+SGLANG_CONTEXT = CONTEXT + 6
+"""What SGLang's side says, which takes prompts of 95 tokens at most."""
 
 
 def tiny_tokenizer() -> Any:
@@ -56,23 +59,25 @@ def complete(
     stop: list[str] | None = None,
     stop_token_ids: list[int] | None = None,
     seed: int = 0,
+    before_top_p: bool = False,
 ) -> tuple[list[int], list[float], str]:
-    """Ids, log-probs in the sampled distribution (float32; of temperature 1 where greedy) and the finish reason."""
+    """Ids, log-probs in the sampled distribution (float32; of temperature 1 where greedy; of all tokens if
+    `before_top_p`) and the finish reason."""
     generator = torch.Generator().manual_seed(seed)
     ids, logprobs = [], []
     while len(ids) < max_tokens:
         logits = model(torch.tensor([prompt + ids])).logits[0, -1].float()
-        values = torch.log_softmax(logits / (temperature or 1.0), -1)
+        values = whole = torch.log_softmax(logits / (temperature or 1.0), -1)
         if top_p < 1:
             order = values.argsort(descending=True)
             before = values[order].exp().cumsum(0) - values[order].exp()
-            values[order[before >= top_p]] = -torch.inf
+            values = values.index_fill(0, order[before >= top_p], -torch.inf)
             values = torch.log_softmax(values, -1)
         token = (
             int(values.argmax()) if temperature == 0 else int(torch.multinomial(values.exp(), 1, generator=generator))
         )
         ids.append(token)
-        logprobs.append(float(values[token]))
+        logprobs.append(float((whole if before_top_p else values)[token]))
         text = tokenizer.decode(ids)
         if token in (stop_token_ids or ()) or any(s in text for s in stop or ()):
             return ids, logprobs, "stop"
@@ -88,6 +93,7 @@ class State:
         self.lock = threading.Lock()
         self.cached: list[list[int]] = []
         self.calls: list[str] = []
+        self.name = "tiny"
         self.num_completions = 0
         self.misbehaviour: dict[str, Any] = {}
 
@@ -134,7 +140,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/count":
             self.answer({"completions": self.state.num_completions, "calls": self.state.calls})
         elif self.path == "/v1/models":
-            self.answer({"data": [{"id": "tiny", "max_model_len": CONTEXT}]})
+            length = CONTEXT if self.state.dialect == "openai" else SGLANG_CONTEXT
+            self.answer({"data": [{"id": self.state.name, "max_model_len": length}]})
         elif self.path == "/get_model_info" and self.state.dialect == "sglang":
             self.answer({"model_path": "tiny", "is_generation": True})
         else:
@@ -155,8 +162,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"results": [None]})
         elif path == "/update_weights_from_disk" and state.dialect == "sglang":
             self.load(body["model_path"])
+            state.cached.clear()
+            state.name = body["model_path"]
             self.answer({"success": True, "message": "Succeeded to update model weights."})
-        elif (path, state.dialect) in (("/reset_prefix_cache", "openai"), ("/flush_cache", "sglang")):
+        elif path == "/reset_prefix_cache" and state.dialect == "openai":
             state.calls.append(self.path)
             state.cached.clear()
             self.answer(b"")
@@ -183,6 +192,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if is_openai and body.get("model") != "tiny":
             return self.answer({"error": {"message": "The model does not exist."}}, 404)
+        if not is_openai:
+            assert all(0 <= i < VOCAB for i in prompt), "SGLang ends with an error of its embedding"
+            if len(prompt) >= CONTEXT:
+                return self.answer({"error": {"message": f"{len(prompt)} tokens are longer than the context"}}, 400)
         if any(not 0 <= i < VOCAB for i in prompt):
             return self.answer({"error": {"message": f"Token id {max(prompt)} is out of vocabulary"}}, 400)
         # as if the model's generation_config.json said top_k=1 and penalties: servers use it where a request is silent
@@ -196,12 +209,16 @@ class Handler(BaseHTTPRequestHandler):
                 max_tokens=params["max_tokens" if is_openai else "max_new_tokens"],
                 temperature=params["temperature"] if said else 0.0,
                 top_p=params["top_p"],
-                stop=params["stop"],
+                # as if its words were spelled in more tokens than their own encoding has
+                stop=[] if kind == "missed stop" else params["stop"],
                 stop_token_ids=params["stop_token_ids"],
                 seed=params["seed" if is_openai else "sampling_seed"],
+                before_top_p=not is_openai,
             )
             state.cached.append(prompt + ids)
         text = state.tokenizer.decode(ids)
+        if kind == "early length":
+            reason = "length"
         ids, logprobs, reason, sent = spoil(kind, ids, logprobs, reason, prompt)
         if is_openai:
             tokens = [f"token_id:{i}" if body.get("return_tokens_as_token_ids") else str(i) for i in ids]

@@ -84,7 +84,7 @@ def generate(engine, prompt=PROMPT, sampling=GREEDY):
     return asyncio.run(engine.generate(prompt, sampling))
 
 
-def expected(model, tokenizer, prompt, sampling):
+def expected(model, tokenizer, prompt, sampling, **options):
     return completions_server.complete(
         model,
         tokenizer,
@@ -95,6 +95,7 @@ def expected(model, tokenizer, prompt, sampling):
         stop=list(sampling.stop),
         stop_token_ids=[*sampling.stop_token_ids, tokenizer.eos_token_id],
         seed=sampling.seed,
+        **options,
     )
 
 

@@ -6,12 +6,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from dataclasses import replace
 
 import completions_server
 import numpy as np
 import pytest
 import served_engine
 import torch
+from completions_server import CONTEXT
 from served_engine import DIALECTS, GREEDY, PROMPT, Turns, expected, generate, misbehave, seen
 
 from treegrpo.rollout.engine import Completion, EngineError, SamplingParams
@@ -36,7 +38,8 @@ urls, tokenizer, model, engine = served_engine.urls, served_engine.tokenizer, se
 )
 def test_ids_and_logprobs_are_those_of_the_model(engine, model, tokenizer, dialect, sampling):
     done = generate(engine(dialect), sampling=sampling)
-    ids, logprobs, reason = expected(model, tokenizer, PROMPT, sampling)
+    # SGLang's log-probs are those before top_p
+    ids, logprobs, reason = expected(model, tokenizer, PROMPT, sampling, before_top_p=dialect == "sglang")
     assert done.token_ids == ids
     assert done.logprobs == pytest.approx(logprobs, abs=1e-5)
     assert done.finish_reason == reason
@@ -51,7 +54,7 @@ def test_ids_and_logprobs_are_those_of_the_model(engine, model, tokenizer, diale
 def test_what_the_server_tells_is_asked_once(engine, dialect, caplog):
     with caplog.at_level(logging.INFO):
         one = engine(dialect)
-    assert (one.dialect, one.max_context_length) == (dialect, completions_server.CONTEXT)
+    assert (one.dialect, one.max_context_length) == (dialect, CONTEXT)
     assert f"speaks the {dialect} dialect" in caplog.text
     asked = one.num_requests
     generate(one)
@@ -129,6 +132,37 @@ def test_a_tree_search_over_the_server_is_the_one_over_the_model(engine, model, 
         assert one.stats.prefilled_tokens < other.stats.prefilled_tokens / 2
 
 
+def test_sglang_takes_fewer_tokens_than_it_says(engine):
+    one = engine("sglang")
+    assert one.max_context_length == CONTEXT
+    assert len(generate(one, [5] * (CONTEXT - 1)).token_ids) == 1
+    with pytest.raises(ValueError, match=f"no room below max_context_length={CONTEXT}"):
+        generate(one, [5] * CONTEXT)
+
+
+def test_a_stop_text_that_sglang_missed_ends_the_completion(engine, model, tokenizer):
+    """It looks for a text in as many tokens as the text's own encoding has, and one."""
+    one = engine("sglang")
+    free = SamplingParams(max_tokens=40, seed=3, temperature=1.2)
+    ids, logprobs, _ = expected(model, tokenizer, PROMPT, free)
+    stop = tokenizer.decode(ids[7:9])
+    assert stop not in tokenizer.decode(ids[:8])
+    misbehave(one, "missed stop")
+    done = generate(one, PROMPT, replace(free, stop=("nothing", stop)))
+    assert (done.token_ids, done.finish_reason) == (ids[:9], "stop")
+    assert done.logprobs == pytest.approx(logprobs[:9], abs=1e-5)
+
+
+def test_an_end_at_the_last_place_is_a_stop(engine, model, tokenizer):
+    """SGLang before 0.5.23 looked at max_tokens first."""
+    one = engine("sglang")
+    ids, _, _ = expected(model, tokenizer, PROMPT, GREEDY)
+    misbehave(one, "early length")
+    sampling = replace(GREEDY, max_tokens=3, stop_token_ids=(ids[2],))
+    assert ids[2] not in ids[:2]
+    assert generate(one, PROMPT, sampling).finish_reason == "stop"
+
+
 # weights
 
 
@@ -146,11 +180,13 @@ def test_weight_sync_changes_what_is_sampled(engine, model, tokenizer, dialect, 
         assert done.token_ids == new[0]
         assert done.logprobs == pytest.approx(new[1], abs=1e-5)
         assert done.num_prefilled == len(PROMPT), "the cache of the old weights was kept"
-        load, reset = seen(one.url)["calls"][-2:]
-        assert (load, reset.partition("?")[0]) == {
-            "openai": ("/collective_rpc", "/reset_prefix_cache"),
-            "sglang": ("/update_weights_from_disk", "/flush_cache"),
-        }[dialect]
+        asked = {"openai": ["/collective_rpc", "/reset_prefix_cache"], "sglang": ["/update_weights_from_disk"]}[dialect]
+        calls = [call.partition("?")[0] for call in seen(one.url)["calls"]]
+        assert calls[-len(asked) :] == asked
+        # SGLang answers with an error while another client's request runs, the new weights loaded
+        assert "/flush_cache" not in calls
+        # which names its model by the checkpoint from then on
+        assert engine(dialect, model="tiny").max_context_length == CONTEXT
     finally:
         one.sync_weights(model)
     assert generate(one).token_ids == old[0]
@@ -179,7 +215,7 @@ def test_a_way_for_the_weights_must_be_chosen(engine, model):
 
 
 def test_a_server_without_development_mode_says_so(engine, model, tmp_path):
-    one = engine("sglang", sync_dir=tmp_path, dialect="openai", model="tiny")
+    one = engine("sglang", sync_dir=tmp_path, dialect="openai", model="tiny", max_context_length=CONTEXT)
     with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1"):
         one.sync_weights(model)
     assert not list(tmp_path.iterdir())

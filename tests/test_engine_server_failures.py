@@ -109,8 +109,14 @@ def test_what_may_pass_is_tried_again(engine, model, tokenizer, kind):
 def test_refusals_and_redirects_are_final(engine):
     one = engine("sglang")
     before = seen(one.url)["completions"]
-    with pytest.raises(EngineError, match=r"HTTP 400: .*Token id 99 is out of vocabulary"):
+    # SGLang would end at such an id
+    asked = one.num_requests
+    with pytest.raises(ValueError, match=r"prompt_ids\[1\] is 99, but the model has ids 0 to 47"):
         generate(one, [1, 99])
+    assert one.num_requests == asked
+    misbehave(one, "400")
+    with pytest.raises(EngineError, match=r"HTTP 400: .*said 400"):
+        generate(one)
     misbehave(one, "307")
     with pytest.raises(EngineError, match=r"HTTP 307 .redirects are not followed"):
         generate(one)

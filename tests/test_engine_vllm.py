@@ -179,6 +179,17 @@ def test_how_vllm_is_built_and_called(engine, monkeypatch):
     assert engine(tensor_parallel_size=2).llm.options["tensor_parallel_size"] == 2
 
 
+def test_of_several_processes_each_has_an_engine_on_its_own_gpu(engine, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert engine().llm.options["distributed_executor_backend"] == "external_launcher"
+    assert engine(distributed_executor_backend="uni").llm.options["distributed_executor_backend"] == "uni"
+    # its workers are processes of its own
+    assert "distributed_executor_backend" not in engine(tensor_parallel_size=2).llm.options
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert "distributed_executor_backend" not in engine().llm.options
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -40,6 +40,11 @@ def check_settings(config: TrainConfig) -> None:
             f"load_in_4bit with rollouts={config.rollouts!r}: other engines get adapters merged, and rounding to 4 bits"
             " would change more than they do; sample with rollouts=hf"
         )
+    if (share := config.vllm_gpu_memory_utilization) is not None and (config.rollouts != "vllm" or not 0 < share <= 1):
+        raise ValueError(
+            f"vllm_gpu_memory_utilization={share} with rollouts={config.rollouts!r}: a share above 0, at most 1, of the"
+            " GPU for rollouts=vllm; leave it out with other engines"
+        )
     if not config.dataset or not Path(config.dataset).is_file():
         raise ValueError(f"dataset={config.dataset!r}: no such file; sampling needs a file of prompts")
     if config.eval_dataset is not None and not Path(config.eval_dataset).is_file():
@@ -119,10 +124,14 @@ def make_engine(config: TrainConfig, policy: torch.nn.Module, tokenizer: Any) ->
     if kind == "vllm":
         from treegrpo.rollout.vllm import VLLMEngine
 
+        share = config.vllm_gpu_memory_utilization
         return VLLMEngine(
             config.model,
             tokenizer,
             max_context_length=config.max_context_length,
+            gpu_memory_utilization=0.4 if share is None else share,
+            # as the trainer computes
+            dtype="bfloat16" if config.bf16 else "float32",
             seed=config.seed,
             vocab_size=vocab_size,
         )

@@ -75,7 +75,11 @@ def checked_prompt(
     """The prompt as a list, and how many tokens may follow it. ValueError as `RolloutEngine.generate` says, and for an
     id outside the vocabulary."""
     # whole contexts come here at every turn, so no Python per token
-    ids = np.fromiter(prompt_ids, np.int64)
+    try:
+        ids = np.fromiter(prompt_ids, np.int64)
+    except OverflowError:
+        index = next(i for i, token in enumerate(prompt_ids) if not -(2**63) <= token < 2**63)
+        raise ValueError(f"prompt_ids[{index}] is {prompt_ids[index]}: give token ids") from None
     if not ids.size:
         raise ValueError("prompt_ids is empty: give at least one token, such as the beginning of sequence")
     room = max_context_length - ids.size
@@ -101,7 +105,8 @@ class RolloutEngine(Protocol):
         """One completion of `prompt_ids`. `session` names the group: calls of one session share prefixes.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room for a token below max_context_length.
+            ValueError: an empty prompt, one that leaves no room for a token below max_context_length, or an id outside
+                the vocabulary.
             EngineError: no answer.
         """
 

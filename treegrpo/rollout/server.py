@@ -8,6 +8,7 @@ sglang   POST /generate, SGLang's own endpoint: `input_ids`, `meta_info.output_t
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import logging
 import math
@@ -41,7 +42,10 @@ logger = logging.getLogger(__name__)
 
 DIALECTS = ("auto", "openai", "sglang")
 NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
-"""Said in every request: both servers otherwise take them from the model's generation_config.json."""
+"""Said in every request: vLLM otherwise takes them from the model's generation_config.json, SGLang from its flag
+--preferred-sampling-params."""
+SGLANG_MARGIN = 6
+"""SGLang refuses a prompt that leaves fewer than 7 tokens of its context length."""
 MAX_BODY = 64 * 2**20
 """Bytes of an answer at most; 100k tokens with log-probs are about 10 MB."""
 
@@ -57,17 +61,20 @@ class ServerEngine:
 
     without the second flag its log-probs are those before temperature; without the last all prompt tokens count as
     prefilled; the development mode is needed for `sync_dir` alone, and its endpoints belong on no public address.
-    SGLang (0.5 and later):
+    SGLang (0.5.4 and later):
 
         python -m sglang.launch_server --model-path MODEL --enable-deterministic-inference
 
-    without that flag it ignores the seed. Whether its log-probs hold top_p depends on the version: leave top_p at 1.
+    without that flag it ignores the seed; with it a seed's tokens still depend on whether another request of the moment
+    has top_p below 1 or temperature 0, and attention back ends other than fa3, fa4 and triton lose the prefix cache.
+    Its log-probs are those before top_p: leave top_p at 1. Its context is 6 tokens shorter than it says, for it refuses
+    longer prompts: a max_context_length of your own has to allow for that.
 
     Weights reach the server in one of three ways, and `sync_weights` raises where none was chosen, since a server whose
     weights never change trains off-policy in silence:
     `sync_dir` (a folder the server sees under the same path: each sync writes a checkpoint there, asks the server to
-    load it, drops its prefix cache and removes the checkpoint before; SGLang: /update_weights_from_disk, /flush_cache;
-    vLLM: /collective_rpc reload_weights, /reset_prefix_cache, both in its development mode),
+    load it, drops its prefix cache and removes the checkpoint before; SGLang: /update_weights_from_disk, which drops
+    the cache too; vLLM: /collective_rpc reload_weights, /reset_prefix_cache, both in its development mode),
     `sync` (your function of the model, which also drops the server's prefix cache), or
     `frozen=True` (evaluation: the weights stay).
 
@@ -142,7 +149,8 @@ class ServerEngine:
             EngineError: unreachable, too slow, or the answer is not one: ids outside the vocabulary, another number of
                 log-probs than ids, log-probs that are not finite or above 0, another prompt than the one sent.
         """
-        prompt, room = checked_prompt(prompt_ids, self.max_context_length)
+        # SGLang looks at no id, and one beyond its embedding ends the whole server
+        prompt, room = checked_prompt(prompt_ids, self.max_context_length, self.vocab_size)
         max_tokens = min(sampling.max_tokens, room)
         build, read = {"openai": (self._openai_body, read_openai), "sglang": (self._sglang_body, read_sglang)}[
             self.dialect
@@ -152,6 +160,9 @@ class ServerEngine:
         try:
             ids, logprobs, reason, cached = read(parse(data), prompt)
             check_sampled(ids, logprobs, reason, max_tokens, self.vocab_size)
+            if self.dialect == "sglang":
+                num, reason = self._ended(ids, reason, sampling)
+                ids, logprobs = ids[:num], logprobs[:num]
         except BadAnswer as error:
             raise EngineError(f"{self.url}{path}: {error}; it answered {excerpt(data)}") from None
         num_prefilled = len(prompt) if cached is None else min(max(len(prompt) - cached, 0), len(prompt))
@@ -230,6 +241,19 @@ class ServerEngine:
             },
         }
 
+    def _ended(self, ids: list[int], reason: str, sampling: SamplingParams) -> tuple[int, str]:
+        """How many tokens SGLang should have sampled, and why no more. It looks for a stop text in as many tokens as
+        the text's own encoding has, and one: what is spelled in more runs on. Before 0.5.23 it called an end at
+        max_tokens "length"."""
+
+        def holds(num: int) -> bool:
+            text = self.tokenizer.decode(ids[:num], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return any(stop in text for stop in sampling.stop)
+
+        if sampling.stop and holds(len(ids)):
+            return 1 + bisect.bisect_left(range(1, len(ids) + 1), True, key=holds), "stop"
+        return len(ids), "stop" if ids[-1] in self._stop_token_ids(sampling) else reason
+
     def _stop_token_ids(self, sampling: SamplingParams) -> list[int]:
         end = self.tokenizer.eos_token_id
         return sorted({*sampling.stop_token_ids, *([] if end is None else [end])})
@@ -252,12 +276,14 @@ class ServerEngine:
                     raise ValueError(f"{self.url} serves {names}: say which by model")
                 self.model = names[0]
             if self.max_context_length is None:
+                # after an update of its weights SGLang names the model by the checkpoint's folder
+                margin, asked = (SGLANG_MARGIN, None) if self.dialect == "sglang" else (0, self.model)
                 lengths = [
-                    m.get("max_model_len") for m, name in zip(models, names, strict=True) if self.model in (None, name)
+                    m.get("max_model_len") for m, name in zip(models, names, strict=True) if asked in (None, name)
                 ]
-                if not lengths or type(lengths[0]) is not int or lengths[0] < 2:
+                if not lengths or type(lengths[0]) is not int or lengths[0] < 2 + margin:
                     raise ValueError(f"{self.url} does not tell its context length: give max_context_length")
-                self.max_context_length = lengths[0]
+                self.max_context_length = lengths[0] - margin
         except BadAnswer as error:
             raise EngineError(f"{self.url}/v1/models: {error}; it answered {excerpt(data)}") from None
 
@@ -270,7 +296,6 @@ class ServerEngine:
                     raise BadAnswer("the server did not load the weights")
             except BadAnswer as error:
                 raise EngineError(f"{self.url}{path}: {error}; it answered {excerpt(data)}") from None
-            await self._request("POST", "/flush_cache", timeout=self._sync_timeout)
             return
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         # without the query vLLM answers 200 and keeps the cache where a request is still running

@@ -70,6 +70,9 @@ class RolloutConfig:
     save_rollouts: bool = False
     """Keep each step's trajectories under output_dir/rollouts (`treegrpo inspect` draws them, replay: reads them)."""
 
+    vllm_gpu_memory_utilization: float | None = None
+    """For rollouts=vllm (TRL's name): share of the GPU's memory for its weights and cache; None: 0.4. The rest is the
+    trainer's."""
     vllm_importance_sampling_correction: bool | None = None
     """Weight the loss by trainer / sampler probability (TRL's name; any engine). None: yes for sampled rollouts where
     the two can differ (another engine, or overlap_rollouts), no for replayed ones."""
@@ -98,4 +101,5 @@ AT_LEAST = {
     **dict.fromkeys(("max_context_length", "token_budget", "max_generated_tokens", "eval_rows"), 1),
     **dict.fromkeys(("num_expansions", "max_refills", "eval_steps", "eval_temperature"), 0),
     **dict.fromkeys(("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"), 0),
+    "vllm_gpu_memory_utilization": 0,
 }

@@ -35,8 +35,10 @@ class VLLMEngine:
 
     Weights: on one GPU vLLM runs inside this process (VLLM_ENABLE_V1_MULTIPROCESSING is set to 0 for that, which also
     lets vLLM seed this process's random generators when it starts) and its model loads the trainer's tensors by name.
-    With tensor_parallel_size above 1 its workers are other processes: weights travel as a checkpoint in the temporary
-    folder, loaded by vLLM's `reload_weights`. Adapters arrive merged. The prefix cache is dropped after every sync.
+    Of several trainer processes each has an engine of its own, on the GPU of its LOCAL_RANK; all are built at the same
+    time. With tensor_parallel_size above 1 its workers are other processes: weights travel as a checkpoint in the
+    temporary folder, loaded by vLLM's `reload_weights`. Adapters arrive merged. The prefix cache is dropped after every
+    sync.
 
     Args:
         model_path: folder or hub name of the model.
@@ -82,6 +84,9 @@ class VLLMEngine:
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self._sampling_params = vllm.SamplingParams
         self._is_local = tensor_parallel_size == 1
+        if self._is_local and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # an engine a process, each on the GPU of its local rank: by itself vLLM takes the first one for all
+            llm_kwargs = {"distributed_executor_backend": "external_launcher", **llm_kwargs}
         self.llm = vllm.LLM(
             model=str(model_path),
             max_model_len=max_context_length,
@@ -106,7 +111,7 @@ class VLLMEngine:
         Raises:
             EngineError: vLLM failed, or what it returned is no completion.
         """
-        prompt, room = checked_prompt(prompt_ids, self.max_context_length)
+        prompt, room = checked_prompt(prompt_ids, self.max_context_length, self.vocab_size)
         if self.llm is None:
             raise EngineError("this vLLM engine is closed")
         end = self.tokenizer.eos_token_id
