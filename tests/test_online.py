@@ -471,9 +471,14 @@ def test_an_empty_dataset_is_refused():
         ({"reward_weights": (1.0, 2.0)}, "reward_weights has 2 entries for 1"),
         ({"num_trees": 0}, "num_trees=0"),
         ({"zero_std_groups": "drop"}, "zero_std_groups='drop'"),
+        ({"rollouts": "vllm"}, "vLLM is not installed here .pip install vllm."),
+        ({"rollouts": "server:http://127.0.0.1:9"}, "no HTTP client is installed here"),
+        ({"vllm_gpu_memory_utilization": 0.3}, "vllm_gpu_memory_utilization=0.3 with rollouts='hf'"),
+        ({"vllm_gpu_memory_utilization": -1}, "vllm_gpu_memory_utilization=-1"),
     ],
 )
-def test_bad_settings_write_nothing(box, tmp_path, changes, message):
+def test_bad_settings_write_nothing(box, tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         Trainer(online_config(box, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ END = 2
 CALL = re.compile(r'"word": "(\w+)"')
 
 
-def save_agent(path):
+def save_agent(path, **changes):
     """Bytes are the vocabulary, behind three special tokens; TRL knows how to read Qwen3's template."""
     symbols = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     words = {token: i for i, token in enumerate([*SPECIAL, *sorted(symbols)])}
@@ -25,17 +25,16 @@ def save_agent(path):
     tokenizer.add_special_tokens({"additional_special_tokens": [SPECIAL[1]]})
     tokenizer.chat_template = qwen3_chat_template
     tokenizer.save_pretrained(path)
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=4096,
         pad_token_id=0,
         eos_token_id=END,
         initializer_range=0.2,
+        **shape | changes,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)

@@ -102,7 +102,7 @@ def _engines() -> Finding:
     states = {
         "hf": "ready" if has("transformers") else "needs transformers",
         "server:URL": "ready" if has("httpx", "httpx2") else "needs httpx (pip install 'treegrpo[server]')",
-        "vllm": "installed, not yet run by us" if has("vllm") else "not installed",
+        "vllm": "installed" if has("vllm") else "not installed",
     }
     return Finding("rollouts", "; ".join(f"{name} {state}" for name, state in states.items()))
 

@@ -39,7 +39,8 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
         ("model", f"{model_config.model_type}, {num_parameters:,} parameters, weights {weights}"),
         ("model family", _check_family(config, model_config, num_parameters)),
         ("trained", f"LoRA rank {config.lora_r}" if config.lora_r else "all weights"),
-        ("rollouts", config.rollouts),
+        # a plan may be made on another machine than the run
+        ("rollouts", "; ".join(filter(None, (config.rollouts, build.missing_package(config.rollouts))))),
     ]
     rows += _logged(config) if config.is_replay else _sampled(config, structure)
     per_step = config.groups_per_step * config.gradient_accumulation_steps

@@ -11,6 +11,7 @@ import treegrpo_kernels
 from treegrpo import checkpoint as checkpoints
 from treegrpo import models, step
 from treegrpo.config import TrainConfig
+from treegrpo.rollout.build import missing_package
 from treegrpo.rollout.replay import check_recorded, check_vocabulary
 from treegrpo.tree import RolloutTree, Trajectory
 
@@ -49,6 +50,12 @@ def check_logged(config: TrainConfig, trajectories: list[Trajectory], trees: lis
     check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(config.model)), config.model)
     for tree in trees:
         step.check_budget(tree, config)
+
+
+def check_engine(config: TrainConfig) -> None:
+    """ValueError where the engine that samples wants a package that is not installed."""
+    if missing := missing_package(config.rollouts):
+        raise ValueError(f"rollouts={config.rollouts}: {missing}; or sample with another engine")
 
 
 def check_backend(backend: str, device: torch.device | None = None) -> None:

@@ -95,6 +95,7 @@ class Trainer:
         self.accelerator = self.parallel.accelerator
         self.device = self.parallel.device
         startup.check_backend(config.backend, self.device)
+        startup.check_engine(config)
         self.policy = models.build_policy(config, self.checkpoint, self.device)
         self.model = self.parallel.wrap(self.policy)
         self.reference = models.Reference(config, self.parallel) if config.beta else None

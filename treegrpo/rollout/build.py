@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,15 @@ def check_engine(rollouts: str) -> None:
     """ValueError unless it names one of ENGINES."""
     if not is_engine(rollouts):
         raise ValueError(f"rollouts={rollouts!r}: give replay:FILE, or an engine: {', '.join(ENGINES)}")
+
+
+def missing_package(rollouts: str) -> str | None:
+    """What the engine needs and this machine has not; None where nothing is missing."""
+    if rollouts == "vllm" and importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed here (pip install vllm)"
+    if rollouts.startswith("server:") and not any(map(importlib.util.find_spec, ("httpx", "httpx2"))):
+        return "no HTTP client is installed here (pip install httpx)"
+    return None
 
 
 def check_settings(config: TrainConfig) -> None:
