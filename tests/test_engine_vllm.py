@@ -62,8 +62,10 @@ class StandInLLM:
         self.model = inner.model
         runner = types.SimpleNamespace(model=inner)
         worker = types.SimpleNamespace(model_runner=runner)
+        # vLLM's executor of several workers has no driver
+        executor = types.SimpleNamespace(**{"driver_worker": worker} if options["tensor_parallel_size"] == 1 else {})
         self.llm_engine = types.SimpleNamespace(
-            model_executor=types.SimpleNamespace(driver_worker=worker),
+            model_executor=executor,
             model_config=types.SimpleNamespace(max_model_len=options["max_model_len"] or CONTEXT),
         )
         self.batches, self.cached, self.num_resets, self.threads = [], [], 0, set()

@@ -33,8 +33,7 @@ def save_agent(path, **changes):
         max_position_embeddings=4096,
         pad_token_id=0,
         eos_token_id=END,
-        initializer_range=0.2,
-        **shape | changes,
+        **shape | {"initializer_range": 0.2} | changes,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)

@@ -36,7 +36,7 @@ class VLLMEngine:
     Weights: on one GPU vLLM runs inside this process (VLLM_ENABLE_V1_MULTIPROCESSING is set to 0 for that, which also
     lets vLLM seed this process's random generators when it starts) and its model loads the trainer's tensors by name.
     Of several trainer processes each has an engine of its own, on the GPU of its LOCAL_RANK; all are built at the same
-    time. With tensor_parallel_size above 1 its workers are other processes: weights travel as a checkpoint in the
+    time. Where its workers are other processes (tensor_parallel_size above 1) weights travel as a checkpoint in the
     temporary folder, loaded by vLLM's `reload_weights`. Adapters arrive merged. The prefix cache is dropped after every
     sync.
 
@@ -83,8 +83,7 @@ class VLLMEngine:
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self._sampling_params = vllm.SamplingParams
-        self._is_local = tensor_parallel_size == 1
-        if self._is_local and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if tensor_parallel_size == 1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # an engine a process, each on the GPU of its local rank: by itself vLLM takes the first one for all
             llm_kwargs = {"distributed_executor_backend": "external_launcher", **llm_kwargs}
         self.llm = vllm.LLM(
@@ -97,6 +96,8 @@ class VLLMEngine:
             **FIXED,
             **llm_kwargs,
         )
+        # None where its workers are other processes
+        self._driver_worker = getattr(getattr(self.llm.llm_engine, "model_executor", None), "driver_worker", None)
         self.max_context_length = max_context_length or self.llm.llm_engine.model_config.max_model_len
         self._waiting: list[tuple[list[int], Any, asyncio.Future]] = []
         self._driver: asyncio.Task | None = None
@@ -150,7 +151,7 @@ class VLLMEngine:
     def close(self) -> None:
         """Waits for the running batch, then gives vLLM's memory back as far as Python lets go of it."""
         self._worker.shutdown()
-        self.llm = None
+        self.llm = self._driver_worker = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -209,9 +210,8 @@ class VLLMEngine:
 
     @torch.no_grad()
     def _load(self, model: torch.nn.Module) -> None:
-        if self._is_local:
-            worker = self.llm.llm_engine.model_executor.driver_worker
-            worker.model_runner.model.load_weights(checkpoint_weights(model))
+        if self._driver_worker is not None:
+            self._driver_worker.model_runner.model.load_weights(checkpoint_weights(model))
         else:
             with tempfile.TemporaryDirectory(prefix="treegrpo-") as folder:
                 path = save_checkpoint(model, Path(folder) / "weights")
