@@ -22,14 +22,14 @@ FIXED = {"logprobs_mode": "processed_logprobs", "enable_prefix_caching": True}
 
 
 class VLLMEngine:
-    """Samples with `vllm.LLM` (written for 0.22 to 0.33; needs a GPU, `pip install vllm`).
+    """Samples with `vllm.LLM` (0.22 to 0.33: `pip install vllm` for a GPU, or its build for CPUs).
 
     Calls are batched: what waits goes into one `LLM.generate`, run by one worker thread; what arrives meanwhile forms
     the next batch. Inside a batch vLLM schedules freely, but the batch ends with its slowest branch, and until then
     its other branches wait, and so do newcomers. Where branches differ much in length or tools are slow, a vLLM server
     (`ServerEngine`) samples without that wait.
 
-    Prefix hits come in whole blocks (16 tokens by default). Prompt log-probs are never asked for: they would make vLLM
+    Prefix hits come in whole blocks (16 tokens by default, 128 on a CPU). Prompt log-probs are never asked for: they would make vLLM
     compute the whole prompt again. The seed of a call fixes its random numbers; the last bits of the logits may still
     depend on what else is in the batch (vLLM's batch-invariant mode, VLLM_BATCH_INVARIANT=1, takes that away).
 
