@@ -21,7 +21,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from two_processes import ENVIRONMENT, ROOT, run_command
+from two_processes import ENVIRONMENT, FSDP2, RESHARD, ROOT, run_command
 
 from treegrpo.rollout.engine import EngineError, SamplingParams
 
@@ -317,7 +317,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     "how",
     [
-        *(pytest.param(how, marks=VLLM) for how in ("vllm", "vllm_server", "overlap", "two processes")),
+        *(pytest.param(how, marks=VLLM) for how in ("vllm", "vllm_server", "overlap", "two processes", "fsdp2")),
         pytest.param("sglang_server", marks=SGLANG),
     ],
 )
@@ -349,9 +349,11 @@ def test_training_samples_from_the_weights_it_has(how, folder, tmp_path, request
     (tmp_path / "rewards_here.py").write_text(
         "def remainder(completion_ids, **kwargs):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n"
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if how == "two processes" else []
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = launch if how in ("two processes", "fsdp2") else []
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**ENV, "VLLM_LOGGING_LEVEL": "ERROR"}.items():
+        sharded = FSDP2 | RESHARD if how == "fsdp2" else {}
+        for name, value in {**ENV, "VLLM_LOGGING_LEVEL": "ERROR", **sharded}.items():
             patch.setenv(name, value)
         path = os.pathsep.join((str(tmp_path), str(ROOT), ENVIRONMENT["PYTHONPATH"]))
         patch.setitem(ENVIRONMENT, "PYTHONPATH", path)

@@ -29,9 +29,10 @@ class VLLMEngine:
     its other branches wait, and so do newcomers. Where branches differ much in length or tools are slow, a vLLM server
     (`ServerEngine`) samples without that wait.
 
-    Prefix hits come in whole blocks (16 tokens by default, 128 on a CPU). Prompt log-probs are never asked for: they would make vLLM
-    compute the whole prompt again. The seed of a call fixes its random numbers; the last bits of the logits may still
-    depend on what else is in the batch (vLLM's batch-invariant mode, VLLM_BATCH_INVARIANT=1, takes that away).
+    Prefix hits come in whole blocks (16 tokens by default, 128 on a CPU). Prompt log-probs are never asked for: they
+    would make vLLM compute the whole prompt again. The seed of a call fixes its random numbers; the last bits of the
+    logits may still depend on what else is in the batch (vLLM's batch-invariant mode, VLLM_BATCH_INVARIANT=1, takes
+    that away).
 
     Weights: on one GPU vLLM runs inside this process (VLLM_ENABLE_V1_MULTIPROCESSING is set to 0 for that, which also
     lets vLLM seed this process's random generators when it starts) and its model loads the trainer's tensors by name.
