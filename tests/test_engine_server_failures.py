@@ -113,6 +113,8 @@ def test_refusals_and_redirects_are_final(engine):
     asked = one.num_requests
     with pytest.raises(ValueError, match=r"prompt_ids\[1\] is 99, but the model has ids 0 to 47"):
         generate(one, [1, 99])
+    with pytest.raises(ValueError, match=rf"prompt_ids\[1\] is {2**70}"):
+        generate(one, [1, 2**70])
     assert one.num_requests == asked
     misbehave(one, "400")
     with pytest.raises(EngineError, match=r"HTTP 400: .*said 400"):
