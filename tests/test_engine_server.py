@@ -154,7 +154,7 @@ def test_a_stop_text_that_sglang_missed_ends_the_completion(engine, model, token
 
 
 def test_an_end_at_the_last_place_is_a_stop(engine, model, tokenizer):
-    """SGLang before 0.5.23 looked at max_tokens first."""
+    """SGLang 0.5.3 to 0.5.9 looks at max_tokens first."""
     one = engine("sglang")
     ids, _, _ = expected(model, tokenizer, PROMPT, GREEDY)
     misbehave(one, "early length")

@@ -61,13 +61,13 @@ def make_tokenizer():
     return tokenizer
 
 
-def build_model(seed: int = 0, **changes):
+def build_model(seed: int = 0):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
     ids = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=END, pad_token_id=PAD)
     config = Qwen2Config(
-        **SHAPE, **ids, max_position_embeddings=2 * CONTEXT, initializer_range=0.3, tie_word_embeddings=True, **changes
+        **SHAPE, **ids, max_position_embeddings=2 * CONTEXT, initializer_range=0.3, tie_word_embeddings=True
     )
     return Qwen2ForCausalLM(config).eval()
 
@@ -80,10 +80,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def make_local(folder, **options):
+def make_local(folder):
     from treegrpo.rollout.vllm import VLLMEngine
 
-    options = {"dtype": "float32", "gpu_memory_utilization": 0.2, "enforce_eager": True} | options
+    options = {"dtype": "float32", "gpu_memory_utilization": 0.2, "enforce_eager": True}
     return VLLMEngine(str(folder), make_tokenizer(), max_context_length=CONTEXT, **options)
 
 

@@ -243,8 +243,8 @@ class ServerEngine:
 
     def _ended(self, ids: list[int], reason: str, sampling: SamplingParams) -> tuple[int, str]:
         """How many tokens SGLang should have sampled, and why no more. It looks for a stop text in as many tokens as
-        the text's own encoding has, and one: what is spelled in more runs on. Before 0.5.23 it called an end at
-        max_tokens "length"."""
+        the text's own encoding has, and one: what is spelled in more runs on. Versions 0.5.3 to 0.5.9
+        call an end at max_tokens "length"."""
 
         def holds(num: int) -> bool:
             text = self.tokenizer.decode(ids[:num], skip_special_tokens=False, clean_up_tokenization_spaces=False)
