@@ -235,11 +235,22 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def compiled_ahead(request: pytest.FixtureRequest, device: torch.device) -> None:
     """On a GPU: the race's kernels are compiled in parallel before the first of them is timed."""
+    _compile_ahead("attention", request.config, device, 0.6)
+
+
+@pytest.fixture(scope="session")
+def steps_compiled_ahead(request: pytest.FixtureRequest, device: torch.device) -> None:
+    """The same for the attention of whole steps."""
+    _compile_ahead("step", request.config, device, 0.4)
+
+
+def _compile_ahead(suite: str, config: pytest.Config, device: torch.device, share: float) -> None:
+    """In at most ``share`` of --bench-seconds."""
     if device.type == "cuda":
         from bench.compile_ahead import LIMIT_SECONDS, run_all
 
-        limit = request.config.getoption("--bench-seconds")
-        say(request.config, run_all(LIMIT_SECONDS if limit is None else min(LIMIT_SECONDS, 0.6 * limit)))
+        limit = config.getoption("--bench-seconds")
+        say(config, run_all(suite, LIMIT_SECONDS if limit is None else min(LIMIT_SECONDS, share * limit)))
 
 
 def say(config: pytest.Config, lines: Sequence[str]) -> None:

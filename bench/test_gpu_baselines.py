@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import treegrpo_kernels as tk
-from bench import compile_ahead, gpu_baselines, gpu_workloads, workloads
+from bench import compile_ahead, gpu_baselines, gpu_workloads, real_step, test_real_step, workloads
 from bench.baselines import Contender, Request, heads_first, tree_backend
 from bench.gpu_baselines import (
     FLEX_BLOCK,
@@ -27,7 +27,7 @@ from bench.gpu_baselines import (
     prefix_grouped,
     repeat_heads,
 )
-from bench.race import KV_HEADS, PASSES, Problem, block_error, race
+from bench.race import HEADS, KV_HEADS, PASSES, Problem, block_error, race
 from bench.test_attention_gpu import CELLS
 from treegrpo_kernels import work
 
@@ -201,15 +201,29 @@ def test_what_the_races_compile_is_compiled_ahead(monkeypatch):
         return {("tree_triton", head_dim, forest.window > 0, parted), ("flex", head_dim, forest.window > 0)}
 
     ahead, raced = set(), set()
-    for job, (name, head_dim, _) in compile_ahead.JOBS.items():
+    for job in compile_ahead.JOBS["attention"].values():
+        assert (job.num_heads, job.num_kv_heads) == (HEADS, KV_HEADS)
         for forest in compile_ahead.forests(job):
-            ahead |= {kernel for kernel in kernels(forest, head_dim) if kernel[0] == name}
+            ahead |= {kernel for kernel in kernels(forest, job.head_dim) if kernel[0] == job.contender}
     for workload, head_dim in CELLS:
         try:
             raced |= kernels(gpu_workloads.forest(workload), head_dim)
         except workloads.Unavailable:
             continue
     assert raced and not raced - ahead
+
+
+def test_what_steps_compile_is_compiled_ahead(monkeypatch):
+    """Of each model's heads both dK/dV kernels: with parted key tiles and without."""
+    hopper = pytest.importorskip("treegrpo_kernels.triton.hopper")
+    monkeypatch.setattr(work, "multiprocessors", lambda device: 132)
+    for name, job in compile_ahead.JOBS["step"].items():
+        hidden, _, _, num_heads, num_kv_heads = real_step.MODELS[name]
+        assert (job.num_heads, job.num_kv_heads, job.head_dim) == (num_heads, num_kv_heads, hidden // num_heads)
+        plans = [tk.TreePlan.build(forest.subtree_end) for forest in compile_ahead.forests(job)]
+        dkv = hopper.config(job.head_dim).dkv
+        assert {len(work.work_items(plan, dkv, num_kv_heads)[1]) > 0 for plan in plans} == {True, False}
+    assert {case.model for case in test_real_step.CASES} == set(compile_ahead.JOBS["step"])
 
 
 def test_a_kernel_that_errs_on_grouped_heads_is_found_out():

@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc):
     )
 
 
-def test_real_step(case, contender, meter, device, quick):
+def test_real_step(case, contender, meter, device, quick, steps_compiled_ahead):
     if device.type == "cuda" and quick and case not in QUICK:
         pytest.skip("left out of quick runs")
     reason = usable(contender, device)
