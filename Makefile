@@ -98,6 +98,7 @@ lint: $(BUILT)
 	@echo "== lint"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(BUILT)
 	$(PY) -m ruff check --fix .

@@ -263,7 +263,7 @@ def test_says_what_it_cannot_do():
     for dtype in (torch.float32, torch.float64):
         assert str(dtype) in gather.refusal(dtype, 0.0, None)
     assert gather.refusal(torch.bfloat16, 0.0, None) is None
-    if gather._import("flash_attn", "flash_attn_varlen_func")[1]:
+    if gather._missing("flash_attn", "flash_attn_varlen_func"):
         assert "flash-attn" in gather.refusal(torch.bfloat16, 30.0, None)
 
 

@@ -81,6 +81,17 @@ print(tk.tree_attention(x, x, x, plan, backend="reference").sum().item())
     assert run(code, cwd=ROOT) == "False\n8.0"
 
 
+def test_editors_see_the_public_names():
+    """What `treegrpo` imports on first use stands in a block that type checkers read."""
+    import treegrpo
+
+    tree = ast.parse((ROOT / "treegrpo" / "__init__.py").read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {(alias.asname, node.module) for node in block.body for alias in node.names}
+    modules = {name: f"treegrpo.{module}" for name, module in treegrpo._MODULE_OF.items()}
+    assert seen == {*modules.items(), *((name, "treegrpo") for name in treegrpo._SUBMODULES)}
+
+
 def test_trees_help_and_reports_need_no_torch(tmp_path):
     code = """
 class Block:

@@ -6,7 +6,24 @@ Names are imported on first use, so that reading and building trees needs numpy 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # for editors and type checkers, which run nothing
+    from treegrpo import flops as flops
+    from treegrpo import hf as hf
+    from treegrpo.advantages import compute_advantages as compute_advantages
+    from treegrpo.logprobs import token_logprobs as token_logprobs
+    from treegrpo.loss import grpo_loss as grpo_loss
+    from treegrpo.packing import TreeBatch as TreeBatch
+    from treegrpo.packing import pack as pack
+    from treegrpo.samples import split_calls as split_calls
+    from treegrpo.tree import RolloutTree as RolloutTree
+    from treegrpo.tree import Trajectory as Trajectory
+    from treegrpo.tree import build_forest as build_forest
+    from treegrpo.tree import build_tree as build_tree
+    from treegrpo.tree import load as load
+    from treegrpo.tree import save as save
 
 _MODULE_OF = {
     "Trajectory": "tree",

@@ -41,7 +41,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -187,7 +187,7 @@ def parse_options(estimator: str, texts: Sequence[str]) -> dict[str, str | float
     Raises:
         ValueError: no name=value, an option the estimator does not take, a value it does not take.
     """
-    options: dict[str, str | float] = {}
+    options: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
@@ -319,7 +319,7 @@ def resolve_grid(estimator: str, options: Mapping[str, object]) -> Grid:
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r} for estimator {estimator!r}: valid options are {valid}")
     preset = PRESETS[estimator]
-    changes = {name: value for name, value in options.items() if name != "min_std"}
+    changes: dict[str, Any] = {name: value for name, value in options.items() if name != "min_std"}
     scale = changes.get("scale_rewards")
     if isinstance(scale, bool):
         changes["scale_rewards"] = "group" if scale else "none"
@@ -353,7 +353,7 @@ def compute_advantages(
     *,
     eps: float = 1e-6,
     singleton: str = "zero",
-    **options: object,
+    **options: Any,
 ) -> list[list[np.ndarray]]:
     """Advantages `[tree][leaf]` -> float64 `[num_steps of that leaf]`, leaves in the order of `tree.trajectories`.
 

@@ -21,7 +21,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,14 +29,18 @@ from treegrpo.files import writing_weights
 from treegrpo.parallel import Parallel, full, full_like
 from treegrpo.shards import SHARDS, load_shards, save_shards
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 _PREFIX = "checkpoint-"
 _MANIFEST = "manifest.json"
 _OLD = "old_logprobs-"
 _SUPERSEDED = "superseded-"
 # What a run writes beside its checkpoints; those of a server's engine are the weights it was last told to load.
 _FILES = ("metrics.jsonl", "unfinished-step-*.jsonl.gz")
-_FOLDERS = (f"{_SUPERSEDED}*", "best", "rollouts", "weights/weights-*")
-_FOLDERS += (f".{_PREFIX}*.tmp", ".best*.tmp", "weights/.weights-*.tmp")
+_HALF_WRITTEN = (f".{_PREFIX}*.tmp", ".best*.tmp", "weights/.weights-*.tmp")
+_FOLDERS = (f"{_SUPERSEDED}*", "best", "rollouts", "weights/weights-*", *_HALF_WRITTEN)
 
 
 def path_of(output_dir: str | Path, step: int) -> Path:
@@ -51,7 +55,7 @@ def listed(output_dir: str | Path) -> list[Path]:
 
 def save(
     parallel: Parallel,
-    policy: torch.nn.Module,
+    policy: PreTrainedModel | PeftModel,
     optimizer: torch.optim.Optimizer,
     schedule: dict[str, Any],
     old_logprobs: dict[tuple[int, int], torch.Tensor],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -43,6 +43,8 @@ def inspect(
         max_groups: Draw at most so many groups.
         png: Also write a picture of the first drawn group: tree, packed row and mask.
     """
+    import numpy as np
+
     from treegrpo import build_forest
     from treegrpo.advantages import compute_advantages
     from treegrpo.inspect import draw, tree_lines
@@ -70,14 +72,15 @@ def inspect(
             )
     shown = trees[:max_groups]
     has_rewards = all(t.reward is not None for tree in shown for t in tree.trajectories)
-    advantages = compute_advantages(shown, advantage_estimator) if has_rewards else [None] * len(shown)
+    if has_rewards:
+        advantages = compute_advantages(shown, advantage_estimator)
+    else:
+        advantages = [[np.zeros(t.num_steps) for t in tree.trajectories] for tree in shown]
     if samples == "call":
-        empty = [[[0.0]] * tree.num_leaves for tree in shown]
-        shown, calls = call_trees(shown, advantages if has_rewards else empty)
-        advantages = calls if has_rewards else advantages
+        shown, advantages = call_trees(shown, advantages)
     console = _console()
     for tree, values in zip(shown, advantages, strict=True):
-        console.print(tree_lines(tree, values))
+        console.print(tree_lines(tree, values if has_rewards else None))
     if len(trees) > len(shown):
         console.print(f"{len(trees) - len(shown)} more groups: give --group or --max-groups")
     if num_untrained:
@@ -159,7 +162,9 @@ def evaluate(
 
     check_file(json, "--json")
     _quiet_transformers()
-    of_replay = dict(samples=samples, attention=attention, row_token_budget=row_token_budget, backend=backend)
+    of_replay: dict[str, Any] = dict(
+        samples=samples, attention=attention, row_token_budget=row_token_budget, backend=backend
+    )
     of_both = dict(temperature=temperature, seed=seed)
     if rollouts.startswith("replay:"):
         _refuse(rollouts, "an engine", dict(config=config, dataset=dataset, rows=rows))
@@ -182,14 +187,14 @@ def evaluate(
         _write_json(json, result)
 
 
-def _refuse(rollouts: str, kind: str, flags: dict[str, object]) -> None:
+def _refuse(rollouts: str, kind: str, flags: Mapping[str, object]) -> None:
     """ValueError where a flag is given that these rollouts would not read."""
     given = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value is not None]
     if given:
         raise ValueError(f"{', '.join(given)}: only with rollouts of {kind}, not with {rollouts}; leave out")
 
 
-def _sampled_evaluation(model: str, rollouts: str, config: Path | None, **changes: object) -> dict[str, float]:
+def _sampled_evaluation(model: str, rollouts: str, config: Path | None, **changes: Any) -> dict[str, float]:
     from dataclasses import replace
 
     from treegrpo.evaluate import evaluate_sampled
@@ -403,8 +408,16 @@ def _commands(defaults: TrainConfig) -> dict[str, Callable]:
         train(config)
 
     _train.__doc__ = train.__doc__
-    named = {"doctor": doctor, "inspect": inspect, "flops": flops, "train": _train, "eval": evaluate}
-    return {**named, "export": export, "report": report, "convert": convert, "demo": demo, "study": study}
+    named: dict[str, Callable] = {"doctor": doctor, "inspect": inspect, "flops": flops, "train": _train}
+    return {
+        **named,
+        "eval": evaluate,
+        "export": export,
+        "report": report,
+        "convert": convert,
+        "demo": demo,
+        "study": study,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def run(console, steps: int = 20, data: Path | None = None, samples: str = "both
         f" random weights. Its vocabulary is the {len(vocabulary):,} token ids that occur, renumbered: most rows of a"
         " full one would never be read."
     )
-    kinds = ("trajectory", "call") if samples == "both" else (samples,)
+    kinds: tuple[Any, ...] = ("trajectory", "call") if samples == "both" else (samples,)
     forests = {kind: build_forest(split_calls(trajectories) if kind == "call" else trajectories) for kind in kinds}
     console.print()
     console.print(_forest_table(forests, model))
@@ -149,7 +149,8 @@ def _train_side_by_side(config: TrainConfig, trajectories: list[Trajectory]) -> 
         return on_gradients
 
     trainers = {}
-    for attention in runs:
+    ways: tuple[Literal["tree", "chain"], ...] = ("tree", "chain")
+    for attention in ways:
         own = replace(config, attention=attention, output_dir=f"{config.output_dir}/{attention}", disable_tqdm=True)
         trainers[attention] = Trainer(own, trajectories, on_gradients=keep(attention)).steps()
     with progress_bar("tree and chain", 0, config.max_steps) as progress:

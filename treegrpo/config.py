@@ -183,7 +183,7 @@ class TrainConfig(RolloutConfig):
                 " ratios would begin below 1; give top_p=1, or old_logprobs=computed"
             )
 
-    def estimator_options(self) -> dict[str, str | float]:
+    def estimator_options(self) -> dict[str, Any]:
         """Keywords of `compute_advantages` beside the estimator."""
         # Only the z-score estimators know TRL's scale_rewards; its default is what the others do anyway.
         scale = () if self.scale_rewards == "group" else (f"scale_rewards={self.scale_rewards}",)
@@ -316,11 +316,11 @@ def _typed(path: Path, name: str, value: Any) -> Any:
             if not isinstance(value, bool):
                 raise TypeError("write true or false")
             return value
-        for prefix, cast in (("int", int), ("float", float)):
+        for prefix in ("int", "float"):
             if kind.startswith(prefix):
-                if isinstance(value, bool) or (cast is int and float(value) != int(float(value))):
+                if isinstance(value, bool) or (prefix == "int" and float(value) != int(float(value))):
                     raise TypeError(f"not of type {prefix}")
-                return cast(float(value)) if cast is float else int(value)
+                return int(value) if prefix == "int" else float(value)
         if isinstance(value, bool):
             raise TypeError("YAML reads a bare no, off, yes or on as true or false: put it into quotes")
         if not isinstance(value, str):

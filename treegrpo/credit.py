@@ -74,9 +74,9 @@ def step_nodes(trees: Sequence[RolloutTree], root: str = "prompt") -> StepNodes:
 
     Raises ValueError naming group and leaf where one node has two parents: the same tokens were cut into other steps.
     """
-    starts = [step_starts(t) for tree in trees for t in tree.trajectories]
-    counts = np.fromiter(map(len, starts), np.int64, len(starts))
-    starts = np.concatenate(starts) if starts else np.zeros(0, np.int64)
+    per_leaf = [step_starts(t) for tree in trees for t in tree.trajectories]
+    counts = np.fromiter(map(len, per_leaf), np.int64, len(per_leaf))
+    starts = np.concatenate(per_leaf) if per_leaf else np.zeros(0, np.int64)
     num_entries, num_leaves = starts.size, counts.size
     entry_leaf = np.repeat(np.arange(num_leaves), counts)
     lengths = np.concatenate([np.zeros(0, np.int64), *(np.diff(tree.trie.leaf_offsets) for tree in trees)])
@@ -138,11 +138,12 @@ def node_values(nodes: StepNodes, leaf_values: np.ndarray, value: str, entropy: 
     """
     num = nodes.num_nodes
     if value == "leaf_mean":
-        total = np.bincount(nodes.entry_node, leaf_values[nodes.entry_leaf], num)
-        return (total + np.bincount(nodes.leaf_root, leaf_values, num)) / nodes.num_leaves
+        above_roots = np.bincount(nodes.entry_node, leaf_values[nodes.entry_leaf], num)
+        return (above_roots + np.bincount(nodes.leaf_root, leaf_values, num)) / nodes.num_leaves
     ends_here = np.bincount(nodes.leaf_end, minlength=num)
     child_weight, own_weight = np.ones(num), np.ones(num)
     if value == "entropy_softmax":
+        assert entropy is not None
         inner = np.arange(nodes.num_roots, num)
         above = nodes.parent[inner]
         children = np.bincount(above, minlength=num)

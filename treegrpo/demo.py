@@ -22,7 +22,7 @@ from treegrpo.trainer import Trainer
 
 PARTS = ("both", "learn", "compare")
 # Chosen by hand, looking at held-out questions; a step samples 24 groups of six leaves.
-LEARNING = {
+LEARNING: dict[str, Any] = {
     "groups_per_step": 24,
     "num_trees": 2,
     "num_expansions": 2,
@@ -110,6 +110,7 @@ def heldout_accuracy(
     trainer: Trainer, folder: Path, num: int = NUM_HELDOUT, all_hops: tuple[int, ...] = (1, 2, 3)
 ) -> dict[int, Accuracy]:
     """Greedy exact match on held-out questions by number of hops; at most `num` of each."""
+    assert trainer.online is not None
     rows = read_rows(folder / "heldout.jsonl")
     result = {}
     for hops in all_hops:
@@ -174,7 +175,8 @@ def learn(
         f" {total['tree/unique_tokens']:,.0f} unique tokens instead of {total['tree/chain_tokens']:,.0f}"
         f" ({total['tree/chain_tokens'] / total['tree/unique_tokens']:.2f}x)"
     )
-    picture = draw_run(history, trainer.evaluations, trainer.sampled.trajectories(), trainer.tokenizer, output_dir)
+    sampled = trainer.sampled.trajectories() if trainer.sampled else []
+    picture = draw_run(history, trainer.evaluations, sampled, trainer.tokenizer, output_dir)
     (output_dir / "accuracy.json").write_text(
         json.dumps({when: {h: [a.right, a.num] for h, a in acc.items()} for when, acc in _named(before, after)})
     )

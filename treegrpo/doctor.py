@@ -198,8 +198,8 @@ def _usable(name: str) -> str:
 
             from treegrpo_kernels.hopper_cuda import NOTE
 
-            hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-            asked = f"; asked for by name, bf16 and fp16 heads of 64 and 128 take {NOTE}" if hopper else ""
+            is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+            asked = f"; asked for by name, bf16 and fp16 heads of 64 and 128 take {NOTE}" if is_hopper else ""
             return f"usable; auto takes it for what triton does not (float64){asked}"
         case _:
             return "usable"

@@ -48,7 +48,7 @@ def disable_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         parts = [module, config, config.get_text_config() if hasattr(config, "get_text_config") else None]
         for part in parts:
             for name, _ in _numbers(part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,16 +58,16 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = pack(trees, token_budget=budget)
     model = models.build_model(model_path, seed).to(device).eval()
-    options = {"temperature": temperature, "entropy": True, "backend": backend}
+    options: dict[str, Any] = {"temperature": temperature, "backend": backend}
     sums = _Sums()
     for batch in batches:
         batch = batch.to(device)
         if attention == "chain":
-            logp, entropy = chain_logprobs(model, batch, **options)
+            logp, entropy = chain_logprobs(model, batch, entropy=True, **options)
         else:
-            logp, entropy = (batch.expand(x) for x in token_logprobs(model, batch, **options))
+            logp, entropy = (batch.expand(x) for x in token_logprobs(model, batch, entropy=True, **options))
         if attention == "both":
-            chain = chain_logprobs(model, batch, **options)[0]
+            chain = chain_logprobs(model, batch, **options)
             difference = (logp - chain)[batch.leaf_mask].abs()
             # a row in which nothing is trained has none
             sums.difference = max(sums.difference, float(difference.max()) if difference.numel() else 0.0)
@@ -85,15 +85,16 @@ def evaluate_sampled(config: TrainConfig) -> dict[str, float]:
     from treegrpo.envs.data import read_rows
     from treegrpo.rollout import build, online
 
-    if config.eval_dataset is None:
+    file = config.eval_dataset
+    if file is None:
         raise ValueError("eval_dataset is missing: give --dataset FILE, a file of prompts")
-    config = dataclasses.replace(config, dataset=config.eval_dataset, overlap_rollouts=False)
+    config = dataclasses.replace(config, dataset=file, overlap_rollouts=False)
     config.check_paths()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.build_model(config.model, config.seed).to(device).eval()
     sampler = build.make_sampler(config, model, build.load_tokenizer(config))
     try:
-        rows = read_rows(config.eval_dataset)[: config.eval_rows]
+        rows = read_rows(file)[: config.eval_rows]
         options = build.search_options(config)
         result = online.evaluate(sampler, rows, options, temperature=config.eval_temperature, seed=config.seed)
     finally:
@@ -129,9 +130,9 @@ class _Sums:
         ]
         place = 0
         for tree in batch.trees:
-            rewards = [trajectory.reward for trajectory in tree.trajectories]
-            own, place = means[place : place + len(rewards)], place + len(rewards)
-            if None in rewards or min(rewards) == max(rewards):
+            own, place = means[place : place + tree.num_leaves], place + tree.num_leaves
+            rewards = [leaf.reward for leaf in tree.trajectories if leaf.reward is not None]
+            if len(rewards) < tree.num_leaves or min(rewards) == max(rewards):
                 continue
             middle = float(np.mean(rewards))
             for reward, mean in zip(rewards, own, strict=True):

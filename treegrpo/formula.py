@@ -48,11 +48,11 @@ class FormulaChecker:
         stopped, and started anew for the next. ImportError without math-verify, RuntimeError if it does not start."""
         with self._lock:
             # a forked child must not speak through its parent's pipes
-            if self._process is None or self._process.poll() is not None or self._owner != os.getpid():
-                self._start()
+            process = self._process
+            if process is None or process.poll() is not None or self._owner != os.getpid():
+                process = self._start()
             try:
-                self._process.stdin.write(json.dumps([result, gold]) + "\n")
-                self._process.stdin.flush()
+                print(json.dumps([result, gold]), file=process.stdin, flush=True)
                 reply = self._replies.get(timeout=self.timeout)
             except (queue.Empty, BrokenPipeError):
                 reply = ""
@@ -71,11 +71,11 @@ class FormulaChecker:
         with self._lock:
             self._stop()
 
-    def _start(self) -> None:
+    def _start(self) -> subprocess.Popen:
         if not is_installed():
             raise ImportError("comparing formulas needs math-verify: pip install math-verify")
         paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-m", "treegrpo.formula"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -86,7 +86,7 @@ class FormulaChecker:
         )
         self._owner = os.getpid()
         self._replies = queue.Queue()
-        threading.Thread(target=_forward, args=(self._process.stdout, self._replies), daemon=True).start()
+        threading.Thread(target=_forward, args=(process.stdout, self._replies), daemon=True).start()
         try:
             ready = self._replies.get(timeout=START_SECONDS)
         except queue.Empty:
@@ -94,13 +94,15 @@ class FormulaChecker:
         if ready != "ready":
             self._stop()
             raise RuntimeError("the process that compares formulas did not start: see python -m treegrpo.formula")
+        return process
 
     def _stop(self) -> None:
         if self._process is not None and self._owner == os.getpid():
             self._process.kill()
             self._process.wait()
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+            if self._process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.close()
         self._process = None
 
 

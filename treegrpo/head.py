@@ -218,7 +218,7 @@ class _Chunk:
     ) -> Tensor:
         """The gradient of the chunk's logits; fused it is rounded to ``dtype``, as the products do next."""
         rows, lse = self.rows, lse[self.rows]
-        if dentropy is not None:
+        if dentropy is not None and entropy is not None:
             dentropy, entropy = dentropy[rows], entropy[rows]
         if self.options.fused:
             dz = torch.empty(logits.shape, dtype=dtype, device=logits.device)
@@ -231,7 +231,7 @@ class _Chunk:
         row, own = self.pair_rows[self.pairs] - rows.start, dpicked[self.pairs]
         # accumulating index_put is deterministic where index_add is not
         row_sum = z.new_zeros(len(z)).index_put_((row,), own, accumulate=True)
-        if dentropy is None:
+        if dentropy is None or entropy is None:
             dz = log_p.exp_().mul_(-row_sum[:, None])
         else:
             slant = dentropy[:, None] * (log_p + entropy[:, None])
@@ -300,7 +300,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.to(parameter.dtype)
+    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def _transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:

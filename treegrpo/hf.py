@@ -113,7 +113,7 @@ def treegrpo_attention(
     tree_deterministic: bool = True,
     tree_trace: list[nn.Module] | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention function of the name ``treegrpo`` (transformers' AttentionInterface).
 
     Args:
@@ -125,7 +125,7 @@ def treegrpo_attention(
         tree_trace: list to which each call appends its module (``check_model`` counts the layers with it).
 
     Returns:
-        (out [1, T, Hq, Dv], None).
+        (out [1, T, Hq, Dv], None); without a tree what ``sdpa`` or ``eager`` return.
 
     Raises:
         ValueError: dropout, a batch of several rows, a cache, a mask, a plan of another length; each with its cure.

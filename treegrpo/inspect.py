@@ -27,7 +27,7 @@ def tree_lines(tree: RolloutTree, advantages: list[np.ndarray] | None = None):
         f" ({tree.num_chain_pairs / tree.num_pairs:.2f}x)",
         guide_style="dim",
     )
-    lines = {}
+    lines: dict[int, Tree] = {}
     leaves_below = _leaves_below(segments)
     for index, segment in enumerate(segments):
         branch = lines[segment.parent] if segment.parent >= 0 else root

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,53 @@ from treegrpo.head import ChunkedHead, HeadOptions, LogitTransform, Pairs, logit
 from treegrpo.rope import check_lengths
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from treegrpo.packing import TreeBatch
 
 __all__ = ["ChunkedHead", "LogitTransform", "chain_logprobs", "logit_transform", "row_logprobs", "token_logprobs"]
+
+
+@overload
+def token_logprobs(
+    model: nn.Module,
+    batch: TreeBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: Literal[False] = False,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    head: str = "auto",
+    head_dtype: torch.dtype | None = None,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    model: nn.Module,
+    batch: TreeBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: Literal[True],
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    head: str = "auto",
+    head_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def token_logprobs(
+    model: nn.Module,
+    batch: TreeBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    head: str = "auto",
+    head_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def token_logprobs(
@@ -68,8 +112,52 @@ def token_logprobs(
     """
     targets = _cached(batch, "tree", (batch.trained, batch.prev), lambda: _tree_targets(batch))
     _check_lengths(model, batch)
-    options = dict(temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head)
+    options: dict[str, Any] = dict(
+        temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head
+    )
     return _stream_logprobs(model, batch.input_ids, batch.plan, targets, head_dtype=head_dtype, **options)
+
+
+@overload
+def chain_logprobs(
+    model: nn.Module,
+    batch: TreeBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: Literal[False] = False,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    head: str = "auto",
+    head_dtype: torch.dtype | None = None,
+) -> Tensor: ...
+
+
+@overload
+def chain_logprobs(
+    model: nn.Module,
+    batch: TreeBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: Literal[True],
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    head: str = "auto",
+    head_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def chain_logprobs(
+    model: nn.Module,
+    batch: TreeBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool,
+    chunk_rows: int | None = None,
+    backend: str = "auto",
+    head: str = "auto",
+    head_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def chain_logprobs(
@@ -91,13 +179,15 @@ def chain_logprobs(
     of = (batch.leaf_mask, batch.leaf_offsets)
     plan, targets = _cached(batch, "chain", of, lambda: (chain_plan(batch), _chain_targets(batch)))
     _check_lengths(model, batch)
-    options = dict(temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head)
+    options: dict[str, Any] = dict(
+        temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head
+    )
     ids = batch.input_ids[batch.leaf_tokens]
     return _stream_logprobs(model, ids, plan, targets, head_dtype=head_dtype, **options)
 
 
 def _check_lengths(model: nn.Module, batch: TreeBatch) -> None:
-    config = getattr(unwrap(model), "config", None)
+    config: Any = getattr(unwrap(model), "config", None)
     if hasattr(config, "get_text_config"):
         check_lengths(config.get_text_config(), (leaf.num_tokens for tree in batch.trees for leaf in tree.trajectories))
 
@@ -168,7 +258,7 @@ def _stream_logprobs(
     logp, entropies = _target_logprobs(model, ids, plan, targets, labels, entropy=entropy, **options)
     blank = logp.new_zeros(ids.shape[0])
     logp = blank.index_copy(0, targets.trained, logp)
-    return (logp, blank.index_copy(0, targets.trained, entropies)) if entropy else logp
+    return logp if entropies is None else (logp, blank.index_copy(0, targets.trained, entropies))
 
 
 def row_logprobs(model: nn.Module, ids: Tensor, plan: tk.TreePlan, rows: Tensor, labels: Tensor) -> Tensor:
@@ -216,7 +306,7 @@ def _target_logprobs(
     if keeps:
         inputs["logits_to_keep"] = targets.rows
     transform = logit_transform(config)
-    results: list[Tensor | None] = []
+    results: list[tuple[Tensor, Tensor | None]] = []
 
     def score(hidden: Tensor) -> Tensor:
         picked, device = hidden[0] if keeps else hidden[0, targets.rows], hidden.device.type
@@ -229,19 +319,17 @@ def _target_logprobs(
         fused = use_fused(head, linear, compute)
         options = HeadOptions(transform, temperature, compute, entropy, fused, chunk_rows)
         logp, entropies = ChunkedHead.apply(picked, linear.weight, linear.bias, labels, targets.pairs, options)
-        results.extend((logp, entropies))
+        results.append((logp, entropies))
         # FSDP unshards for backward when the gradient of an output arrives: tied to the output, the head waits for it
         return Tied.apply(hidden, logp)
 
     with _swapped(linear, score):
         out = model(**inputs, **tree)
-    if len(results) != 2:
-        raise ValueError(
-            f"{type(base).__name__} called its output head {len(results) // 2} times in one forward, not once"
-        )
-    logp, entropies = results
+    if len(results) != 1:
+        raise ValueError(f"{type(base).__name__} called its output head {len(results)} times in one forward, not once")
+    [(logp, entropies)] = results
     logits = out.logits if hasattr(out, "logits") else out[0]
-    return Tied.apply(logp, logits), entropies[targets.row_of] if entropy else None
+    return Tied.apply(logp, logits), None if entropies is None else entropies[targets.row_of]
 
 
 def blank_mask(config: Any, ids: Tensor) -> Tensor | None:
@@ -296,7 +384,7 @@ def _swapped(head: nn.Module, forward: Any) -> Iterator[None]:
                 del head.forward
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> PreTrainedModel:
     """The causal LM inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
     while True:
         # of the class: DeepSpeed's engine passes for what it wraps, and has a config of its own
@@ -311,7 +399,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def output_head(model: nn.Module) -> nn.Linear:
+def output_head(model: PreTrainedModel) -> nn.Linear:
     """The model's output head, which must be a plain linear layer (with or without bias, tied or not).
 
     Raises ``ValueError`` for a model without one, and for a head under LoRA or quantisation.

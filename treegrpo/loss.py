@@ -117,16 +117,17 @@ def loss_normalizer(
     _check_offsets(leaf_offsets, mask.numel())
     # only shares of a token need a stream: whole ones are counted
     weights = None if shared_tokens == "per_leaf" else _weights(mask != 0, shared_tokens, multiplicity, torch.float64)
-    if loss_type == "dr_grpo" and (not max_completion_length or max_completion_length < 0):
-        raise ValueError(
-            f"max_completion_length is {max_completion_length!r}: 'dr_grpo' divides by it, give a positive number"
-        )
     if loss_type in ("grpo", "dr_grpo"):
-        num_leaves = leaf_offsets.numel() - 1
-        size = num_leaves if loss_type == "grpo" else num_leaves * max_completion_length
+        size = leaf_offsets.numel() - 1
+        if loss_type == "dr_grpo":
+            if not max_completion_length or max_completion_length < 0:
+                raise ValueError(
+                    f"max_completion_length is {max_completion_length!r}: 'dr_grpo' divides by it, give one above 0"
+                )
+            size *= max_completion_length
         # filled on the device: a number copied there would be waited for
         return torch.full((), size, dtype=torch.float64, device=mask.device)
-    return weights.sum() if shared_tokens == "once" else torch.count_nonzero(mask).double()
+    return torch.count_nonzero(mask).double() if weights is None or shared_tokens != "once" else weights.sum()
 
 
 def grpo_loss(
@@ -229,7 +230,7 @@ def grpo_loss(
     if importance_sampling_ratio is not None:
         per_token = per_token * torch.where(trained, importance_sampling_ratio.to(logp.dtype), 0)
     per_token_kl = None
-    if beta != 0.0:
+    if beta != 0.0 and ref_logp is not None:
         difference = torch.where(trained, ref_logp.to(logp.dtype), 0) - logp
         per_token_kl = torch.exp(difference) - difference - 1
         if use_bias_correction_kl:

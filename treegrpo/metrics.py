@@ -80,7 +80,7 @@ class StepMetrics:
             if how == "mean":
                 result[name] = sum(values) / sum(weights) if sum(weights) else math.nan
             else:
-                result[name] = {"sum": sum, "min": min, "max": max}[how](values)
+                result[name] = sum(values) if how == "sum" else min(values) if how == "min" else max(values)
         return result
 
 

@@ -8,7 +8,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -17,6 +17,10 @@ from treegrpo.config import TrainConfig
 from treegrpo.dropout import disable_dropout
 from treegrpo.parallel import Parallel
 from treegrpo.shards import SHARDS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def read_model_config(path: str | Path) -> Any:
@@ -54,7 +58,7 @@ def vocabulary_size(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def from_config(config: Any, path: str | Path, **options: Any) -> torch.nn.Module:
+def from_config(config: Any, path: str | Path, **options: Any) -> PreTrainedModel:
     """A causal LM with random weights, through tree attention. ValueError naming `path` where the values of its config
     make no model."""
     from transformers import AutoModelForCausalLM
@@ -77,7 +81,7 @@ def from_config(config: Any, path: str | Path, **options: Any) -> torch.nn.Modul
 
 def build_model(
     path: str | Path, seed: int, *, weights: bool = True, quantization: Any = None, device: torch.device | None = None
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """A float32 causal LM with tree attention, checked by `treegrpo.hf`; random weights depend on `seed` alone.
 
     Dropout, layer drop and router jitter are switched off: a token shared by many leaves would have one mask where
@@ -135,7 +139,7 @@ def build_model(
 
 def build_policy(
     config: TrainConfig, checkpoint: Path | None, device: torch.device | None = None, *, dequantize: bool = False
-) -> torch.nn.Module:
+) -> PreTrainedModel | PeftModel:
     """The model to train, from `config.model` or from a checkpoint of it; with LoRA adapters where asked.
 
     A sharded checkpoint gives the structure alone: its weights are read in place later (shards.py). `dequantize` turns
@@ -173,7 +177,7 @@ def _quantization(config: TrainConfig) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-def with_adapters(model: torch.nn.Module, config: TrainConfig, checkpoint: Path | None) -> torch.nn.Module:
+def with_adapters(model: PreTrainedModel, config: TrainConfig, checkpoint: Path | None) -> PeftModel:
     """`model` with LoRA adapters, new ones or a checkpoint's. ValueError where there are no such modules, or it has
     none."""
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -208,7 +212,7 @@ class Reference:
             self.model = parallel.wrap_frozen(model)
 
     @contextlib.contextmanager
-    def of(self, policy: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    def of(self, policy: PreTrainedModel | PeftModel) -> Iterator[torch.nn.Module]:
         """Yields the model to run; `policy` is the unwrapped one."""
         if self.model is not None:
             yield self.model

@@ -230,8 +230,9 @@ class TreeBatch:
         moved = self.input_ids.to(device)
         if moved.device == self.device:
             return self
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_plan"}
-        return TreeBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_plan"}
+        values |= {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return TreeBatch(**values)
 
 
 def pack(

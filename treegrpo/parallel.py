@@ -151,16 +151,16 @@ class Parallel:
         if self.sharding is None:
             return self.accelerator.prepare(model)
         # The root holds the head, which backward needs first: freeing it in between gains nothing.
-        return self._shard(model, self.sharding.reshard_after_forward, reshard_root=False)
+        return self._shard(model, self.sharding, self.sharding.reshard_after_forward, reshard_root=False)
 
     def wrap_frozen(self, model: nn.Module) -> nn.Module:
         """The same for a model that is never trained."""
         if self.sharding is None:
             return model.to(self.device)
         # without a backward nothing else would free what was gathered
-        return self._shard(model, reshard=True, reshard_root=True)
+        return self._shard(model, self.sharding, reshard=True, reshard_root=True)
 
-    def _shard(self, model: nn.Module, reshard: bool, reshard_root: bool) -> nn.Module:
+    def _shard(self, model: nn.Module, sharding: Sharding, reshard: bool, reshard_root: bool) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -173,12 +173,14 @@ class Parallel:
             # packed 4-bit weights are whole on every process
             "ignored_params": {p for p in model.parameters() if not p.is_floating_point()},
         }
-        for layer in self.sharding.layers(base):
+        for layer in sharding.layers(base):
             fully_shard(layer, **options)
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         if not {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}:
             fully_shard(embedding, **options)
-        return fully_shard(model, **options | {"reshard_after_forward": reshard_root})
+        # in place: the model becomes a subclass of its class
+        fully_shard(model, **options | {"reshard_after_forward": reshard_root})
+        return model
 
     @contextlib.contextmanager
     def accumulation(self, model: nn.Module, is_last: bool) -> Iterator[None]:
@@ -193,7 +195,7 @@ class Parallel:
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
         """The norm of all gradients over all processes, a scalar; they are scaled down to `max_norm` (0: not)."""
         parameters = [p for p in parameters if p.grad is not None]
-        norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        norm = full(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or math.inf, norm)
         return norm
 
@@ -217,7 +219,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def full_like(value: Tensor, like: Tensor) -> Tensor:
+def full_like(value: Tensor, like: Any) -> Tensor:
     """`value`, whole on every process, distributed as the DTensor `like` is; as it is where `like` is none."""
     if not hasattr(like, "full_tensor") or value.shape != like.shape:
         return value

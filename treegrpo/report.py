@@ -83,8 +83,9 @@ def final_table(history: list[dict[str, Any]], title: str):
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
-    for name, justify in (("metric", "left"), ("first", "right"), ("last", "right"), ("mean", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("metric")
+    for name in ("first", "last", "mean"):
+        table.add_column(name, justify="right")
     for name, first, last, mean in _rows(history):
         table.add_row(name, number(first), number(last), number(mean))
     return table

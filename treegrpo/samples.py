@@ -7,13 +7,14 @@ samples are prefixes of one another and cost almost nothing; flattened, every ca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from treegrpo.tree import RolloutTree, Trajectory, build_tree
 
 
-def split_calls(trajectories: list[Trajectory]) -> list[Trajectory]:
+def split_calls(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """One trajectory per assistant turn of each trajectory, in order.
 
     A turn is one entry of `steps`, or without `steps` a maximal run of trained tokens; turns without a trained token
@@ -71,7 +72,8 @@ def call_trees(
             # nothing of this group is trained
             continue
         split_trees.append(build_tree(calls))
-        split_advantages.append([_of_call(per_leaf[call.info["trajectory"]], call.info["step"]) for call in calls])
+        places = [(call.info or {}) for call in calls]
+        split_advantages.append([_of_call(per_leaf[at["trajectory"]], at["step"]) for at in places])
     return split_trees, split_advantages
 
 

@@ -41,8 +41,9 @@ def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer | None, folde
     tensors: dict[str, Tensor] = {}
     for name, parameter in _trained(model).items():
         key = f"weight.{name}"
-        if key not in saved or saved[key].size != parameter.shape:
-            shape = tuple(saved[key].size) if key in saved else "nothing"
+        size = getattr(saved.get(key), "size", None)
+        if size != parameter.shape:
+            shape = "nothing" if size is None else tuple(size)
             raise ValueError(
                 f"{folder} holds {shape} for {name}, the model {tuple(parameter.shape)}: resume with the settings and"
                 " the model it was made with"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def pack_step(
     advantages = compute_advantages(trees, config.advantage_estimator, **config.estimator_options())
     rows, begin = [], 0
     for read in reads:
-        own = range(len(read))
+        own = list(range(len(read)))
         if world > 1:
             own = balance.assign(balance.costs(read, model_config, config.attention), world)[rank]
         rows += _packed_rows([begin + i for i in own], trees, advantages, config, device)
@@ -100,8 +101,10 @@ def _packed_rows(
     if not own:
         return []
     leaves = [[(group, leaf) for leaf in range(tree.num_leaves)] for group, tree in zip(groups, own, strict=True)]
-    if config.row_token_budget is not None:
-        cuts = [_cut(tree, config) for tree in own]
+    if (budget := config.row_token_budget) is not None:
+        for tree in own:
+            check_budget(tree, config)
+        cuts = [cut_tree(tree, budget) for tree in own]
         leaves = [[of_tree[i] for i in part] for of_tree, parts in zip(leaves, cuts, strict=True) for part in parts]
         of_own = [[of_tree[i] for i in part] for of_tree, parts in zip(of_own, cuts, strict=True) for part in parts]
         own = [
@@ -139,14 +142,9 @@ def check_budget(tree: RolloutTree, config: TrainConfig) -> None:
         )
 
 
-def _cut(tree: RolloutTree, config: TrainConfig) -> list[list[int]]:
-    check_budget(tree, config)
-    return cut_tree(tree, config.row_token_budget)
-
-
 def old_logprobs(data: StepData) -> dict[tuple[int, int], Tensor]:
     """The old log-probs this process holds, as `{(group of the step, leaf): its stream}`."""
-    found = {}
+    found: dict[tuple[int, int], Tensor] = {}
     for row in data.rows:
         if row.old_logp is not None and not row.is_blank:
             lengths = row.batch.leaf_offsets.diff().tolist()
@@ -191,7 +189,7 @@ def policy_logprobs(
 ) -> tuple[Tensor, ...]:
     """`(log-probs,)` or `(log-probs, entropies)` on the leaf stream `[L]`, through the tree or through flattened
     chains."""
-    options = {"temperature": config.temperature, "entropy": entropy, "backend": config.backend}
+    options: dict[str, Any] = {"temperature": config.temperature, "entropy": entropy, "backend": config.backend}
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=config.bf16):
         if config.attention == "chain":
             streams = chain_logprobs(model, batch, **options)

@@ -20,7 +20,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +33,8 @@ CHAINS_PER_STEP = 96
 # Shares of the tokens after which the two-hop questions are asked, before the end.
 MILESTONES = (0.25, 0.5)
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
+_T_BELOW_16 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+_T = (*_T_BELOW_16, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ def run_cell(cell: Cell, seed: int, tokens: int, learning_rate: float, num_quest
                 **settings,
             )
         )
-        history, milestones = [], []
+        history: list[dict[str, Any]] = []
+        milestones: list[list[float]] = []
         try:
             for row in trainer.steps():
                 history.append(row)
@@ -168,8 +169,7 @@ def run(
     if unknown := set(budgets) - {cell.budget for cell in CELLS}:
         raise ValueError(f"budgets: {min(unknown)} is none of 2, 4, 8, 16")
     folder = folder or warm_start()
-    setting = {"tokens": tokens, "learning_rate": learning_rate, "num_questions": num_questions}
-    setting["warm_start"] = folder.name
+    setting = dict(tokens=tokens, learning_rate=learning_rate, num_questions=num_questions, warm_start=folder.name)
     runs_dir = runs_dir / "-".join(map(str, setting.values()))
     runs_dir.mkdir(parents=True, exist_ok=True)
     jobs = [(cell, seed) for seed in range(seeds) for cell in CELLS if cell.budget in budgets]
@@ -204,7 +204,7 @@ def machine() -> dict[str, Any]:
     return {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 
 
-def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Iterator[dict]:
+def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Generator[dict, None, None]:
     """Results as they come. After a job that fails no other begins, those that run are waited for, and the error comes
     last; whatever else ends this early, Ctrl-C above all, ends the jobs too."""
     if not jobs:
@@ -212,7 +212,7 @@ def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Iterato
     others = multiprocessing.active_children()
     # A fresh interpreter each: a fork of a process that has run torch may hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
-    failed: Exception | None = None
+    failed: BaseException | None = None
     # Ctrl-C in the middle of a call of the pool's could leave a lock taken that its own thread waits for at the end
     try:
         with uninterrupted():
@@ -223,7 +223,7 @@ def _results(jobs: list[tuple[Cell, int]], args: tuple, workers: int) -> Iterato
                 errors = [future.exception() for future in done]
                 ended = [(e, None if e else f.result()) for e, f in zip(errors, done, strict=True)]
             for error, result in ended:
-                if error:
+                if result is None:
                     failed = failed or error
                 else:
                     yield result
@@ -294,7 +294,16 @@ def summary(results: list[dict]) -> list[dict]:
     return rows
 
 
-_COLUMNS = ("budget", "method", "two hops, at 1/4", "at 1/2", "at the end", "versus chain", "one hop", "three hops")
+_COLUMNS: tuple[str, ...] = (
+    "budget",
+    "method",
+    "two hops, at 1/4",
+    "at 1/2",
+    "at the end",
+    "versus chain",
+    "one hop",
+    "three hops",
+)
 _COLUMNS += ("tokens", "tool calls")
 _COLUMNS += ("equal groups", "chain / tree tokens")
 

@@ -18,14 +18,14 @@ def step_summary(data: StepData, metrics: StepMetrics, accelerator: Any, *, is_c
     """What `metrics` collected in the step on `data`, over all processes (every one calls it); `is_chain` where the
     flattened leaves were forwarded."""
     batches = [row.batch for row in data.rows if not row.is_blank]
-    forwarded = [batch.num_chain_tokens if is_chain else batch.num_tokens for batch in batches]
+    lengths = [batch.num_chain_tokens if is_chain else batch.num_tokens for batch in batches]
     if batches:
-        metrics.add("batch/longest_row", max(forwarded), how="max")
+        metrics.add("batch/longest_row", max(lengths), how="max")
         metrics.add("tree/depth_max", max(int(batch.position_ids.max()) + 1 for batch in batches), how="max")
         metrics.add("tree/forks", sum(count_forks(batch) for batch in batches), how="sum")
     # what this process has to do, in FLOPs where they are known
     costs = [row.cost and (row.cost.chain if is_chain else row.cost.tree).training for row in data.rows]
-    own = sum(cost for cost in costs if cost) or sum(forwarded)
+    own = sum(cost for cost in costs if cost) or sum(lengths)
     metrics.add("batch/rank_cost_max", own, how="max")
     metrics.add("batch/rank_cost", own, how="sum")
     values = metrics.reduced(accelerator)

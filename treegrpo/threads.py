@@ -24,7 +24,8 @@ async def in_thread(function: Callable[..., Result], *args: Any, **kwargs: Any) 
             outcome.set_result((result, error))
 
     def run() -> None:
-        result, error = None, None
+        result: Any = None
+        error: BaseException | None = None
         try:
             result = context.run(function, *args, **kwargs)
         except SystemExit as raised:

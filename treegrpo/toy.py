@@ -57,7 +57,7 @@ def _finish(basket: dict[str, int], steps: list[Step], rng: random.Random) -> li
 
 
 def _next_step(basket: dict[str, int], steps: list[Step], rng: random.Random) -> Step:
-    results = [step.observation for step in steps]
+    results = [step.observation or "" for step in steps]
     unknown = [item for item in basket if not any(result.startswith(f"{item}: ") for result in results)]
     if unknown:
         item = rng.choice(unknown)

@@ -25,6 +25,7 @@ from treegrpo.metrics import MetricsFile, StepMetrics
 from treegrpo.parallel import Parallel, copy_weights
 from treegrpo.report import RunProgress, progress_bar
 from treegrpo.rollout import build
+from treegrpo.rollout.engine import EngineError
 from treegrpo.rollout.replay import Replay
 from treegrpo.summary import step_summary
 from treegrpo.tree import RolloutTree, Trajectory, load, save
@@ -77,16 +78,15 @@ class Trainer:
         trajectories: list[Trajectory] | None = None,
         on_gradients: Callable[[int, torch.nn.Module], None] | None = None,
     ) -> None:
-        is_logged = trajectories is not None or config.is_replay
         if trajectories is None:
             config.check_paths()
-            if is_logged:
+            if config.is_replay:
                 trajectories = load(config.rollouts_file)
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.on_gradients = on_gradients
         self.replay: Replay | None = None
-        if is_logged:
+        if trajectories is not None:
             self.replay = Replay(trajectories, seed=config.seed, shuffle=config.shuffle)
             startup.check_logged(config, trajectories, self.replay.trees)
         self.checkpoint = startup.find_checkpoint(config)
@@ -113,7 +113,7 @@ class Trainer:
         """What engines sample from: under FSDP2 a copy, which `_sampling_policy` brings up to date."""
         self.tokenizer: Any = None
         self.online: OnlineRollouts | None = None
-        if not is_logged:
+        if self.replay is None:
             self.tokenizer = build.load_tokenizer(config)
             if self.parallel.sharding is not None:
                 self.whole_policy = models.build_policy(config, self.checkpoint, self.device).to(self.device)
@@ -157,23 +157,23 @@ class Trainer:
         ) as progress:
             is_updating = False
             try:
-                if self.step == 0 and (row := self._evaluate(progress)) and main:
+                if self.step == 0 and (row := self._evaluate(progress)) and metrics_file is not None:
                     metrics_file.write({"step": 0, **row})
                 while not self._is_done():
                     started = time.perf_counter()
-                    self._next_data(progress)
+                    data = self._next_data(progress)
                     is_updating, row = True, {}
-                    metrics, grad_norm = self._gradients()
+                    metrics, grad_norm = self._gradients(data)
                     try:
                         # a Ctrl-C waits until the step is counted and has its row
                         with uninterrupted():
-                            values = self._update(metrics, grad_norm)
+                            values = self._update(data, metrics, grad_norm)
                             is_updating = False
                             row = {"step": self.step, **values, "step_time": time.perf_counter() - started}
                         progress.advance(row)
                         row |= self._evaluate(progress)
                     finally:
-                        if main and row and self._is_logged(row):
+                        if metrics_file is not None and row and self._is_logged(row):
                             metrics_file.write(row)
                     is_due = config.save_steps and self.step % config.save_steps == 0
                     if config.save_strategy == "steps" and (is_due or self._is_done()):
@@ -194,25 +194,27 @@ class Trainer:
         limit = self.config.max_generated_tokens
         return self.step >= self.config.max_steps or (limit is not None and self.generated_tokens >= limit)
 
-    def _next_data(self, progress: RunProgress) -> None:
+    def _next_data(self, progress: RunProgress) -> step.StepData:
         """Groups, advantages and frozen log-probs, new ones every num_iterations steps."""
         number, iteration = divmod(self.step, self.config.num_iterations)
         if iteration and self.data is not None:
-            return
+            return self.data
         accelerator = self.accelerator
         place = accelerator.process_index, accelerator.num_processes, self.device
-        self.data = step.pack_step(self._read(number, progress), self.config, *place, self.policy.config)
+        data = self.data = step.pack_step(self._read(number, progress), self.config, *place, self.policy.config)
         if accelerator.num_processes > 1:
-            counts = accelerator.gather(torch.tensor([len(self.data.rows)], device=self.device))
-            step.fill_up(self.data, int(counts.max()), self.device)
-        step.count_flops(self.data, self.policy.config)
-        step.freeze_logprobs(self.data, self.model, self.policy, self.reference, self.config)
+            counts = accelerator.gather(torch.tensor([len(data.rows)], device=self.device))
+            step.fill_up(data, int(counts.max()), self.device)
+        step.count_flops(data, self.policy.config)
+        step.freeze_logprobs(data, self.model, self.policy, self.reference, self.config)
+        return data
 
     def _read(self, number: int, progress: RunProgress) -> list[list[RolloutTree]]:
         """The groups of step data `number`, `[read][group]`, logged or sampled from the weights of now."""
         shape = (self.config.gradient_accumulation_steps, self.config.groups_per_step)
-        if self.online is None:
+        if self.replay is not None:
             return self.replay.step_trees(number, *shape)
+        assert self.online is not None
         policy, state = self._sampling_policy(), self._reward_state()
         self.sampled = self.online.step_rollouts(*shape, policy, progress.sampling, state)
         self.generated_tokens += self.sampled.generated_tokens
@@ -251,9 +253,9 @@ class Trainer:
                 self._write_checkpoint(self.output_dir / "best")
         return result
 
-    def _gradients(self) -> tuple[StepMetrics, float]:
+    def _gradients(self, data: step.StepData) -> tuple[StepMetrics, float]:
         """Those of all rows, clipped; returns what was measured, and their norm."""
-        config, accelerator, rows = self.config, self.accelerator, self.data.rows
+        config, accelerator, rows = self.config, self.accelerator, data.rows
         metrics = StepMetrics()
         total = accelerator.reduce(step.normalizers(rows, config, self.device), "sum").clamp(min=1)
         # Gradients are averaged over processes, so each divides by its share of the whole.
@@ -271,7 +273,7 @@ class Trainer:
         step.check_finite(rows, losses, logps, f"step {self.step + 1}")
         grad_norm = self.parallel.clip_grad_norm(self.policy.parameters(), config.max_grad_norm)
         if not torch.isfinite(grad_norm):
-            groups = ", ".join(dict.fromkeys(repr(tree.group) for tree in self.data.trees))
+            groups = ", ".join(dict.fromkeys(repr(tree.group) for tree in data.trees))
             raise ValueError(
                 f"step {self.step + 1}: the gradient is {float(grad_norm)}, stopped before the update; its groups:"
                 f" {groups}"
@@ -281,24 +283,26 @@ class Trainer:
         metrics.add("perf/fwd_bwd_s", time.perf_counter() - began, how="max")
         return metrics, float(grad_norm)
 
-    def _update(self, metrics: StepMetrics, grad_norm: float) -> dict[str, float]:
+    def _update(self, data: step.StepData, metrics: StepMetrics, grad_norm: float) -> dict[str, float]:
         """The optimiser's step; returns its numbers."""
         learning_rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        values = step_summary(self.data, metrics, self.accelerator, is_chain=self.config.attention == "chain")
+        values = step_summary(data, metrics, self.accelerator, is_chain=self.config.attention == "chain")
         self.num_tokens += int(values["tree/chain_tokens"])
         return {
             "loss": values.pop("loss"),
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             **values,
-            **(self._sampled_metrics() if self.sampled else {}),
+            **self._sampled_metrics(),
             "num_tokens": self.num_tokens,
         }
 
     def _sampled_metrics(self) -> dict[str, float]:
+        if self.sampled is None:
+            return {}
         return {**self.sampled.metrics, "rollout/total_generated_tokens": self.generated_tokens}
 
     def save(self) -> Path:
@@ -310,8 +314,8 @@ class Trainer:
         return path
 
     def _write_checkpoint(self, path: Path) -> None:
-        iteration = self.step % self.config.num_iterations
-        old = step.old_logprobs(self.data) if iteration and self.config.old_logprobs == "computed" else {}
+        iteration, data = self.step % self.config.num_iterations, self.data
+        old = step.old_logprobs(data) if iteration and data and self.config.old_logprobs == "computed" else {}
         state = {"step": self.step, "num_tokens": self.num_tokens, **self._order_state()}
         # Trees that were sampled but not yet trained to the end belong to the state, and are read again from it.
         is_open = self.online is not None and (iteration > 0 or self.num_read > self.step // self.config.num_iterations)
@@ -335,8 +339,13 @@ class Trainer:
         # lists, as JSON gives them back
         values = ((name, getattr(self.config, name)) for name in names)
         state = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
-        num_groups = len(self.replay.trees) if self.online is None else len(self.online.rows)
-        return state | {"num_groups": num_groups}
+        return state | {"num_groups": self._num_groups()}
+
+    def _num_groups(self) -> int:
+        if self.replay is not None:
+            return len(self.replay.trees)
+        assert self.online is not None
+        return len(self.online.rows)
 
     def _leave(self, error: BaseException) -> None:
         """Before a run ends early: a checkpoint of the last whole step, and what the engine still delivered."""
@@ -344,7 +353,7 @@ class Trainer:
             return
         if self.online is not None:
             self.online.abandon()
-            if unfinished := getattr(error, "trajectories", None):
+            if isinstance(error, EngineError) and (unfinished := error.trajectories):
                 rank = self.accelerator.process_index
                 path = self.output_dir / f"unfinished-step-{self.step + 1}{f'-{rank}' if rank else ''}.jsonl.gz"
                 save(path, unfinished)
@@ -380,9 +389,9 @@ class Trainer:
         if self.online is not None:
             self.online.restore(state["online"], path)
         if self.step % self.config.num_iterations:
-            self._next_data(RunProgress())
+            data = self._next_data(RunProgress())
             if self.config.old_logprobs == "computed":
-                step.restore_old_logprobs(self.data, old)
+                step.restore_old_logprobs(data, old)
 
     def _set_optimizer(self, schedule: dict[str, Any]) -> None:
         """Goes on in the `schedule` of a checkpoint, but with this run's settings of the optimiser."""

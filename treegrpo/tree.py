@@ -16,12 +16,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treegrpo.files import read_lines
 from treegrpo.trie import MAX_TOKEN_ID, Trie, token_trie
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 __all__ = [
     "RolloutTree",
@@ -68,6 +71,20 @@ class Trajectory:
     """int64 [num_steps], ascending: index of the first token of each agent step. None: all of it is one step."""
     info: dict[str, Any] | None = None
     """Anything else, carried along untouched; must be plain JSON to be saved."""
+
+    if TYPE_CHECKING:
+        # what is checked and becomes the fields above
+        def __init__(
+            self,
+            token_ids: ArrayLike,
+            loss_mask: ArrayLike,
+            reward: float | None = None,
+            logprobs: ArrayLike | None = None,
+            group: str = "",
+            tree: int = 0,
+            steps: ArrayLike | None = None,
+            info: dict[str, Any] | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         if not isinstance(self.group, str):
@@ -138,7 +155,7 @@ class Trajectory:
             return NotImplemented
         return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _as_array(where: str, field: str, value: Any, kinds: str, like: np.ndarray | None = None) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +36,57 @@ class Backend(str, Enum):
 
 # torch.compile of torch 2.11 iterates over a tuple, but not over an Enum
 _BACKENDS = tuple(Backend)
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str | Backend = "auto",
+    deterministic: bool = True,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str | Backend = "auto",
+    deterministic: bool = True,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: TreePlan,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str | Backend = "auto",
+    deterministic: bool = True,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def tree_attention(
@@ -83,16 +134,20 @@ def tree_attention(
         op.refuse_transforms(q, k, v, sinks)
     scale = None if scale is None else float(scale)
     # all that the checks and choices read of the arguments: what passed once with this plan passes again
-    key = plain and (
-        *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
-        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
-        # 2 and 2.0 are one key, and one of them is no window
-        *(scale, window, type(window), softcap, backend),
+    key = (
+        None
+        if not plain
+        else (
+            *(q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device),
+            None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
+            # 2 and 2.0 are one key, and one of them is no window
+            *(scale, window, type(window), softcap, backend),
+        )
     )
-    call = plan.calls.get(key) if plain else None
+    call = plan.calls.get(key) if key else None
     if call is None:
         call = _prepare(q, k, v, plan, scale, window, softcap, sinks, backend)
-        if plain:
+        if key:
             plan.calls[key] = call
     chosen, scale, window, softcap, tiles, num_pairs = call
     if chosen is Backend.REFERENCE:
@@ -219,7 +274,7 @@ def _reason(backend: Backend, device: torch.device) -> str | None:
 
 
 # all that torch.compiler.assume_constant_result does, which would import the compiler for those who compile nothing
-_reason._dynamo_marked_constant = True
+_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(backend: Backend, q: Tensor, softcap: float, sinks: Tensor | None) -> str | None:
@@ -229,11 +284,15 @@ def _refusal(backend: Backend, q: Tensor, softcap: float, sinks: Tensor | None) 
         return reason
     match backend:
         case Backend.CPU:
-            supported = (torch.float32, torch.bfloat16, torch.float64)
-            return None if q.dtype in supported else f"takes float32, bfloat16 and float64, not {q.dtype}"
+            return (
+                None
+                if q.dtype in (torch.float32, torch.bfloat16, torch.float64)
+                else f"takes float32, bfloat16 and float64, not {q.dtype}"
+            )
         case Backend.CUDA:
-            supported = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-            return None if q.dtype in supported else f"takes float32, bfloat16, float16 and float64, not {q.dtype}"
+            if q.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                return None
+            return f"takes float32, bfloat16, float16 and float64, not {q.dtype}"
         case Backend.TRITON:
             from . import triton
 

@@ -16,6 +16,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +87,8 @@ def reason(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"flash attention needs compute capability 8.0 or newer, this GPU has {major}.{minor}"
-    _, flash_error = _import("flash_attn", "flash_attn_varlen_func")
-    _, torch_error = _import("torch.nn.attention.varlen", "varlen_attn")
+    flash_error = _missing("flash_attn", "flash_attn_varlen_func")
+    torch_error = _missing("torch.nn.attention.varlen", "varlen_attn")
     if flash_error and torch_error:
         return f"neither flash-attn ({flash_error}) nor torch's varlen attention ({torch_error}) imports"
     return None
@@ -100,7 +101,7 @@ def refusal(dtype: torch.dtype, softcap: float, sinks: Tensor | None) -> str | N
     if dtype not in (torch.bfloat16, torch.float16):
         return f"gather takes bfloat16 and float16, not {dtype}: the flash kernels have no other"
     if softcap:
-        _, error = _import("flash_attn", "flash_attn_varlen_func")
+        error = _missing("flash_attn", "flash_attn_varlen_func")
         if error:
             return f"gather has softcap only through flash-attn, which does not import: {error}"
     return None
@@ -150,27 +151,28 @@ class _Take(torch.autograd.Function):
     """index_select whose adjoint adds in the order of the paths: index_put_ sorts, index_add_ races."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, path: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, path: Tensor) -> Tensor:
         ctx.save_for_backward(path)
         ctx.shape = x.shape
         return x.index_select(0, path)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (path,) = ctx.saved_tensors
         return dy.new_zeros(ctx.shape).index_put_((path,), dy, accumulate=True), None
 
 
-def _import(module: str, name: str) -> tuple[Callable | None, str | None]:
-    """(the function, None), or (None, why it does not import)."""
+def _missing(module: str, name: str) -> str | None:
+    """Why the function does not import; None if it does."""
     try:
-        return getattr(importlib.import_module(module), name), None
+        getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        return None, str(error)
+        return str(error)
+    return None
 
 
 def _kernel() -> Varlen:
-    return _torch_varlen if _import("flash_attn", "flash_attn_varlen_func")[1] else _flash_varlen
+    return _torch_varlen if _missing("flash_attn", "flash_attn_varlen_func") else _flash_varlen
 
 
 def _flash_varlen(
@@ -183,8 +185,9 @@ def _flash_varlen(
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    func, _ = _import("flash_attn", "flash_attn_varlen_func")
-    out, lse, _ = func(
+    from flash_attn import flash_attn_varlen_func
+
+    out, lse, _ = flash_attn_varlen_func(
         q,
         k,
         v,
@@ -217,7 +220,7 @@ def _torch_varlen(
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     # torch 2.11 takes grouped heads without being told, later ones want the flag
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     out, lse = varlen_attn(
         q,
@@ -251,7 +254,10 @@ def fix_order(out: Tensor) -> None:
         torch.autograd.Variable._execution_engine.queue_callback(switch.back)
 
     def switch_back(grads_in: tuple[Tensor | None, ...], grads_out: tuple[Tensor | None, ...]) -> None:
-        switches.pop()().back()
+        switch = switches.pop()()
+        # who is gone already has switched back
+        if switch is not None:
+            switch.back()
 
     out.grad_fn.register_prehook(switch_on)
     out.grad_fn.register_hook(switch_back)

@@ -14,6 +14,7 @@ Where nothing but autograd watches (:func:`is_plain`), the public op calls :func
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +120,8 @@ def _empty_out(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _empty_grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
 
 
 _library.impl("tree_attention", _forward, "CompositeExplicitAutograd")
@@ -136,7 +138,7 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object)
     return _empty_grads(q, k, v)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, k, v, sinks, *rest = inputs
     out, lse = output
     ctx.set_materialize_grads(False)
@@ -146,13 +148,13 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     ctx.rest = rest
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     grads = (None,) * 4 if dout is None else _gradients(ctx, dout, torch.ops.treegrpo.tree_attention_backward)
     of_tiles = [None] * len(ctx.rest[2])
     return (*grads, None, None, of_tiles, *(None,) * 6)
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor, backward: Callable) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dsinks); ``backward`` is the operator, or what it runs."""
     q, k, v, out, lse, sinks = ctx.saved_tensors
     dout = dout.contiguous()
@@ -172,7 +174,7 @@ def _sinks_grad(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor
     return _Once.apply(grad, dout, sinks) if torch.is_grad_enabled() else grad
 
 
-def _differentiate_again(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor | None) -> tuple:
+def _differentiate_again(ctx: Any, *grads: Tensor | None) -> tuple:
     raise RuntimeError(
         "tree_attention has no second derivative (a gradient penalty would need one): take backend='reference'"
     )
@@ -182,7 +184,7 @@ class _Once(torch.autograd.Function):
     """A gradient that depends on ``inputs`` in a way that is not differentiated again."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
         return grad.clone()
 
     backward = staticmethod(_differentiate_again)
@@ -197,15 +199,13 @@ class _TreeAttention(torch.autograd.Function):
     """The operator's autograd rule, without the operator; ``rest`` are its arguments from ``subtree_end`` on."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rest: tuple
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, rest: tuple) -> tuple[Tensor, Tensor]:
         output = _forward(q, k, v, sinks, *rest)
         _setup_context(ctx, (q, k, v, sinks, *rest), output)
         return output
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, dlse: None) -> tuple:
+    def backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple:
         if dout is None:
             return (None,) * 5
         # under create_graph the operator says that it has no second derivative
@@ -213,7 +213,7 @@ class _TreeAttention(torch.autograd.Function):
         return *_gradients(ctx, dout, torch.ops.treegrpo.tree_attention_backward if watched else _backward), None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: object) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     """What ``torch.ops.treegrpo.tree_attention`` does, for tensors of which :func:`is_plain` is true."""
     wanted = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     if wanted and torch.is_grad_enabled():

@@ -24,8 +24,11 @@ SHORTEST_PIECE = 4
 class Tile(Protocol):
     """Query and key rows of a kernel's tile; hashable."""
 
-    block_m: int
-    block_n: int
+    @property
+    def block_m(self) -> int: ...
+
+    @property
+    def block_n(self) -> int: ...
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from treegrpo.advantages import compute_advantages
+from treegrpo.credit import step_starts
 from treegrpo.tree import RolloutTree, Trajectory, build_forest
 
 _CURVES = (
@@ -61,7 +62,8 @@ def telling_tree(trajectories: list[Trajectory]) -> RolloutTree:
     forest = build_forest(trajectories)
 
     def worth(tree: RolloutTree) -> tuple[float, int]:
-        return float(np.std([t.reward for t in tree.trajectories])), sum(t.num_steps for t in tree.trajectories)
+        rewards = [t.reward for t in tree.trajectories if t.reward is not None]
+        return float(np.std(rewards)), sum(t.num_steps for t in tree.trajectories)
 
     return max(forest, key=worth)
 
@@ -102,13 +104,13 @@ def _shortened(text: str) -> str:
 
 def _nodes(tree: RolloutTree, advantages: list[np.ndarray]) -> list[dict[str, Any]]:
     """Agent steps as boxes: the prompt first; equal steps of one sampled tree are one box."""
-    prompt_end = int(tree.trajectories[0].steps[0])
+    prompt_end = int(step_starts(tree.trajectories[0])[0])
     prompt = tree.trajectories[0].token_ids[:prompt_end]
-    nodes = [{"ids": prompt, "parent": -1, "x": 0, "values": [], "labels": []}]
+    nodes: list[dict[str, Any]] = [{"ids": prompt, "parent": -1, "x": 0, "values": [], "labels": []}]
     found: dict[tuple, int] = {}
     for trajectory, advantage in zip(tree.trajectories, advantages, strict=True):
         above = 0
-        cuts = [*trajectory.steps.tolist(), trajectory.num_tokens]
+        cuts = [*step_starts(trajectory).tolist(), trajectory.num_tokens]
         for step, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
             key = (trajectory.tree, trajectory.token_ids[:end].tobytes())
             if key not in found:

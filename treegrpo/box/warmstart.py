@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from treegrpo.box.demonstrations import Carelessness, demonstrations
 from treegrpo.box.world import SPLITS, World, build_world, write_corpus, write_questions
 from treegrpo.files import cache_home
 from treegrpo.rollout.order import EpochOrder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 TAGS = ("think", "search", "information", "answer")
@@ -132,7 +135,7 @@ def build_tokenizer(world: World) -> Any:
     )
 
 
-def build_model(settings: WarmStart, vocab_size: int) -> torch.nn.Module:
+def build_model(settings: WarmStart, vocab_size: int) -> PreTrainedModel:
     """About a million parameters, Llama's architecture, random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -159,7 +162,7 @@ def build_model(settings: WarmStart, vocab_size: int) -> torch.nn.Module:
 
 def train(
     tokenizer: Any, settings: WarmStart, progress: Callable[[int, int, float], None] | None = None
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """Supervised training on the teacher's own tokens: AdamW, warm-up and linear decay, one pass over the
     demonstrations."""
     model = build_model(settings, len(tokenizer)).train()

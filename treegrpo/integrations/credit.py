@@ -69,7 +69,7 @@ def leaves_of(
         )
     if steps is None:
         starts = chain_steps(leaves, [len(prompt) for prompt in prompt_ids])
-        leaves = [dataclasses.replace(leaf, steps=own) for leaf, own in zip(leaves, starts, strict=True)]
+        leaves = [dataclasses.replace(leaf, steps=np.array(own)) for leaf, own in zip(leaves, starts, strict=True)]
     return leaves
 
 
@@ -114,6 +114,7 @@ def on_tokens(
         return torch.tensor([float(own[0]) if own.size else 0.0 for own in advantages])
     rows = np.zeros((len(leaves), columns), np.float32)
     for row, leaf, own, prompt in zip(rows, leaves, advantages, prompt_lengths, strict=True):
+        assert leaf.steps is not None, "what compares steps was given them"
         starts = leaf.steps - prompt
         if starts.size:
             row[starts[0] : leaf.num_tokens - prompt] = np.repeat(own, np.diff([*starts, leaf.num_tokens - prompt]))

@@ -18,6 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from treegrpo.tree import Trajectory
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -67,6 +69,9 @@ class Completion:
 
 class EngineError(RuntimeError):
     """The engine cannot answer: unreachable, too slow, or what it sent is not an answer. Says which and the cure."""
+
+    trajectories: Sequence[Trajectory] = ()
+    """Of groups that were complete before it failed."""
 
 
 def checked_prompt(

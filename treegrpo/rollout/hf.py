@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from treegrpo.logprobs import unwrap
 from treegrpo.rollout import kv
@@ -265,7 +265,7 @@ class HFEngine:
     def _step(self) -> list[tuple[_Request, Completion]]:
         """Drops who gave up, prefills who came, decodes one token for each row; returns who is finished."""
         self._drop([i for i, request in enumerate(self._rows) if not request.is_awaited])
-        admitted = []
+        admitted: list[_Request] = []
         while self._pending and len(self._rows) + len(admitted) < self.max_batch:
             request = self._pending.popleft()
             if request.is_awaited:
@@ -357,9 +357,9 @@ class HFEngine:
             positions[i, width - len(new) :] = np.arange(suffix.num_cached, suffix.num_cached + len(new))
             mask[i, past - suffix.num_cached : past] = True
             mask[i, past + width - len(new) :] = True
-        ids, positions = torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device)
+        new_ids, new_positions = torch.from_numpy(ids).to(device), torch.from_numpy(positions).to(device)
         padding = None if mask.all() else torch.from_numpy(mask).to(device)
-        logits = self._forward(ids, positions, padding, batch.cache(width))
+        logits = self._forward(new_ids, new_positions, padding, batch.cache(width))
         batch.length += width
 
         repeats = torch.tensor([len(suffix.requests) for suffix in chunk], device=device)
@@ -432,7 +432,7 @@ class HFEngine:
         return self._stop_text.ends(row.token_ids, row.sampling.stop)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
     twin = copy.deepcopy(model).requires_grad_(False).eval()
     for parameter in twin.parameters():
         parameter.grad = None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -28,6 +28,7 @@ class PrefixTree:
 
     tokens: list[int] = field(default_factory=list)
     piece: Piece | None = None
+    """Of its tokens; None at the root, which has none."""
     children: dict[int, PrefixTree] = field(default_factory=dict)
 
     def _walk(self, ids: list[int]) -> Iterator[tuple[PrefixTree, int]]:
@@ -44,8 +45,7 @@ class PrefixTree:
         """The longest prefix of `ids` that is stored: its length, and its keys and values in order."""
         total, pieces = 0, []
         for node, length in self._walk(ids):
-            keys, values = node.piece
-            pieces.append((keys[:, :, :length], values[:, :, :length]))
+            pieces.append(node._part(0, length))
             total += length
         return total, pieces
 
@@ -64,10 +64,14 @@ class PrefixTree:
             node.children[ids[at]] = PrefixTree(list(ids[at:]), piece)
 
     def _split(self, length: int) -> None:
-        keys, values = self.piece
-        rest = PrefixTree(self.tokens[length:], (keys[:, :, length:], values[:, :, length:]), self.children)
+        rest = PrefixTree(self.tokens[length:], self._part(length, len(self.tokens)), self.children)
         self.children = {rest.tokens[0]: rest}
-        self.tokens, self.piece = self.tokens[:length], (keys[:, :, :length], values[:, :, :length])
+        self.tokens, self.piece = self.tokens[:length], self._part(0, length)
+
+    def _part(self, begin: int, end: int) -> Piece:
+        assert self.piece is not None
+        keys, values = self.piece
+        return keys[:, :, begin:end], values[:, :, begin:end]
 
     @property
     def num_tokens(self) -> int:
@@ -100,10 +104,11 @@ class KVShape:
 
     def zeros(self, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
         """Zeros, not empty memory: a masked column has weight 0, and 0 * NaN would be NaN."""
-        return tuple(
+        keys, values = (
             torch.zeros(self.num_layers, num_rows, heads, num_columns, dim, dtype=self.dtype, device=self.device)
             for heads, dim in (self.key, self.value)
         )
+        return keys, values
 
 
 class _BatchLayer(DynamicLayer):
@@ -221,7 +226,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def context_length(model: nn.Module, wanted: int | None) -> int:
-    known = getattr(_text_config(model), "max_position_embeddings", None)
+    known: Any = getattr(_text_config(model), "max_position_embeddings", None)
     if wanted is None and known is None:
         raise ValueError(f"{type(model).__name__} does not say its context length: give max_context_length")
     if wanted is not None and not 2 <= wanted <= (known or wanted):
@@ -265,7 +270,7 @@ def keywords(model: nn.Module) -> tuple[dict[str, int], str]:
     return keep, "cache" if "cache" in parameters else "past_key_values"
 
 
-def probe_shape(model: nn.Module) -> KVShape:
+def probe_shape(model: PreTrainedModel) -> KVShape:
     """Computes one token to see what the model caches; ValueError where that is not equal keys and values per layer."""
     name, config = type(model).__name__, _text_config(model)
     device = model.get_input_embeddings().weight.device

@@ -167,14 +167,11 @@ def select_nodes(
     """
     root = nodes[0]
     candidates = [node for node in nodes if not node.is_leaf and (root_eligible or node is not root)] or [root]
-    if selection == "entropy":
-        chosen = _uncertain(nodes, candidates, count)
-        if not chosen:
-            chosen = _uniform(candidates, count, rng, with_replacement)
-    elif selection == "uniform":
-        chosen = _uniform(candidates, count, rng, with_replacement)
-    else:
+    if not isinstance(selection, str):
         return [_called(selection, candidates, rng) for _ in range(count)]
+    chosen = _uncertain(nodes, candidates, count) if selection == "entropy" else []
+    if not chosen:
+        chosen = _uniform(candidates, count, rng, with_replacement)
     for node in chosen:
         node.num_expansions += 1
     return chosen
@@ -191,10 +188,10 @@ def _uniform(candidates: list[Node], count: int, rng: random.Random, with_replac
 
 def _uncertain(nodes: Sequence[Node], candidates: list[Node], count: int) -> list[Node]:
     continued = set(map(id, candidates))
-    steps = [node for node in nodes if node.parent is not None and not node.is_leaf and id(node.parent) in continued]
+    steps = [(node, node.parent) for node in nodes if node.parent and not node.is_leaf and id(node.parent) in continued]
     # Every node that is no leaf has one first child, so its siblings are the draws of its parent.
-    steps.sort(key=lambda step: step.mean_nll - SIBLING_PENALTY * step.parent.num_expansions, reverse=True)
-    return [step.parent for step in (steps * math.ceil(count / max(len(steps), 1)))[:count]]
+    steps.sort(key=lambda pair: pair[0].mean_nll - SIBLING_PENALTY * pair[1].num_expansions, reverse=True)
+    return [parent for _, parent in (steps * math.ceil(count / max(len(steps), 1)))[:count]]
 
 
 def _called(

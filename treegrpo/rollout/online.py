@@ -225,14 +225,14 @@ class OnlineRollouts:
     def _sync_weights(self, policy: torch.nn.Module) -> None:
         """The engine samples from the weights of `policy` from now on; with one engine for all processes none asks
         before they are there."""
-        errors: list[EngineError] = []
+        failed: list[EngineError] = []
         if self.rank == 0 or not self.one_engine:
             try:
                 self.sampler.engine.sync_weights(policy)
             except EngineError as error:
-                errors = [error]
-        for error in self.gather(errors) if self.one_engine else errors:
-            raise error
+                failed = [error]
+        for anyones in self.gather(failed) if self.one_engine else failed:
+            raise anyones
 
     def _sample_step(self, reads: int, count: int, progress: Progress | None, state: Any) -> StepRollouts:
         place, wanted = self.place, reads * count
@@ -261,7 +261,8 @@ class OnlineRollouts:
             found = [(means.get(name, np.nan), len(group.trajectories)) for group, means in kept]
             values = [pair for pair in found if not np.isnan(pair[0])]
             if values:
-                metrics[name] = float(np.average(*np.array(values).T[:1], weights=[weight for _, weight in values]))
+                means, weights = zip(*values, strict=True)
+                metrics[name] = float(np.average(means, weights=weights))
         for name in ("generated_tokens", "prefilled_tokens", "tool_calls"):
             metrics[f"rollout/{name}_per_prompt"] = getattr(stats, name) / stats.groups
         metrics["rollout/zero_std_groups"] = num_zero_std
@@ -366,8 +367,7 @@ def evaluate(
 
 
 def _is_flat(group: SampledGroup) -> bool:
-    rewards = [trajectory.reward for trajectory in group.trajectories]
-    return min(rewards) == max(rewards)
+    return len({trajectory.reward for trajectory in group.trajectories}) == 1
 
 
 def _mean(values: np.ndarray) -> float:

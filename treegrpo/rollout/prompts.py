@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from treegrpo.envs.base import Environment
@@ -28,7 +28,7 @@ def encode_prompt(tokenizer: Any, environment: Environment, prompt: str | list[d
 
 
 def check_prompts(
-    datasets: dict[str, tuple[Sequence[dict[str, Any]], Sequence[int]]],
+    datasets: Mapping[str, tuple[Sequence[dict[str, Any]], Sequence[int]]],
     make_env: Callable[[], Environment],
     tokenizer: Any,
     max_length: int,

@@ -52,6 +52,7 @@ def sample(logits: Tensor, draw: Draw, uniform: Tensor | None) -> tuple[Tensor, 
     if draw.is_greedy:
         ids = logits.argmax(-1)
         return ids, torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
+    assert uniform is not None
     greedy = draw.temperature == 0
     logprobs = torch.log_softmax(logits / draw.temperature.masked_fill(greedy, 1.0)[:, None], -1)
     if draw.top_p is not None:

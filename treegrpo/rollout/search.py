@@ -260,7 +260,8 @@ class _Grower:
         return grown
 
     def _is_spent(self) -> bool:
-        return self.stats.generated_tokens >= self.options.token_budget
+        budget = self.options.token_budget
+        return budget is not None and self.stats.generated_tokens >= budget
 
     async def _first(self, tree: int) -> list[Node]:
         ids = self.prompt_ids

@@ -22,6 +22,7 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
     merged are the model's own, not copies. ValueError where an adapter sits on one of two tied weights.
     """
     is_adapted = hasattr(model, "get_base_model")
+    prefix = str(getattr(model, "prefix", ""))
     layers = {n: m for n, m in model.named_modules() if is_adapted and _is_adapter_layer(m)}
     merged: dict[str, torch.Tensor] = {}
     seen: dict[tuple[int, torch.Size], bool] = {}
@@ -30,7 +31,7 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
         key, has_adapter = (tensor.data_ptr(), tensor.shape), False
         owner, _, rest = name.partition(".base_layer.")
         if is_adapted:
-            if "original_module" in name or any(part.startswith(model.prefix) for part in name.split(".")):
+            if "original_module" in name or any(part.startswith(prefix) for part in name.split(".")):
                 continue
             if rest and owner in layers:
                 if not any(key.startswith(f"{owner}.") for key in merged):
@@ -49,7 +50,7 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
         yield name, tensor
 
 
-def save_checkpoint(model: torch.nn.Module, folder: str | Path) -> Path:
+def save_checkpoint(model: Any, folder: str | Path) -> Path:
     """Writes `model` as safetensors with its config, adapters merged, beside `folder`, then renames it to `folder`.
 
     ValueError where the model has no `save_pretrained` or the folder exists.

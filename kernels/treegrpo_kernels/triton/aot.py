@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -65,7 +65,12 @@ SPILLS_OF_NEWER = 0 if OF_36 else 160
 
 WITHOUT_PRODUCTS = ("delta", "dkv_sum", "head_score", "head_slope")
 # what the features of a case ask of its launch, and the kernels that they change
-FEATURES = {"plain": {}, "cap": {"softcap": 30.0, "sinks": True}, "sinks": {"sinks": True}, "window": {"window": 1024}}
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cap": {"softcap": 30.0, "sinks": True},
+    "sinks": {"sinks": True},
+    "window": {"window": 1024},
+}
 HEAD_KERNELS = {"plain": ("head_score", "head_slope"), "cap": ("head_score", "head_slope")}
 PLAIN_KERNELS = {
     "plain": ("dkv", "dkv_split", "dq", "fwd", "delta", "dkv_sum"),
@@ -144,15 +149,15 @@ def launches(
         tma=tma,
     )
     fwd = (q, k, v, sink, out, lse, plan.subtree_end, tiles.fwd, lists[_FWD][1:], scale, softcap)
-    whole = [lists[_DKV][1:-1]]
+    whole = lists[_DKV][1:-1]
     partials = new_partials(dk, dv, tiles.dkv, 4)
     return {
         "fwd": fwd_launch(*fwd, tma),
         "delta": delta_launch(dout, out, lse, delta, lse2),
         "dq": dq_launch(dq, tiles.dq, lists[_DQ][1:], **shared),
-        "dkv": dkv_launch(dk, dv, tiles.dkv, *whole, **shared),
-        "dkv_split": dkv_launch(dk, dv, tiles.dkv, *whole, partials, **shared),
-        "dkv_atomic": dkv_launch(dk, dv, tiles.dkv, *whole, dq=torch.empty(q.shape), **shared),
+        "dkv": dkv_launch(dk, dv, tiles.dkv, whole, **shared),
+        "dkv_split": dkv_launch(dk, dv, tiles.dkv, whole, partials, **shared),
+        "dkv_atomic": dkv_launch(dk, dv, tiles.dkv, whole, dq=torch.empty(q.shape), **shared),
         "dkv_sum": sum_launch(*partials, lists[_DKV][-1], dk, dv, scale),
     }
 
@@ -220,7 +225,7 @@ def compile_launch(launch: Launch | HopperLaunch, arch: int) -> Compiled:
         triton.knobs.compilation.always_compile = True
         kernel = triton.compile(source, target=target, options=parsed)
     said = log.getvalue()
-    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    [registers] = map(int, re.findall(r"Used (\d+) registers", said))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     return Compiled(kernel, registers, spilled, "serialized" in said)
 
@@ -233,6 +238,7 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     if tma is None:
         tma = tma_fits(case.arch, torch.empty(1, 1, case.head_dim, dtype=dtype))
     specialised = case.kernel.startswith("hopper")
+    launch: Launch | HopperLaunch
     if case.head_dim == 0:
         launch = head.launches(dtype, entropy=case.features == "cap", cap=options.get("softcap", 0.0))[case.kernel]
     elif specialised:

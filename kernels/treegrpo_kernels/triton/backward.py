@@ -280,7 +280,7 @@ def backward(
         (2, num_heads, cdiv(num_tokens, block) * block), dtype=torch.float32, device=q.device
     ).unbind()
     num_partials = num_slots(num_tokens, dkv_tile.block_n, items, parted)
-    partials = new_partials(dk, dv, dkv_tile, num_partials) if num_partials else []
+    partials = new_partials(dk, dv, dkv_tile, num_partials) if num_partials else None
 
     def shared() -> dict[str, Any]:
         return dict(
@@ -297,10 +297,7 @@ def backward(
         )
 
     def make_dkv() -> Launch:
-        return dkv_launch(dk, dv, dkv_tile, [*dkv_lists, items], partials or None, **shared())
-
-    def make_sum() -> Launch:
-        return sum_launch(*partials, parted, dk, dv, scale)
+        return dkv_launch(dk, dv, dkv_tile, [*dkv_lists, items], partials, **shared())
 
     def make_delta() -> Launch:
         return delta_launch(dout, out, lse, delta, lse2)
@@ -311,10 +308,16 @@ def backward(
     key = q.shape, k.shape, v.shape, q.dtype, scale, softcap
     of_dq, of_dkv = launches_of(shape), launches_of(dkv_shape)
     inputs = dict(dout=dout, q=q, k=k, v=v, delta=delta, lse2=lse2, subtree_end=subtree_end)
-    grads, parts = dict(dk=dk, dv=dv), dict(partial_dk=partials[0], partial_dv=partials[1]) if partials else {}
+    grads = dict(dk=dk, dv=dv)
+    parts = dict(zip(("partial_dk", "partial_dv"), partials, strict=True)) if partials else {}
     launch(of_dq, ("delta", *key), make_delta, dict(dout=dout, out=out, lse=lse, delta=delta, lse2=lse2))
     launch(of_dq, ("dq", *key), make_dq, inputs | dict(dq=dq))
     launch(of_dkv, ("dkv", *key), make_dkv, inputs | grads | parts)
-    if parts:
+    if partials:
+        partial_dk, partial_dv = partials
+
+        def make_sum() -> Launch:
+            return sum_launch(partial_dk, partial_dv, parted, dk, dv, scale)
+
         launch(of_dkv, ("sum", *key), make_sum, parts | grads)
     return dq, dk, dv

@@ -6,6 +6,8 @@ and mathematics: common.py and backward.py; scores are held transposed, [BN, BM]
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -276,9 +278,9 @@ def dkv_launch(
     dv: Tensor,
     tile: TileConfig,
     lists: list[Tensor],
-    partials: list[Tensor] | None = None,
+    partials: tuple[Tensor, Tensor] | None = None,
     dq: Tensor | None = None,
-    **shared,
+    **shared: Any,
 ) -> Launch:
     """The dK/dV launch.
 
@@ -294,13 +296,16 @@ def dkv_launch(
     args.update(dk=dk, dv=dv, dk_strides=strides(dk), dv_strides=strides(dv), num_kv_heads=num_kv_heads)
     partial_dk, partial_dv = partials or (None, None)
     args.update(partial_dk=partial_dk, partial_dv=partial_dv, SPLIT=partials is not None)
-    by_tma = dq is not None and shared["tma"] and not triton.knobs.runtime.interpret
-    args.update(dq=descriptor(dq, tile.block_m) if by_tma else dq, dq_step=0 if dq is None else dq.stride(0))
+    if dq is None:
+        args.update(dq=None, dq_step=0)
+    else:
+        by_tma = shared["tma"] and not triton.knobs.runtime.interpret
+        args.update(dq=descriptor(dq, tile.block_m) if by_tma else dq, dq_step=dq.stride(0))
     num_work = cdiv(num_tokens, tile.block_n) if partials is None else items.shape[0]
     return Launch(tree_attention_bwd_dkv_kernel, (num_work * num_kv_heads,), args, tile)
 
 
-def new_partials(dk: Tensor, dv: Tensor, tile: TileConfig, num_slots: int) -> list[Tensor]:
+def new_partials(dk: Tensor, dv: Tensor, tile: TileConfig, num_slots: int) -> tuple[Tensor, Tensor]:
     """Uninitialised float32 [slots, Hkv, BN, BD] and [slots, Hkv, BN, BDV]."""
-    shapes = [(num_slots, x.shape[1], tile.block_n, padded(x.shape[2])) for x in (dk, dv)]
-    return [torch.empty(shape, dtype=torch.float32, device=dk.device) for shape in shapes]
+    shape_dk, shape_dv = ((num_slots, x.shape[1], tile.block_n, padded(x.shape[2])) for x in (dk, dv))
+    return dk.new_empty(shape_dk, dtype=torch.float32), dk.new_empty(shape_dv, dtype=torch.float32)

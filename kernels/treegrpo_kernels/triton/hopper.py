@@ -161,24 +161,26 @@ def attn_bwd(
 
     tile, kv_max, kv_min, kv_order, *rest, items, parted = tiles[_DKV]
     num_partials = work.num_slots(num_tokens, tile.shape[2], items, parted)
-    partials = new_partials(k, _tile_of(tile), num_partials) if num_partials else []
+    partials = new_partials(k, _tile_of(tile), num_partials) if num_partials else None
 
     def make_dkv() -> HopperLaunch:
         lists = [kv_max, kv_min, items if partials else kv_order, *rest]
-        return dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(tile), lists, scale, partials or None)
-
-    def make_sum() -> Launch:
-        return sum_launch(*partials, parted, dk, dv, scale)
+        return dkv_launch(dout, q, k, v, dk, dv, lse2, delta, _tile_of(tile), lists, scale, partials)
 
     key = q.shape, k.shape, q.dtype, scale
     of_dq, of_dkv = launches_of(tiles[_DQ.start]), launches_of(tile)
     inputs = dict(dout_desc=dout, q_desc=q, k_desc=k, v_desc=v, lse2=lse2, delta=delta)
-    parts = dict(partial_dk=partials[0], partial_dv=partials[1]) if partials else {}
+    parts = dict(zip(("partial_dk", "partial_dv"), partials, strict=True)) if partials else {}
     sums = dict(dout=narrow_dout, out=out, lse=lse, delta=delta, lse2=lse2)
     launch(of_dq, ("delta", out.shape, *key), make_delta, sums)
     launch(of_dq, ("dq", *key), make_dq, inputs | dict(dq_desc=dq))
     launch(of_dkv, ("dkv", *key), make_dkv, inputs | dict(dk_desc=dk, dv_desc=dv) | parts)
-    if parts:
+    if partials:
+        partial_dk, partial_dv = partials
+
+        def make_sum() -> Launch:
+            return sum_launch(partial_dk, partial_dv, parted, dk, dv, scale)
+
         launch(of_dkv, ("sum", *key), make_sum, parts | dict(dk=dk, dv=dv))
     return _cut(dq, head_dim), _cut(dk, head_dim), _cut(dv, value_dim)
 
@@ -208,5 +210,5 @@ def _shape_of(tile: HopperTile, like: Tensor) -> Tensor:
 
 
 def _tile_of(shape: Tensor) -> HopperTile:
-    *sizes, persistent = shape.shape[1:]
-    return HopperTile(*sizes, persistent=bool(persistent))
+    block_m, block_n, num_stages, consumer_regs, producer_regs, persistent = shape.shape[1:]
+    return HopperTile(block_m, block_n, num_stages, consumer_regs, producer_regs, bool(persistent))

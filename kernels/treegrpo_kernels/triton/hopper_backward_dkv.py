@@ -277,7 +277,7 @@ def dkv_launch(
     tile: HopperTile,
     lists: list[Tensor],
     scale: float,
-    partials: list[Tensor] | None = None,
+    partials: tuple[Tensor, Tensor] | None = None,
 ) -> HopperLaunch:
     """The dK/dV launch; lse2 (base 2) and delta are [Hq, Tp].
 
@@ -317,6 +317,7 @@ def dkv_launch(
     return HopperLaunch(tree_attention_bwd_dkv_hopper_kernel, (num_work * num_kv_heads,), args)
 
 
-def new_partials(k: Tensor, tile: HopperTile, num_slots: int) -> list[Tensor]:
+def new_partials(k: Tensor, tile: HopperTile, num_slots: int) -> tuple[Tensor, Tensor]:
     """Uninitialised float32 partials of dK and dV, each [slots, Hkv, BN, D]."""
-    return list(k.new_empty((2, num_slots, k.shape[1], tile.block_n, k.shape[2]), dtype=torch.float32).unbind())
+    dk, dv = k.new_empty((2, num_slots, k.shape[1], tile.block_n, k.shape[2]), dtype=torch.float32).unbind()
+    return dk, dv

@@ -28,8 +28,11 @@ MAX_ENCODED = 4096
 class Launch(Protocol):
     """A kernel with everything it is launched with: common.Launch, hopper_common.HopperLaunch."""
 
-    grid: tuple[int, ...]
-    args: dict[str, Any]
+    @property
+    def grid(self) -> tuple[int, ...]: ...
+
+    @property
+    def args(self) -> dict[str, Any]: ...
 
     def run(self) -> Any:
         """Launch Triton's way; returns the compiled kernel."""
@@ -49,11 +52,11 @@ class PreparedLaunch:
             self._head += [*scratch, *metadata, *hooks]
         self._args: list[Any] = []
         layouts = iter(compiled.metadata.tensordesc_meta or ())
-        places: dict[str, tuple] = {}
+        places: dict[str, tuple[int, tuple[Any, Any, Any] | None, dict[int, Any]]] = {}
         for name in compiled.src.fn.arg_names:
             x = args[name]
             if isinstance(x, Tensor):
-                places[name] = (len(self._args), None, None)
+                places[name] = (len(self._args), None, {})
                 self._args.append(x.data_ptr())
             elif hasattr(x, "block_shape"):
                 # its shape and strides: the tensor below it is the first call's, and is not kept alive
@@ -118,7 +121,7 @@ def new_shape(sizes: Iterable[int], like: Tensor) -> Tensor:
     """An empty tensor of shape (0, *sizes): a tile configuration, which so travels through the operator with the lists
     made for it, and with it, as an attribute, what is prepared for launches on them."""
     shape = torch.empty((0, *sizes), dtype=torch.int32, device=like.device)
-    shape.launches = {}
+    shape.launches = {}  # type: ignore[attr-defined]
     return shape
 
 

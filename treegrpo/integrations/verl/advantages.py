@@ -107,16 +107,16 @@ def tree_advantages(
             on_path.append(turns)
             off_path.append(others)
     steps = chain_steps(leaves, lengths)
-    leaves = [replace(leaf, steps=own) for leaf, own in zip(leaves, steps, strict=True)]
+    leaves = [replace(leaf, steps=np.array(own)) for leaf, own in zip(leaves, steps, strict=True)]
     advantages = torch.zeros(len(groups), columns)
     found = step_advantages(leaves, estimator, options)
-    for leaf, own, turns, others in zip(leaves, found, on_path, off_path, strict=True):
-        if not own.size:
+    for leaf, per_step, turns, others in zip(leaves, found, on_path, off_path, strict=True):
+        if not per_step.size:
             continue
-        path = on_tokens([leaf], [own], [0], leaf.num_tokens).expand(1, leaf.num_tokens)[0]
+        path = on_tokens([leaf], [per_step], [0], leaf.num_tokens).expand(1, leaf.num_tokens)[0]
         for row, start, end in turns:
             advantages[row, : end - start] = path[start:end]
-        advantages[others] = float(own.mean())
+        advantages[others] = float(per_step.mean())
     return advantages
 
 

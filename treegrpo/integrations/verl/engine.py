@@ -161,7 +161,7 @@ def packed(ids: Tensor, device: Any = "cpu") -> TreeBatch:
     return batch
 
 
-def rows_of(ids: Tensor) -> list[Any]:
+def rows_of(ids: Any) -> list[Any]:
     """The rows of a jagged tensor [B, j] as int64 arrays; one copy to the host."""
     offsets = ids.offsets().tolist()
     values = ids.values().cpu().numpy()
