@@ -210,6 +210,7 @@ def test_calculate(expression: str, value: str) -> None:
         ("1 ** 65", "exponent"),
         ("9 ** 64", "too large"),
         ("10 ** 30 * 10", "too large"),
+        ("(10 ** 30) ** 63.5", "too large"),
         ("9" * 150, "too large"),
         ("1." + "1" * 190 + "e", "no arithmetic"),
         ("9" * 201, "201 characters"),

@@ -15,6 +15,7 @@ MAX_CHARS = 200
 MAX_DEPTH = 50
 MAX_EXPONENT = 64
 MAX_MAGNITUDE = 10**30
+_TOO_LARGE = "a number is too large, or has too many digits, beyond 1e30"
 
 _OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add,
@@ -70,6 +71,8 @@ def _value(node: ast.expr, depth: int) -> Fraction:
             return _bounded(_power(left, right) if isinstance(node.op, ast.Pow) else _exact(node.op, left, right))
         except ZeroDivisionError as error:
             raise ValueError("division by zero") from error
+        except OverflowError as error:  # of a root: 1e30 ** 63.5 is no float
+            raise ValueError(_TOO_LARGE) from error
     raise ValueError("that is no arithmetic: use numbers, + - * / // % ** and parentheses")
 
 
@@ -90,7 +93,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 def _bounded(value: Fraction) -> Fraction:
     if abs(value) > MAX_MAGNITUDE or value.denominator > MAX_MAGNITUDE**4:
-        raise ValueError("a number is too large, or has too many digits, beyond 1e30")
+        raise ValueError(_TOO_LARGE)
     return value
 
 
