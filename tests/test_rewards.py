@@ -111,7 +111,8 @@ def test_an_answerless_response_scores_no_answer() -> None:
 
 def test_a_policy_that_repeats_itself_costs_no_square_of_its_length() -> None:
     boxes, blocks = (extract_result, r"\boxed{", 3_000), (last_answer, "<information>", 10_000)
-    for read, part, times in (boxes, blocks, (format_valid, "\n", 20_000)):
+    calls = (last_answer, "<answer><search> q </search>", 4_000)
+    for read, part, times in (boxes, blocks, calls, (format_valid, "\n", 20_000)):
         begun = time.process_time()
         assert not read("<think> a" + part * times + "b")
         assert time.process_time() - begun < 1, read.__name__

@@ -70,23 +70,16 @@ def last_answer(completion: str, tags: Tags | None = None) -> str | None:
 
 def _blocks(text: str, tags: Tags) -> list[tuple[str, str]]:
     kinds = {tags.search: "search", tags.answer: "answer"}
-    names = "|".join(map(re.escape, kinds))
-    # a block holds no other opening tag of its own name: `<answer> x <answer> y </answer>` answers y
-    pattern = rf"<({names})>((?:(?!<\1>).)*?)</\1>"
     found = []
-    position = 0
-    while position < len(text):
-        # the block closed first, wherever it was opened: that is where generation stopped
-        hits = [
-            match
-            for name in kinds
-            if (match := re.compile(pattern.replace(names, re.escape(name)), re.DOTALL).search(text, position))
-        ]
-        if not hits:
-            break
-        match = min(hits, key=lambda hit: hit.end())
-        found.append((kinds[match[1]], match[2].strip()))
-        position = match.end()
+    opened: dict[str, int] = {}
+    for mark in re.finditer(rf"<(/?)({'|'.join(map(re.escape, kinds))})>", text):
+        if not mark[1]:
+            # a block holds no other opening tag of its own name: `<answer> x <answer> y </answer>` answers y
+            opened[mark[2]] = mark.end()
+        elif mark[2] in opened:
+            # the block closed first, wherever it was opened: that is where generation stopped
+            found.append((kinds[mark[2]], text[opened[mark[2]] : mark.start()].strip()))
+            opened = {}
     return found
 
 
