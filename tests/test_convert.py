@@ -174,6 +174,8 @@ def test_malformed_tool_calls_are_named(calls):
         ({"messages": TALK, "group": "g", "reward": "abc"}, r"record 0 \(group g\): reward is 'abc'"),
         ({"messages": TALK, "group": "g", "reward": [1]}, r"record 0 \(group g\): reward is \[1\]"),
         ({"messages": TALK, "group": "g", "reward": float("nan")}, "reward is nan"),
+        ({"messages": TALK, "group": "g", "reward": 10**400}, "reward is 1000"),
+        ({"messages": [*TALK, {"role": "user", "content": "\ud800"}], "group": "g"}, r"messages\[\d\] holds half of a"),
         ({"messages": TALK, "group": "g", "trial": "x"}, r"record 0 \(group g\): tree or trial is 'x': give a whole"),
         ({"messages": TALK, "group": "g", "tree": 1.5}, "tree or trial is 1.5"),
     ],

@@ -151,7 +151,7 @@ def test_copies_are_the_same_object_and_threads_share_it(bm25: BM25Retriever) ->
         ('{"contents": "x"}', "line 2: id is None"),
         ('{"id": 1}', "line 2: contents is None"),
         ('{"id": 1, "contents": "  "}', "line 2: contents is '  '"),
-        ('{"id": 1, "contents": "\\ud800"}', "line 2: half of a surrogate"),
+        ('{"id": 1, "contents": "\\ud800"}', "line 2: contents holds half of a surrogate"),
     ],
 )
 def test_bad_lines_of_a_corpus_are_named(tmp_path: Path, line: str, message: str) -> None:

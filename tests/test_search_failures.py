@@ -247,6 +247,10 @@ def test_an_environment_that_breaks_its_contract_is_an_error():
         def step(self, action, *, is_last=False):
             return "text"
 
+    class Binary(Notebook):
+        def step(self, action, *, is_last=False):
+            return StepResult(observation=b"bytes")
+
     class Spelled(Notebook):
         stop = "</a>"
 
@@ -263,6 +267,8 @@ def test_an_environment_that_breaks_its_contract_is_an_error():
         run(Engine(), Silent)
     with pytest.raises(ValueError, match=r"Textual\.step returned a str: return a StepResult"):
         run(Engine(), Textual)
+    with pytest.raises(ValueError, match=r"Binary\.step returned a bytes as observation: give text"):
+        run(Engine(), Binary)
 
 
 @pytest.mark.parametrize(

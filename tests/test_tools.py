@@ -377,6 +377,29 @@ def test_a_tree_search_over_an_environment_class(chatml, monkeypatch: pytest.Mon
     assert len(logs) == 14 and len({tuple(log) for log in logs}) > 3
 
 
+def test_half_a_surrogate_pair_in_a_call_ends_no_search(chatml) -> None:
+    def echo(text: str) -> str:
+        """Echoes.
+
+        Args:
+            text: What to say.
+        """
+        return text
+
+    class Policy(Scripted):
+        async def generate(self, prompt_ids, sampling, *, session=""):
+            is_first = "</tool_call>" not in self.tokenizer.decode(prompt_ids)
+            text = call("echo", text="<\ud800>") + call("\ud800") if is_first else "Done."
+            ids = self.tokenizer.encode(text + self.tokenizer.eos_token, add_special_tokens=False)
+            return Completion(ids, [-0.5] * len(ids), "stop", len(prompt_ids))
+
+    options = SearchOptions(num_trees=1, num_expansions=0, max_tokens=500)
+    make_env = lambda: ToolEnv([echo], tokenizer=chatml)  # noqa: E731
+    (group,) = search(Policy(chatml), make_env, [{"question": "?"}], groups=["g"], options=options, seeds=[0])
+    assert "<tool_response>\n<?>\n</tool_response>" in group.completions[0]
+    assert "there is no tool ?;" in group.completions[0] and group.completions[0].endswith("Done.")
+
+
 def test_classes_that_are_no_environment_are_refused(chatml) -> None:
     class NoReset:
         def tool(self) -> str:

@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from treegrpo.files import read_lines
+from treegrpo.files import check_utf8, read_lines
 from treegrpo.tree import Trajectory
 
 _MESSAGE_FIELDS = ("messages", "traj", "conversation")
@@ -170,7 +170,7 @@ def _number(where: str, value: Any, kind: type) -> Any:
         number = float(value)
         if math.isfinite(number) and kind(number) == number:
             return kind(number)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{where} is {value!r}: give a {'whole' if kind is int else 'finite'} number, or leave it out")
 
@@ -201,6 +201,7 @@ def _clean_message(index: int, message: dict[str, Any], parse_arguments: bool) -
             raise ValueError(
                 f"messages[{index}]: a tool call's arguments are not JSON ({error}); leave out --parse-arguments"
             ) from error
+    check_utf8(json.dumps(clean, ensure_ascii=False, default=str), f"messages[{index}]")
     return clean
 
 

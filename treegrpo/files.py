@@ -32,6 +32,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path}, line {number + 1}: {damage}") from error
 
 
+def check_utf8(text: str, name: str) -> None:
+    """ValueError naming what holds half of a surrogate pair, which JSON can spell and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds half of a surrogate pair ({error}): write the text as UTF-8") from error
+
+
 def cache_home() -> Path:
     """Where what is made once is kept: `treegrpo` in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treegrpo"

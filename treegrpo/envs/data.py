@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from treegrpo.answers import gold_answers
-from treegrpo.files import read_lines
+from treegrpo.files import check_utf8, read_lines
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -52,6 +52,7 @@ def _row(record: Any, index: int, stem: str) -> dict[str, Any]:
         raise ValueError("question is missing, and so is prompt: add one of them")
     if question is not None and (not isinstance(question, str) or not question.strip()):
         raise ValueError(f"question is {question!r}: give text")
+    check_utf8(question or "", "question")
     if prompt is not None:
         _check_prompt(prompt)
     columns = {name: [value] for name, value in record.items() if name != "reward_model" or isinstance(value, dict)}
@@ -74,12 +75,15 @@ def _check_prompt(prompt: Any) -> None:
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("prompt is empty: give text or messages")
+        check_utf8(prompt, "prompt")
         return
     if not isinstance(prompt, list) or not prompt:
         raise ValueError(f"prompt is a {type(prompt).__name__}: give text or a list of messages")
     for number, message in enumerate(prompt):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise ValueError(f"prompt[{number}] is no message: give objects with role and content")
+        if isinstance(message["content"], str):
+            check_utf8(message["content"], f"prompt[{number}].content")
 
 
 def _read_json(path: Path, kind: str) -> list[tuple[int, Any]]:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from treegrpo.files import cache_home, read_lines
+from treegrpo.files import cache_home, check_utf8, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -222,11 +222,8 @@ def _corpus_line(line: bytes) -> tuple[str, str]:
         raise ValueError(f"id is {name!r}: give text or a whole number")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"contents is {text!r}: give text")
-    try:
-        text.encode()
-        str(name).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair ({error}): write the text as UTF-8") from error
+    check_utf8(text, "contents")
+    check_utf8(str(name), "id")
     return str(name), text
 
 

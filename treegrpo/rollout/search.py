@@ -312,7 +312,9 @@ class _Grower:
         elif is_last:
             end = "max_turns"
         else:
-            observation = self.engine.tokenizer.encode(result.observation, add_special_tokens=False)
+            # half a surrogate pair, which JSON can spell and a tool may hand on, has no UTF-8: no tokenizer takes it
+            text = result.observation.encode("utf-8", "replace").decode()
+            observation = self.engine.tokenizer.encode(text, add_special_tokens=False)
             end = None
             if len(completion.token_ids) + len(observation) >= room:
                 observation, end = [], "context"
@@ -370,6 +372,8 @@ class _Grower:
         name = type(environment).__name__
         if not isinstance(result, StepResult):
             raise ValueError(f"{name}.step returned a {type(result).__name__}: return a StepResult")
+        if not isinstance(result.observation, (str, type(None))):
+            raise ValueError(f"{name}.step returned a {type(result.observation).__name__} as observation: give text")
         if result.observation is None and not (result.done or is_last):
             raise ValueError(f"{name}.step returned no observation though it is not done: give one, or set done")
 
