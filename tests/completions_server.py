@@ -294,6 +294,10 @@ def spoil(
         logprobs[-1] = float("-inf")
     elif kind == "positive":
         logprobs[-1] = 0.5
+    elif kind == "beyond float32":
+        logprobs[-1] = -1e300
+    elif kind == "beyond float64":
+        logprobs[-1] = -(10**400)
     elif kind == "null":
         logprobs[-1] = None
     elif kind == "lengths":

@@ -67,6 +67,8 @@ def test_too_slow(engine, kind):
         ("sglang", "nan", "log-prob 7 is nan"),
         ("openai", "minus infinity", "log-prob 7 is -inf"),
         ("sglang", "positive", "log-prob 7 is 0.5, not a finite number up to 0"),
+        ("openai", "beyond float32", r"log-prob 7 is -1e\+300"),
+        ("sglang", "beyond float64", "log-prob 7 is -1000"),
         ("openai", "null", "log-prob 7 is None"),
         ("openai", "lengths", "8 token ids but 7 log-probs"),
         ("sglang", "lengths", "8 completion_tokens but 7 log-probs"),

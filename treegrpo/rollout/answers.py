@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 MAX_POSITIVE_LOGPROB = 1e-3
 """Rounding may leave the log-prob of a certain token this far above 0."""
+MIN_LOGPROB = -3e38
+"""What float32, in which log-probs are kept, still holds."""
 EXCERPT = 200
 """Bytes of an answer that an error shows."""
 
@@ -29,8 +30,8 @@ def check_sampled(ids: Sequence[Any], logprobs: Sequence[Any], reason: Any, max_
     for index, (token, logprob) in enumerate(zip(ids, logprobs, strict=True)):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise BadAnswer(f"token {index} is {token!r}, not an id below the vocabulary size {vocab_size}")
-        if type(logprob) not in (int, float) or not math.isfinite(logprob) or logprob > MAX_POSITIVE_LOGPROB:
-            raise BadAnswer(f"log-prob {index} is {logprob!r}, not a finite number up to 0")
+        if type(logprob) not in (int, float) or not MIN_LOGPROB <= logprob <= MAX_POSITIVE_LOGPROB:
+            raise BadAnswer(f"log-prob {index} is {repr(logprob)[:EXCERPT]}, not a finite number up to 0")
     if reason not in ("stop", "length"):
         raise BadAnswer(f"finish reason {reason!r}, neither 'stop' nor 'length'")
 
