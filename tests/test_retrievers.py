@@ -258,16 +258,20 @@ def test_an_unreachable_server_is_named() -> None:
         HTTPRetriever(url, max_retries=1, backoff=0.01).search("x")
 
 
-@pytest.mark.parametrize("slow", ["silent", "dripping"])
-def test_a_slow_server_is_given_up(slow: str) -> None:
+HEAD = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize("begin", [None, HEAD + b"\r\n", b"", HEAD + b"Transfer-Encoding: chunked\r\n\r\n"])
+def test_a_slow_server_is_given_up(begin: bytes | None) -> None:
+    """It is silent, or drips: its answer, its status line, the length of a chunk."""
+
     def answer(handler, request) -> None:
-        if slow == "silent":
+        if begin is None:
             time.sleep(0.6)
             return
-        handler.send_response(200)
-        handler.end_headers()
-        for _ in range(30):
-            handler.wfile.write(b" ")
+        handler.wfile.write(begin)
+        for _ in range(40):
+            handler.wfile.write(b"0")
             handler.wfile.flush()
             time.sleep(0.05)
 
@@ -293,6 +297,7 @@ GOOD = {"document": {"contents": "x"}, "score": 1}
         ({"result": [[GOOD, {"document": {"contents": 3}, "score": 1}]]}, r"result\[0\]\[1\] has no text"),
         ({"result": [["x"]]}, r"result\[0\]\[0\] has no text"),
         ({"result": [[{**GOOD, "score": None}]]}, "has the score None"),
+        ({"result": [[{**GOOD, "score": 10**400}]]}, "has the score 1000"),
         (b'{"result": [[{"document": {"contents": "x"}, "score": NaN}]]}', "has the score nan"),
         ({"result": [[{"document": {"contents": "x" * 5000}, "score": 1}]]}, "more than 4000 bytes"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import urllib.error
@@ -260,6 +262,53 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Within(io.RawIOBase):
+    """Reads `stream`, which reads `sock`, for no longer than the socket's time-out in all: its own starts anew with
+    every byte."""
+
+    def __init__(self, stream: io.RawIOBase, sock: Any) -> None:
+        self._stream, self._sock = stream, sock
+        self._deadline = time.monotonic() + sock.gettimeout()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer came too slowly")
+        self._sock.settimeout(left)
+        return self._stream.readinto(buffer)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp = io.BufferedReader(_Within(self.fp.detach(), sock))
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _Handler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, request)
+
+
+class _SecureHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_SecureConnection, request)
+
+
 class HTTPRetriever:
     """A retrieval server as of Search-R1: `POST url {"queries": [...], "topk": 3, "return_scores": true}` is answered
     with `{"result": [[{"document": {"id": ..., "contents": ...}, "score": ...}, ...], ...]}`.
@@ -293,7 +342,7 @@ class HTTPRetriever:
         self.max_retries = max_retries
         self.backoff = backoff
         self.max_bytes = max_bytes
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, _Handler, _SecureHandler)
 
     def __deepcopy__(self, memo: dict) -> HTTPRetriever:
         return self
@@ -333,16 +382,12 @@ class HTTPRetriever:
         )
 
     def _try(self, request: urllib.request.Request) -> bytes:
-        deadline = time.monotonic() + self.timeout
         with self._opener.open(request, timeout=self.timeout) as response:
             data = bytearray()
             while chunk := response.read1(1 << 16):
                 data += chunk
                 if len(data) > self.max_bytes:
                     raise RetrieverError(f"{self.url} sent more than {self.max_bytes} bytes: lower topk")
-                if time.monotonic() > deadline:
-                    # the socket's own time-out starts anew with every byte
-                    raise TimeoutError("the answer came too slowly")
             missing = response.length
         if missing:
             raise http.client.IncompleteRead(bytes(data), missing)
@@ -371,8 +416,9 @@ class HTTPRetriever:
         if not isinstance(document, dict) or not isinstance(document.get("contents"), str):
             raise self._garbage(f'{where} has no text in ["document"]["contents"]')
         score = hit.get("score")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise self._garbage(f"{where} has the score {score!r}")
+        # a whole number may be larger than any float
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
+            raise self._garbage(f"{where} has the score {repr(score)[:80]}")
         return Document(str(document.get("id", "")), document["contents"], float(score))
 
     def _garbage(self, what: str) -> RetrieverError:
