@@ -394,6 +394,10 @@ def test_resolve_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts["search_em/official"] == pytest.approx([0.1, 0.8])
     assert parts["search_f1/paper"] == pytest.approx([-0.2, 0.8])
     assert rewards == pytest.approx([2.9, 1.6])
+    # columns that a function of ours has a parameter for are data all the same
+    named = columns | {"tags": [["math"], []], "weight": [1.0, 2.0], "variant": ["a", "b"]}
+    again, _ = run(functions, completions=["<answer> y </answer>"] * 2, columns=named)
+    assert again.tolist() == rewards.tolist()
     for name in ("em", "search_em/best", "format/paper", "my_rewards:four", "my_rewards_none:x"):
         with pytest.raises(ValueError, match=name):
             resolve_rewards([name])

@@ -10,7 +10,6 @@ A completion is everything behind the prompt, observations included. The prompt 
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import math
 import threading
@@ -230,7 +229,13 @@ def _resolve(name: str) -> Callable:
         raise ValueError(
             f"reward {name!r}: {base} has no variant {variant!r}; those of search_* are {', '.join(VARIANTS)}"
         )
-    bound = functools.partial(function, **({"variant": variant} if variant else {}))
+    options = {"variant": variant} if variant else {}
+
+    def bound(prompts: list, completions: list, completion_ids: list | None = None, **columns: Any) -> Any:
+        # a dataset may have columns of these names
+        columns = {name: values for name, values in columns.items() if name not in ("variant", "tags", "weight")}
+        return function(prompts, completions, completion_ids, **columns, **options)
+
     bound.__name__ = name
     return bound
 
