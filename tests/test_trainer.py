@@ -195,6 +195,9 @@ def test_recorded_logprobs_are_used(tmp_path):
     plain = tiny.write(tmp_path)
     with pytest.raises(ValueError, match=r"trajectory 0 .*logprobs is missing"):
         run(plain, tmp_path / "c", old_logprobs="recorded")
+    rows = [dataclasses.replace(row, logprobs=np.exp(row.logprobs)) for row in tiny.trajectories(logprobs=True)]
+    with pytest.raises(ValueError, match=r"trajectory 0 \(group 'g0'\): logprobs\[8\] is 0\..*not probabilities"):
+        run(tiny.write(tmp_path, rows), tmp_path / "d")
 
 
 def test_bf16_stays_near_float32(files, tmp_path):

@@ -12,7 +12,7 @@ from treegrpo import checkpoint as checkpoints
 from treegrpo import models, step
 from treegrpo.config import TrainConfig
 from treegrpo.rollout.build import missing_package
-from treegrpo.rollout.replay import check_recorded, check_vocabulary
+from treegrpo.rollout.replay import check_logprobs, check_recorded, check_vocabulary
 from treegrpo.tree import RolloutTree, Trajectory
 
 
@@ -47,6 +47,7 @@ def check_logged(config: TrainConfig, trajectories: list[Trajectory], trees: lis
     """ValueError for logged trajectories that the model or a packed row cannot take."""
     if config.old_logprobs == "recorded":
         check_recorded(trajectories)
+    check_logprobs(trajectories)
     check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(config.model)), config.model)
     for tree in trees:
         step.check_budget(tree, config)

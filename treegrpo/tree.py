@@ -159,6 +159,10 @@ class Trajectory:
 
 
 def _as_array(where: str, field: str, value: Any, kinds: str, like: np.ndarray | None = None) -> np.ndarray:
+    if "b" not in kinds and isinstance(value, list) and bool in set(map(type, value)):
+        # among integers numpy would make a number of it
+        index = next(i for i, entry in enumerate(value) if isinstance(entry, bool))
+        raise ValueError(f"{where}: {field}[{index}] is {value[index]}; give a number")
     try:
         array = np.array(value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -416,9 +420,17 @@ def _to_line(index: int, trajectory: Trajectory) -> str:
     return json.dumps(record, separators=(",", ":")) + "\n"
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return record
+
+
 def _from_line(line: bytes) -> Trajectory:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): mend or delete the line, or write the file again") from error
     if not isinstance(record, dict):

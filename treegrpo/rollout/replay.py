@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from treegrpo.rollout.answers import MAX_POSITIVE_LOGPROB
 from treegrpo.rollout.order import EpochOrder
 from treegrpo.tree import RolloutTree, Trajectory, build_forest
 
@@ -62,6 +63,19 @@ def check_vocabulary(trajectories: list[Trajectory], vocab_size: int, model: str
                 f"trajectory {index} (group {trajectory.group!r}): token_ids[{bad[0]}] = {ids[bad[0]]} is outside"
                 f" {model}'s vocabulary of {vocab_size}; use the model the rollouts were sampled from, or convert the"
                 " messages with its tokenizer"
+            )
+
+
+def check_logprobs(trajectories: list[Trajectory]) -> None:
+    """ValueError naming the first trained token whose recorded log-prob is above 0, as a probability is."""
+    for index, trajectory in enumerate(trajectories):
+        if trajectory.logprobs is None:
+            continue
+        bad = np.flatnonzero(trajectory.loss_mask & (trajectory.logprobs > MAX_POSITIVE_LOGPROB))
+        if bad.size:
+            raise ValueError(
+                f"trajectory {index} (group {trajectory.group!r}): logprobs[{bad[0]}] is"
+                f" {trajectory.logprobs[bad[0]]}, above 0; record natural logs, not probabilities, or leave them out"
             )
 
 
