@@ -98,6 +98,12 @@ def test_group_names_are_shown_as_they_are(tmp_path, capsys):
     rollouts, _ = tiny.write(tmp_path, rows)
     assert main(["inspect", str(rollouts)]) == 0
     assert "group train.jsonl:train:7@3" in capsys.readouterr().out
+    # a terminal obeys escapes, and half a surrogate pair cannot be printed
+    rows = [dataclasses.replace(row, group="\x1b[2J\ud800") for row in rows]
+    rollouts, _ = tiny.write(tmp_path, rows)
+    assert main(["inspect", str(rollouts)]) == 0 and main(["inspect", str(rollouts), "--group", "x"]) == 2
+    out, err = capsys.readouterr()
+    assert r"group \x1b[2J\ud800" in out and r"it has \x1b[2J\ud800, ..." in err and "\x1b" not in out + err
 
 
 def test_flops_prints_a_table_and_writes_json(tmp_path, capsys):

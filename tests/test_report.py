@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from treegrpo import Trajectory, build_forest, toy
 from treegrpo.inspect import _draw_row, _draw_tree, visible_fraction
@@ -45,13 +47,24 @@ def test_metrics_file_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [('{"step": 1}\n{"st', "line 2: not valid JSON"), ("[1]\n", "line 1: not a row")]
+    ("text", "message"),
+    [(b'{"step": 1}\n{"st', "line 2: not valid JSON"), (b"\x85", "line 1: not valid"), (b"[1]\n", "line 1: not a row")],
 )
 def test_damaged_metrics_are_named(tmp_path, text, message):
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_bytes(text)
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_names_of_metrics_are_shown_as_they_are(tmp_path):
+    """Those that a reward function logs are anybody's: no markup, no cells and no orders to the terminal."""
+    name = "em[nq] [/b] a|b\n\x1b[2J"
+    MetricsFile(tmp_path / "metrics.jsonl").write({"step": 1, name: 1.0})
+    console = Console(file=io.StringIO(), width=100)
+    console.print(final_table(read_metrics(tmp_path / "metrics.jsonl"), "runs/[b]"))
+    assert "em[nq] [/b] a|b\\n\\x1b[2J" in console.file.getvalue() and "runs/[b]" in console.file.getvalue()
+    assert "| em[nq] [/b] a\\|b\\n\\x1b[2J | 1 | 1 | 1 |" in write_report(tmp_path)[1].read_text()
 
 
 def test_empty_run_is_refused(tmp_path):

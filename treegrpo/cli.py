@@ -13,6 +13,7 @@ import tyro
 from treegrpo.config import TrainConfig, read_config
 from treegrpo.files import check_file, check_folder, write_whole
 from treegrpo.rollout.engine import EngineError
+from treegrpo.shown import plain, shown
 
 _File = tyro.conf.Positional[Path]
 
@@ -177,11 +178,11 @@ def evaluate(
         result = _sampled_evaluation(
             model, rollouts, config, eval_dataset=dataset, eval_rows=rows, eval_temperature=temperature, seed=seed
         )
-    table = Table(title=f"{model} on {rollouts}", title_justify="left")
+    table = Table(title=plain(f"{model} on {rollouts}"), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in result.items():
-        table.add_row(name, number(value))
+        table.add_row(plain(name), number(value))
     _console().print(table)
     if json is not None:
         _write_json(json, result)
@@ -429,15 +430,20 @@ def main(argv: list[str] | None = None) -> int:
         defaults = read_config(path) if (path := _config_flag(argv)) else TrainConfig()
         tyro.extras.subcommand_cli_from_dict(_commands(defaults), prog="treegrpo", description=_DESCRIPTION, args=argv)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return 2
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _print_error(error)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_error(error: Exception) -> None:
+    # it may quote a file or a server
+    print("error:", "\n".join(map(shown, str(error).split("\n"))), file=sys.stderr)
 
 
 _DESCRIPTION = (

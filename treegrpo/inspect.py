@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from treegrpo.shown import plain
 from treegrpo.tree import RolloutTree, Segment
 
 # The mask picture samples this many rows and columns, whatever the number of tokens.
@@ -22,7 +23,7 @@ def tree_lines(tree: RolloutTree, advantages: list[np.ndarray] | None = None):
     segments = tree.segments()
     share = tree.num_chain_tokens / tree.num_tokens
     root = Tree(
-        f"[bold]group {_escape(tree.group)}[/bold]  {tree.num_leaves} leaves, {tree.num_tokens:,} unique of"
+        f"[bold]group {plain(tree.group)}[/bold]  {tree.num_leaves} leaves, {tree.num_tokens:,} unique of"
         f" {tree.num_chain_tokens:,} tokens ({share:.2f}x), {tree.num_pairs:,} of {tree.num_chain_pairs:,} pairs"
         f" ({tree.num_chain_pairs / tree.num_pairs:.2f}x)",
         guide_style="dim",
@@ -65,12 +66,6 @@ def _leaves_below(segments: list[Segment]) -> list[int]:
         if segments[index].parent >= 0:
             counts[segments[index].parent] += counts[index]
     return counts
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def visible_fraction(subtree_end: np.ndarray, canvas: int = _CANVAS) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from treegrpo.metrics import read_metrics
+from treegrpo.shown import plain, shown
 
 # Curves of the picture, in reading order; those a run has no numbers for are left out.
 _CURVES = (
@@ -82,12 +83,12 @@ def final_table(history: list[dict[str, Any]], title: str):
     """A rich table: first, last and mean of the numbers that matter."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=plain(title), title_justify="left")
     table.add_column("metric")
     for name in ("first", "last", "mean"):
         table.add_column(name, justify="right")
     for name, first, last, mean in _rows(history):
-        table.add_row(name, number(first), number(last), number(mean))
+        table.add_row(plain(name), number(first), number(last), number(mean))
     return table
 
 
@@ -98,6 +99,10 @@ def _rows(history: list[dict[str, Any]]) -> list[tuple[str, float, float, float]
         if values := [row[name] for row in history if row.get(name) is not None]:
             rows.append((name, values[0], values[-1], sum(values) / len(values)))
     return rows
+
+
+def _cell(name: str) -> str:
+    return shown(name).replace("|", "\\|")
 
 
 def number(value: float) -> str:
@@ -170,7 +175,7 @@ def _page(run_dir: Path, history: list[dict[str, Any]], picture: str) -> str:
         "| metric | first | last | mean |",
         "| --- | ---: | ---: | ---: |",
         *(
-            f"| {name} | {number(first)} | {number(last)} | {number(mean)} |"
+            f"| {_cell(name)} | {number(first)} | {number(last)} | {number(mean)} |"
             for name, first, last, mean in _rows(history)
         ),
         "",

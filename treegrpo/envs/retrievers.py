@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from treegrpo.files import cache_home, check_utf8, read_lines
+from treegrpo.shown import shown
 
 logger = logging.getLogger(__name__)
 
@@ -369,13 +370,13 @@ class HTTPRetriever:
                 return self._try(urllib.request.Request(self.url, body, headers, method="POST"))
             except urllib.error.HTTPError as error:
                 error.close()
-                reason = f"status {error.code} {error.reason}"
+                reason = shown(f"status {error.code} {error.reason}")
                 if error.code < 500:
                     raise RetrieverError(
                         f"{self.url} refused the request ({reason}): check the address; it must take POST /retrieve"
                     ) from error
             except (OSError, http.client.HTTPException) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
+                reason = shown(str(getattr(error, "reason", error))) or type(error).__name__
         raise RetrieverError(
             f"{self.url} gave no answer in {self.max_retries + 1} tries of {self.timeout:g} s ({reason}): start the "
             "retrieval server, check the address, or raise timeout"
