@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any
@@ -53,7 +53,7 @@ def _word_f1(answer: list[str], gold: list[str]) -> float:
     return 2 * common / (len(answer) + len(gold)) if common else 0.0
 
 
-def gold_answers(columns: dict[str, Sequence[Any]], num: int) -> list[list[str]]:
+def gold_answers(columns: Mapping[str, Sequence[Any]], num: int) -> list[list[str]]:
     """Aliases of each of `num` rows, [] where a row has none; see `rewards.search_em` for the columns, the first that
     says something wins. ValueError naming the row where one is no text, or where no such column is there."""
     names = [name for name in ("answers", "golden_answers", "answer", "reward_model") if columns.get(name) is not None]

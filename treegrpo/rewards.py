@@ -206,7 +206,7 @@ def resolve_rewards(names: Sequence[str]) -> list[Callable]:
 
 
 def _resolve(name: str) -> Callable:
-    ours = {
+    ours: dict[str, Callable] = {
         "search_em": search_em,
         "search_f1": search_f1,
         "math_answer": math_answer,
@@ -272,11 +272,11 @@ def score(
     given = {"prompts": prompts, "completion_ids": completion_ids, **(columns or {})}
     if environments is not None:
         given["environments"] = environments
-    for name, values in given.items():
-        if len(values) != num:
-            raise ValueError(f"{name} has {len(values)} entries for {num} completions: give one each")
+    for name, column in given.items():
+        if len(column) != num:
+            raise ValueError(f"{name} has {len(column)} entries for {num} completions: give one each")
     reserved = ("prompt", "completion", "completion_ids", "prompts", "completions")
-    keywords = {name: values for name, values in (columns or {}).items() if name not in reserved}
+    keywords: dict[str, Any] = {name: values for name, values in (columns or {}).items() if name not in reserved}
     # TRL's are always there to be called
     keywords |= {"log_extra": log_extra or _dropped, "log_metric": log_metric or _dropped}
     keywords |= {"trainer_state": trainer_state}

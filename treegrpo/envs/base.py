@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +44,13 @@ class Environment(ABC):
         """Begins the episode of a dataset row; returns the prompt as text, or as chat messages."""
 
     @abstractmethod
-    def step(self, action: str, *, is_last: bool = False) -> StepResult:
+    def step(self, action: str, *, is_last: bool = False) -> StepResult | Awaitable[StepResult]:
         """Runs one agent step: `action` is its decoded text, stop text included. May also be `async def`.
 
         With `is_last` no tool may run and nothing may follow: the step counts as an answer or as none.
         """
 
-    def fork(self) -> Environment:
+    def fork(self) -> Self:
         """An independent copy of the state."""
         return deep_copy(self)
 

@@ -59,7 +59,7 @@ def calculate(expression: str) -> str:
 def _value(node: ast.expr, depth: int) -> Fraction:
     if depth > MAX_DEPTH:
         raise ValueError(f"the expression is nested deeper than {MAX_DEPTH}: work in steps")
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         # the shortest decimal of the float is what was written: 0.1 is one tenth
         return _bounded(Fraction(repr(node.value)) if node.value < MAX_MAGNITUDE else Fraction(MAX_MAGNITUDE) * 10)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):

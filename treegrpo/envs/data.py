@@ -33,7 +33,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     else:
         raise ValueError(f"{path}: the name ends in {kind!r}; give a .jsonl, .json or .parquet file")
     stem = path.name.removesuffix(".gz").removesuffix(kind)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, record in records:
         try:
             rows.append(_row(record, len(rows), stem))

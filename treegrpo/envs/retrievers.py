@@ -160,7 +160,8 @@ class BM25Retriever:
         self.index_dir.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{self.index_dir.name}.", dir=self.index_dir.parent))
         try:
-            tokens, vocabulary, names, ends = [], {}, [], []
+            vocabulary: dict[str, int] = {}
+            tokens, names, ends = [], [], []
             with open(folder / "texts.bin", "wb") as texts:
                 for name, text in read_corpus(self.corpus):
                     names.append(name)
@@ -198,8 +199,10 @@ class BM25Retriever:
         self._ids = np.memmap(folder / "ids.bin", np.uint8, "r")
 
     def _document(self, i: int) -> tuple[str, str]:
-        pairs = ((self._ids, self._id_ends), (self._texts, self._text_ends))
-        return tuple(bytes(data[int(ends[i - 1]) if i else 0 : int(ends[i])]).decode() for data, ends in pairs)
+        def piece(data: np.ndarray, ends: np.ndarray) -> str:
+            return bytes(data[int(ends[i - 1]) if i else 0 : int(ends[i])]).decode()
+
+        return piece(self._ids, self._id_ends), piece(self._texts, self._text_ends)
 
 
 def read_corpus(path: Path) -> Iterator[tuple[str, str]]:

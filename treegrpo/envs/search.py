@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treegrpo.envs.retrievers import Document, Retriever, RetrieverError
 from treegrpo.envs.tags import TagEnv, Tags, check_template
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["SearchEnv", "Tags", "search_prompt"]
 
@@ -104,7 +107,7 @@ class SearchEnv(TagEnv):
             return self.empty_text, False
         return self.document_separator.join(self._show(i, d) for i, d in enumerate(documents, 1)), False
 
-    def fork(self) -> SearchEnv:
+    def fork(self) -> Self:
         twin = super().fork()
         twin.retrieved = list(self.retrieved)
         return twin

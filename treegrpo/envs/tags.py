@@ -9,9 +9,12 @@ import string
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treegrpo.envs.base import Environment, StepResult, markup, without
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def format_valid(completion: str, tags: Tags | None = None) -> bool:
     think, search, information, answer = tags.think, tags.search, tags.information, tags.answer
     follows = {"start": (think,), think: (search, answer), search: (information,), information: (think,), answer: ()}
     state, inside = "start", False
-    end = len(completion) - _END_OF_TURN.match(completion[::-1]).end()
+    ending = _END_OF_TURN.match(completion[::-1])
+    end = len(completion) - (ending.end() if ending else 0)
     for index, part in enumerate(tags.marks.split(completion[:end])):
         if index % 2 == 0:
             if not inside and part.strip():
@@ -206,7 +210,7 @@ class TagEnv(Environment):
             self.num_truncated += 1
         return StepResult(observation=self._observe(content), num_tool_calls=1, num_tool_errors=int(failed))
 
-    def fork(self) -> TagEnv:
+    def fork(self) -> Self:
         twin = copy.copy(self)
         twin.queries = list(self.queries)
         return twin

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from treegrpo.envs.base import Environment, StepResult, deep_copy, markup, without
 from treegrpo.envs.calculator import CalculatorEnv, calculate
@@ -16,6 +16,9 @@ from treegrpo.envs.retrievers import Retriever, make_retriever
 from treegrpo.envs.search import SearchEnv
 from treegrpo.plugin import load_attribute
 from treegrpo.threads import in_thread
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +182,7 @@ class ToolEnv(Environment):
             num_errors += failed
         return StepResult(observation=self._render(answers), num_tool_calls=len(calls), num_tool_errors=num_errors)
 
-    def fork(self) -> ToolEnv:
+    def fork(self) -> Self:
         twin = copy.copy(self)
         twin.calls = list(self.calls)
         return twin
@@ -276,7 +279,7 @@ class FactoryEnv(ToolEnv):
             raise ValueError("the last message of prompt has no text for the environment's own to be added to")
         return [*messages[:-1], {**last, "content": last["content"] + text}]
 
-    def fork(self) -> FactoryEnv:
+    def fork(self) -> Self:
         twin = super().fork()
         twin.wrapped = deep_copy(self.wrapped)
         twin._functions = {name: getattr(twin.wrapped, name) for name in self._names}

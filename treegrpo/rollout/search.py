@@ -313,6 +313,7 @@ class _Grower:
             end = "max_turns"
         else:
             # half a surrogate pair, which JSON can spell and a tool may hand on, has no UTF-8: no tokenizer takes it
+            assert result.observation is not None
             text = result.observation.encode("utf-8", "replace").decode()
             observation = self.engine.tokenizer.encode(text, add_special_tokens=False)
             end = None
@@ -384,9 +385,10 @@ def _reset(make_env: Callable[[], Environment], row: dict[str, Any]) -> tuple[En
 
 
 def _stepped(environment: Environment, action: str, is_last: bool) -> Awaitable[StepResult]:
-    if inspect.iscoroutinefunction(environment.step):
-        return environment.step(action, is_last=is_last)
-    return in_thread(environment.step, action, is_last=is_last)
+    step: Callable[..., Any] = environment.step
+    return (
+        step(action, is_last=is_last) if inspect.iscoroutinefunction(step) else in_thread(step, action, is_last=is_last)
+    )
 
 
 def _text(tokenizer: Any, token_ids: list[int]) -> str:

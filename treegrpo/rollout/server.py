@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 from urllib.parse import urlsplit
 
 import torch
@@ -135,10 +136,12 @@ class ServerEngine:
         self._clients: Any = weakref.WeakKeyDictionary()
         self._sync, self._frozen, self._sync_timeout = sync, frozen, sync_timeout
         self._sync_dir = None if sync_dir is None else Path(sync_dir).resolve()
-        self._num_syncs, self._synced = 0, None
+        self._num_syncs = 0
+        self._synced: Path | None = None
         self._is_closed = False
         self.model, self.dialect = model, dialect
-        self.max_context_length = max_context_length
+        # 0 until the server has said it
+        self.max_context_length = max_context_length or 0
         if dialect == "auto" or max_context_length is None or (model is None and dialect == "openai"):
             _run(self._ask_server())
 
@@ -275,7 +278,7 @@ class ServerEngine:
                 if len(names) != 1:
                     raise ValueError(f"{self.url} serves {names}: say which by model")
                 self.model = names[0]
-            if self.max_context_length is None:
+            if not self.max_context_length:
                 # after an update of its weights SGLang names the model by the checkpoint's folder
                 margin, asked = (SGLANG_MARGIN, None) if self.dialect == "sglang" else (0, self.model)
                 lengths = [
@@ -285,7 +288,7 @@ class ServerEngine:
                     raise ValueError(f"{self.url} does not tell its context length: give max_context_length")
                 self.max_context_length = lengths[0] - margin
         except BadAnswer as error:
-            raise EngineError(f"{self.url}/v1/models: {error}; it answered {excerpt(data)}") from None
+            raise EngineError(f"{self.url}/v1/models: {error}; it answered {excerpt(data or b'')}") from None
 
     async def _load(self, folder: Path) -> None:
         if self.dialect == "sglang":
@@ -302,6 +305,14 @@ class ServerEngine:
         for path, sent in (("/collective_rpc", body), ("/reset_prefix_cache?reset_running_requests=true", None)):
             if await self._request("POST", path, sent, timeout=self._sync_timeout, missing_ok=True) is None:
                 raise EngineError(f"{self.url} has no {path}: start vLLM with VLLM_SERVER_DEV_MODE=1, or give sync")
+
+    @overload
+    async def _request(self, method: str, path: str, body: Any = None, *, timeout: float | None = None) -> bytes: ...
+
+    @overload
+    async def _request(
+        self, method: str, path: str, body: Any = None, *, timeout: float | None = None, missing_ok: bool
+    ) -> bytes | None: ...
 
     async def _request(
         self, method: str, path: str, body: Any = None, *, timeout: float | None = None, missing_ok: bool = False
@@ -376,20 +387,17 @@ def _checked_url(url: str) -> str:
 
 
 def _import_httpx() -> Any:
-    try:
-        import httpx2 as httpx  # what huggingface_hub 2 brings along
-    except ImportError:
-        try:
-            import httpx
-        except ImportError as error:
-            raise ValueError("a server engine needs an HTTP client: pip install httpx") from error
-    return httpx
+    # httpx2 is what huggingface_hub 2 brings along
+    for name in ("httpx2", "httpx"):
+        if importlib.util.find_spec(name) is not None:
+            return importlib.import_module(name)
+    raise ValueError("a server engine needs an HTTP client: pip install httpx")
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     """Runs to the end in a thread of its own, so that it does not matter whether this one has an event loop. An
     interrupt ends it: a server may take its time."""
-    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
+    begun: Future[tuple[asyncio.AbstractEventLoop, Any]] = Future()
 
     async def known() -> None:
         begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
