@@ -165,6 +165,33 @@ def test_old_run_is_not_overwritten_unasked(files, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl", "mine"}
 
 
+def test_two_runs_that_begin_together_do_not_share_a_folder(files, tmp_path):
+    first, second = (Trainer(settings(files, tmp_path, max_steps=2)) for _ in range(2))
+    steps = first.steps()
+    next(steps)
+    with pytest.raises(ValueError, match="already holds a run: give another"):
+        second.train()
+    next(steps)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_checkpoint_on_another_disk_is_let_go(files, tmp_path):
+    """Of one that was moved away and linked to, the link is removed; a file of such a name is none."""
+    save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    output = tmp_path / "run"
+    run(files, output, max_steps=1, **save)
+    shutil.move(output / "checkpoint-1", tmp_path / "moved")
+    (output / "checkpoint-1").symlink_to(tmp_path / "moved")
+    for name in ("checkpoint-0", "checkpoint-9", "checkpoint-\u00b2"):
+        (output / name).touch()
+    run(files, output, max_steps=2, resume_from_checkpoint="latest", **save)
+    assert [path.name for path in checkpoint.listed(output)] == ["checkpoint-2"]
+    shutil.move(output / "checkpoint-2", output / "kept")
+    (output / "checkpoint-2").symlink_to(output / "kept")
+    run(files, output, max_steps=1, overwrite_output_dir=True)
+    assert checkpoint.listed(output) == [] and (tmp_path / "moved" / "manifest.json").exists()
+
+
 def test_the_settings_of_a_run_do_not_say_how_it_was_started(files, tmp_path):
     run(files, tmp_path, max_steps=1, save_strategy="steps", overwrite_output_dir=True)
     run(files, tmp_path, max_steps=2, save_strategy="steps", resume_from_checkpoint="latest")

@@ -49,7 +49,8 @@ def path_of(output_dir: str | Path, step: int) -> Path:
 
 def listed(output_dir: str | Path) -> list[Path]:
     """Checkpoints of a run, oldest first."""
-    found = [path for path in Path(output_dir).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    found = [path for path in Path(output_dir).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
+    found = [path for path in found if path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
@@ -181,10 +182,7 @@ def remove_run(output_dir: str | Path) -> None:
     """Removes what a run wrote into its folder, and nothing else."""
     output_dir = Path(output_dir)
     for path in _written(output_dir):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+        _remove(path, ignore_errors=True)
     weights = output_dir / "weights"
     if weights.is_dir() and not any(weights.iterdir()):
         weights.rmdir()
@@ -192,7 +190,15 @@ def remove_run(output_dir: str | Path) -> None:
 
 def remove_old(output_dir: str | Path, keep: int | None) -> None:
     for path in listed(output_dir)[:-keep] if keep else []:
-        shutil.rmtree(path)
+        _remove(path)
+
+
+def _remove(path: Path, ignore_errors: bool = False) -> None:
+    # a checkpoint may have been moved to another disk: only the link is the run's
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
 def find(output_dir: str | Path, wanted: str) -> Path:
@@ -222,7 +228,7 @@ def check(path: Path) -> None:
             for name, size in sizes.items()
             if not (path / name).exists() or (path / name).stat().st_size != size
         }
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: cannot read its {_MANIFEST} ({error}); {cure}") from error
     for name, size in wrong.items():
         state = "is missing" if size is None else f"has {size:,} bytes instead of {sizes[name]:,}"

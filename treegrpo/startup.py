@@ -35,12 +35,19 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         checkpoints.check_removable(config.output_dir, {name: path for name, path in inputs.items() if path})
     elif found is not None and checkpoints.is_own(found, config.output_dir):
         pass
-    elif (Path(config.output_dir) / "metrics.jsonl").exists():
+    else:
+        check_unused(config.output_dir)
+    return found
+
+
+def check_unused(output_dir: str) -> None:
+    """ValueError where a run has begun to write into `output_dir`; asked again before this one does, for another may
+    have begun while weights were read."""
+    if (Path(output_dir) / "metrics.jsonl").exists():
         raise ValueError(
-            f"output_dir {config.output_dir} already holds a run: give another, or --overwrite-output-dir, or"
+            f"output_dir {output_dir} already holds a run: give another, or --overwrite-output-dir, or"
             " --resume-from-checkpoint latest"
         )
-    return found
 
 
 def check_logged(config: TrainConfig, trajectories: list[Trajectory], trees: list[RolloutTree]) -> None:

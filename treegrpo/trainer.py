@@ -411,7 +411,9 @@ class Trainer:
     def _open_output(self) -> MetricsFile:
         if self.config.overwrite_output_dir:
             checkpoints.remove_run(self.output_dir)
-        elif self.checkpoint:
+        elif self.checkpoint is None or not checkpoints.is_own(self.checkpoint, self.output_dir):
+            startup.check_unused(self.config.output_dir)
+        else:
             for path in checkpoints.set_aside(self.output_dir, self.step):
                 print(f"resuming at step {self.step}: a later checkpoint is now {path}", file=sys.stderr)
         self.output_dir.mkdir(parents=True, exist_ok=True)
