@@ -139,6 +139,7 @@ def test_sampled_trees_are_told_apart_wherever_their_leaves_stand():
         ([1.0, None], r"reward is missing at trees\[1\] \(group 'broken'\), leaf 1"),
         ([float("nan"), 1.0], r"reward is nan at trees\[1\] \(group 'broken'\), leaf 0"),
         ([1.0, 0.0, float("inf")], r"reward is inf at trees\[1\] \(group 'broken'\), leaf 2"),
+        ([1.0, -1e200], r"reward is -1e\+200 at trees\[1\] \(group 'broken'\), leaf 1: beyond 1e\+100"),
         ([], r"trees\[1\] \(group 'broken'\) has no trajectories"),
     ],
 )

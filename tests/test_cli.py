@@ -233,6 +233,7 @@ def test_errors_are_one_line_and_exit_2(argv, message, capsys, tmp_path, monkeyp
         ("max_steps: .inf", "max_steps=inf"),
         ("- 1", "must be a mapping"),
         ("a: [", "x.yaml: not valid YAML"),
+        pytest.param("[" * 3000, "x.yaml: not valid YAML .* recursion", id="nested"),
         ("save_strategy: no", "save_strategy=False: YAML reads a bare no, .* put it into quotes"),
         ("output_dir: l\xe4ufe", "x.yaml: not valid YAML in UTF-8: .* byte 0xe4"),
     ],

@@ -152,6 +152,12 @@ def test_damaged_weights_are_named(tmp_path, damage, refused):
         assert f"model {tmp_path / 'model'}: cannot load its weights" in err and "whole .safetensors files" in err
 
 
+def test_a_config_nested_beyond_reading_is_named(tmp_path, refused):
+    rollouts, model = tiny.write(tmp_path)
+    model.write_text("[" * 100_000)
+    assert f"model {model}: not a model folder or a config" in refused("flops", rollouts, "--model", model)
+
+
 @pytest.mark.parametrize("values", [{"vocab_size": "48"}, {"num_hidden_layers": -1}, {"num_attention_heads": None}])
 def test_values_of_a_config_that_make_no_model_are_named(tmp_path, values, refused):
     rollouts, model = tiny.write(tmp_path, **values)

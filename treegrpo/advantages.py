@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 SINGLETONS = ("zero", "official")
 SCALES = ("group", "batch", "none")
+MAX_REWARD = 1e100
+"""Beyond it squares overflow, and an infinite std would make every advantage of the group 0."""
 # TRL's names for what the grid calls norm.
 _NORM_OF_SCALE = {"group": "std", "batch": "std_batch", "none": "none"}
 
@@ -298,6 +300,8 @@ def _leaf_rewards(tree: RolloutTree, index: int) -> np.ndarray:
             raise ValueError(f"reward is missing at {where}: score the trajectory or leave it out")
         if not math.isfinite(reward):
             raise ValueError(f"reward is {reward} at {where}: it must be finite; fix the reward function")
+        if abs(reward) > MAX_REWARD:
+            raise ValueError(f"reward is {reward} at {where}: beyond {MAX_REWARD:g} squares overflow; scale it down")
         rewards[leaf] = reward
     return rewards
 

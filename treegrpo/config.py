@@ -288,7 +288,7 @@ def read_config(path: str | Path) -> TrainConfig:
         raise ValueError(f"config: no such file: {path}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"config {path}: not valid YAML in UTF-8: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {path}: must be a mapping of settings, not {type(values).__name__}")

@@ -47,7 +47,7 @@ def read_model_config(path: str | Path) -> Any:
             else json.loads(path.read_text(encoding="utf-8-sig"))
         )
         return AutoConfig.for_model(**values)
-    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
+    except (OSError, TypeError, KeyError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"model {path}: not a model folder or a config with model_type: {error}") from error
     except StrictDataclassError as error:
         file = path / "config.json" if path.is_dir() else path
