@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 
@@ -47,6 +48,32 @@ def test_a_step_that_exits_is_a_failing_step():
     (group,) = run(Engine(lambda text, rng: "call it"), Interpreter, num_trees=1, num_expansions=1, max_turns=2)
     assert group.stats.tool_errors == group.stats.steps > 0
     assert "error: RuntimeError: it called exit(3)" in group.completions[0]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        SystemExit(3),
+        pytest.param(
+            asyncio.CancelledError(),
+            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 does not tell who cancelled"),
+        ),
+    ],
+)
+def test_a_step_that_is_cancelled_or_exits_within_is_a_failing_step(raised, is_async):
+    class Cancelled(Notebook):
+        def step(self, action, *, is_last=False):
+            raise raised
+
+    class Later(Cancelled):
+        async def step(self, action, *, is_last=False):
+            raise raised
+
+    engine = Engine(lambda text, rng: "call it")
+    (group,) = run(engine, Later if is_async else Cancelled, num_trees=1, num_expansions=1, max_turns=2)
+    assert group.stats.tool_errors == group.stats.steps > 0
+    assert "error: RuntimeError:" in group.completions[0]
 
 
 def test_reported_failures_are_counted():

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -384,11 +384,20 @@ def _reset(make_env: Callable[[], Environment], row: dict[str, Any]) -> tuple[En
     return environment, environment.reset(row)
 
 
-def _stepped(environment: Environment, action: str, is_last: bool) -> Awaitable[StepResult]:
-    step: Callable[..., Any] = environment.step
-    return (
-        step(action, is_last=is_last) if inspect.iscoroutinefunction(step) else in_thread(step, action, is_last=is_last)
-    )
+async def _stepped(environment: Environment, action: str, is_last: bool) -> StepResult:
+    """The step; an exit or a cancellation that began in it is an error of the step, not the end of the search."""
+    try:
+        step: Callable[..., Any] = environment.step
+        if inspect.iscoroutinefunction(step):
+            return await step(action, is_last=is_last)
+        return await in_thread(step, action, is_last=is_last)
+    except SystemExit as error:
+        raise RuntimeError(f"it called exit({error.code!r})") from error
+    except asyncio.CancelledError:
+        # Python 3.10 does not tell whether somebody asked for it
+        if sys.version_info < (3, 11) or asyncio.current_task().cancelling():
+            raise
+        raise RuntimeError("something in it was cancelled") from None
 
 
 def _text(tokenizer: Any, token_ids: list[int]) -> str:
