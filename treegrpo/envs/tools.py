@@ -176,7 +176,8 @@ class ToolEnv(Environment):
             return StepResult(done=True)
         answers, num_errors = [], 0
         for call in calls:
-            name = "error" if isinstance(call, str) else call[0]
+            # some templates show the name as it is: only one of ours may stand there
+            name = "error" if isinstance(call, str) or call[0] not in self._functions else call[0]
             text, failed = (f"error: {call}", True) if isinstance(call, str) else await self._run(*call)
             answers.append((name, self._clean(text)))
             num_errors += failed
