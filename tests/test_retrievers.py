@@ -64,6 +64,16 @@ def test_scores_are_those_of_lucenes_formula(bm25: BM25Retriever) -> None:
         assert bm25.search(word)[0].score == pytest.approx(idf * weight, rel=1e-5)
 
 
+def test_a_repeated_word_counts_again_but_is_looked_up_once(bm25: BM25Retriever, monkeypatch) -> None:
+    ada, engine = ({hit.id: hit.score for hit in bm25.search(word, 5)} for word in ("ada", "engine"))
+    looked_up, look_up = [], bm25._index.get_scores_from_ids
+    monkeypatch.setattr(bm25._index, "get_scores_from_ids", lambda words: looked_up.extend(words) or look_up(words))
+    hits = bm25.search("ada " * 500 + "engine", 5)
+    assert len(looked_up) == 2
+    want = {name: 500 * ada.get(name, 0) + engine.get(name, 0) for name in ada.keys() | engine.keys()}
+    assert {hit.id: hit.score for hit in hits} == pytest.approx(want, rel=1e-5)
+
+
 def test_ties_keep_the_order_of_the_corpus(tmp_path: Path) -> None:
     bm25 = BM25Retriever(write_corpus(tmp_path / "c.jsonl", ["same words"] * 50 + ["else"]), cache_dir=tmp_path)
     for topk in (1, 7, 50, 51, 200):

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,10 +131,14 @@ class BM25Retriever:
         """See the class. Scores are BM25's, float."""
         topk = self.topk if topk is None else _check_topk(topk)
         vocabulary = self._index.vocab_dict
-        ids = [vocabulary[word] for word in self._words(query) if word in vocabulary]
-        if not ids:
+        counts = Counter(vocabulary[word] for word in self._words(query) if word in vocabulary)
+        if not counts:
             return []
-        scores = self._index.get_scores_from_ids(ids)
+        # a word walks its documents once, however often a policy that repeats itself writes it
+        times: dict[int, list[int]] = {}
+        for word, count in counts.items():
+            times.setdefault(count, []).append(word)
+        scores = sum(count * self._index.get_scores_from_ids(words) for count, words in times.items())
         least = np.partition(scores, -topk)[-topk] if topk < scores.size else 0
         hits = np.flatnonzero((scores >= least) & (scores > 0))
         hits = hits[np.argsort(-scores[hits], kind="stable")][:topk]
