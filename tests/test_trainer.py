@@ -339,11 +339,12 @@ def test_bad_input_writes_nothing(tmp_path, kind, changes, message):
     ("line", "message"),
     [
         ('{"token_ids": [1, 2], "loss_mask": [0, 1], "reward": NaN, "group": "g"}', "reward"),
+        ('{"token_ids": [1, 2], "loss_mask": [0, 1], "reward": -1e200, "group": "g"}', r"reward is -1e\+200; squares"),
         ('{"token_ids": [1, 2], "loss_mask": [0, 1, 1], "reward": 1, "group": "g"}', "loss_mask"),
         ('{"token_ids": [1, 2], "loss_mask": [0, 1], "reward": 1, "gro', "line"),
         ("", "no traject|holds no"),
     ],
-    ids=["nan_reward", "mask_length", "corrupt_line", "empty_file"],
+    ids=["nan_reward", "large_reward", "mask_length", "corrupt_line", "empty_file"],
 )
 def test_bad_rollout_files_write_nothing(tmp_path, line, message):
     files = tiny.write(tmp_path)

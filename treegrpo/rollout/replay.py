@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from treegrpo.advantages import MAX_REWARD
 from treegrpo.rollout.answers import MAX_POSITIVE_LOGPROB
 from treegrpo.rollout.order import EpochOrder
 from treegrpo.tree import RolloutTree, Trajectory, build_forest
@@ -46,6 +47,11 @@ def check_rewards(trajectories: list[Trajectory]) -> None:
         if not math.isfinite(trajectory.reward):
             raise ValueError(
                 f"trajectory {index} (group {trajectory.group!r}): reward is {trajectory.reward}; it must be finite"
+            )
+        if abs(trajectory.reward) > MAX_REWARD:
+            raise ValueError(
+                f"trajectory {index} (group {trajectory.group!r}): reward is {trajectory.reward}; squares overflow"
+                f" beyond {MAX_REWARD:g}, scale the rewards down"
             )
         trained[trajectory.group] = trained.get(trajectory.group, False) or bool(np.any(trajectory.loss_mask))
     for group, is_trained in trained.items():
