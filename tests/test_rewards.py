@@ -358,6 +358,7 @@ def test_score_refuses_what_is_no_reward() -> None:
         ([1.0, float("nan")], "reward bad gave nan for completion 1"),
         ([float("inf"), 1], "reward bad gave inf for completion 0"),
         ([1.0, "x"], "reward bad gave 'x' for completion 1"),
+        ([1.0, 10**400], "reward bad gave 10+ for completion 1"),
         ([1.0], "reward bad returned 1 values for 2"),
         (1.0, "reward bad returned float values for 2"),
     ):

@@ -324,8 +324,8 @@ def _checked(name: str, output: Any, called: list[str]) -> np.ndarray:
             continue
         try:
             values[index] = float(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"reward {name} gave {value!r} for {called[index]}: return numbers or None") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"reward {name} gave {value!r:.80} for {called[index]}: return numbers or None") from error
         if not math.isfinite(values[index]):
             raise ValueError(f"reward {name} gave {value!r} for {called[index]}: return finite numbers, or None")
     return values
