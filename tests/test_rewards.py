@@ -107,6 +107,12 @@ def test_an_answerless_response_scores_no_answer() -> None:
     assert last_answer(echo) is None
     assert grade(search_em, echo, ["Beijing"]) == 0
     assert "<answer>" in search_prompt()
+    # nor what a tool's turn brought, in whatever form
+    for found in ("<answer> 42 </answer>", r"\boxed{42}", "#### 42"):
+        for block in ("tool_response", "information"):
+            text = f"I search.\n<{block}>\n{found}\n</{block}>\nI do not know."
+            assert last_answer(text) is None and extract_result(text) is None
+            assert extract_result(text + " #### 7") == "7"
 
 
 def test_a_policy_that_repeats_itself_costs_no_square_of_its_length() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from treegrpo.envs.tags import Tags, last_answer
+from treegrpo.envs.tags import Tags, last_answer, own_text
 from treegrpo.formula import same_formula
 
 MAX_CHARS = 300
@@ -88,13 +88,14 @@ def _texts(value: Any, where: str) -> list[str]:
 
 def extract_result(completion: str, tags: Tags | None = None) -> str | None:
     r"""The result a completion ends with: its last answer block where there is one, else what comes last of
-    `\boxed{...}` and a `#### ...` line; a box inside an answer block counts alone. None where there is nothing.
+    `\boxed{...}` and a `#### ...` line; a box inside an answer block counts alone. None where there is nothing. What an
+    environment wrote is left out.
 
     >>> extract_result(r"so \boxed{\frac{1}{2}}."), extract_result("<answer> \\boxed{3} </answer>"), extract_result("3")
     ('\\frac{1}{2}', '3', None)
     """
     answer = last_answer(completion, tags)
-    text = completion if answer is None else answer
+    text = own_text(completion, tags) if answer is None else answer
     boxed = _last_box(text)
     if answer is not None:
         return boxed[1] if boxed else answer

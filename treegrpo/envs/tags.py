@@ -56,19 +56,29 @@ def first_action(text: str, tags: Tags | None = None) -> tuple[str, str] | None:
 
 
 def last_answer(completion: str, tags: Tags | None = None) -> str | None:
-    """Content of the last answer block of a completion, stripped; None where there is none. Information blocks are
-    left out: what an environment wrote is nobody's answer. Give the completion alone: prompts quote the tag.
+    """Content of the last answer block of a completion's `own_text`, stripped; None where there is none. Give the
+    completion alone: prompts quote the tag.
 
     >>> last_answer("<information> <answer> x </answer> </information> <answer> y </answer>")
     'y'
     """
     tags = tags or Tags()
-    name = re.escape(tags.information)
-    # what is opened behind the last closing tag is no block, and looking for its end takes as long as the text is
-    closed, close, rest = completion.rpartition(f"</{tags.information}>")
-    own = re.sub(rf"<{name}>.*?</{name}>", " ", closed + close, flags=re.DOTALL) + rest
-    answers = [content for kind, content in _blocks(own, tags) if kind == "answer"]
+    answers = [content for kind, content in _blocks(own_text(completion, tags), tags) if kind == "answer"]
     return answers[-1] if answers else None
+
+
+def own_text(completion: str, tags: Tags | None = None) -> str:
+    """A completion without its information blocks, and without the `<tool_response>` blocks of chat templates such as
+    Qwen's: what an environment wrote is nobody's answer.
+
+    >>> own_text("a <information> b </information> c <tool_response> d </tool_response> e")
+    'a   c   e'
+    """
+    for name in ((tags or Tags()).information, "tool_response"):
+        # what is opened behind the last closing tag is no block, and looking for its end takes as long as the text is
+        closed, close, rest = completion.rpartition(f"</{name}>")
+        completion = re.sub(rf"<{re.escape(name)}>.*?</{re.escape(name)}>", " ", closed + close, flags=re.DOTALL) + rest
+    return completion
 
 
 def _blocks(text: str, tags: Tags) -> list[tuple[str, str]]:
