@@ -130,6 +130,10 @@ def test_cut_checkpoint_is_refused_and_nothing_changes(files, tmp_path):
     (path / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"optimizer.pt is missing"):
         Trainer(settings(files, tmp_path, max_steps=6, resume_from_checkpoint=str(path)))
+    for damage in (b"\xff", b"[" * 100_000):
+        (path / "manifest.json").write_bytes(damage)
+        with pytest.raises(ValueError, match=r"checkpoint-3 is not a whole checkpoint: cannot read its manifest.json"):
+            Trainer(settings(files, tmp_path, max_steps=6, resume_from_checkpoint=str(path)))
 
 
 def test_other_order_settings_are_refused_on_resume(files, tmp_path):

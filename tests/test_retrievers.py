@@ -260,6 +260,14 @@ def test_a_failing_server_is_asked_again(bm25: BM25Retriever) -> None:
         assert len(calls) == 2
 
 
+@pytest.mark.parametrize("line", [b"HTTP/1.1 404 \x1b[2Jgone\r\n\r\n", b"\x1b[2Jgone\r\n"])
+def test_what_a_server_says_gives_a_terminal_no_orders(line: bytes) -> None:
+    answer = lambda handler, request: handler.wfile.write(line)  # noqa: E731
+    with serving(answer) as url, pytest.raises(RetrieverError, match=r"\\x1b\[2Jgone") as caught:
+        HTTPRetriever(url, max_retries=0).search("x")
+    assert "\x1b" not in str(caught.value)
+
+
 def test_an_unreachable_server_is_named() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
