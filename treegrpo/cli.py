@@ -73,10 +73,8 @@ def inspect(
             )
     shown = trees[:max_groups]
     has_rewards = all(t.reward is not None for tree in shown for t in tree.trajectories)
-    if has_rewards:
-        advantages = compute_advantages(shown, advantage_estimator)
-    else:
-        advantages = [[np.zeros(t.num_steps) for t in tree.trajectories] for tree in shown]
+    blank = [[np.zeros(t.num_steps) for t in tree.trajectories] for tree in shown]
+    advantages = compute_advantages(shown, advantage_estimator) if has_rewards else blank
     if samples == "call":
         shown, advantages = call_trees(shown, advantages)
     console = _console()

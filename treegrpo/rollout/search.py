@@ -394,8 +394,9 @@ async def _stepped(environment: Environment, action: str, is_last: bool) -> Step
     except SystemExit as error:
         raise RuntimeError(f"it called exit({error.code!r})") from error
     except asyncio.CancelledError:
+        task = asyncio.current_task()
         # Python 3.10 does not tell whether somebody asked for it
-        if sys.version_info < (3, 11) or asyncio.current_task().cancelling():
+        if sys.version_info < (3, 11) or task is None or task.cancelling():
             raise
         raise RuntimeError("something in it was cancelled") from None
 
