@@ -59,7 +59,7 @@ def scored(trainer):
     return output, trainer._grown
 
 
-@pytest.mark.parametrize("backend", ["transformers", "colocate", "server"])
+@pytest.mark.parametrize("backend", ["transformers", "colocate"])
 def test_leaves_are_whole_rollouts_with_their_own_state(backend, agent, tmp_path, monkeypatch):
     trainer = agent_trainer(agent, tmp_path, monkeypatch, backend)
     tokenizer = agent[1]

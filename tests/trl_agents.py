@@ -90,18 +90,14 @@ class Script:
 
 
 class FakeVLLM:
-    """Stands where TRL builds its VLLMGeneration: ids in, ids and log-probs out, as TRL 1.16 asks for them."""
+    """Stands where TRL builds its VLLMGeneration in this process: ids in, ids and log-probs out, as TRL 1.16 asks."""
 
     script = tokenizer = None
 
     def __init__(self, **options):
         self.options, self.synced, self.sizes = options, 0, []
-        self.vllm_client = self
         self.llm = self.llm_engine = self.model_config = self
         self.max_model_len = 4096
-
-    def get_server_info(self):
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
     def sync_weights(self):
         self.synced += 1

@@ -5,9 +5,11 @@ args = TreeGRPOConfig(num_trees=2, num_expansions=2, num_generations=6, ...)
 trainer = TreeGRPOTrainer(model, reward_funcs, args=args, train_dataset=..., tools=[...])
 
 config.py    TreeGRPOConfig: GRPOConfig with the shape of trees, the estimator and the row's budget
+checks.py    what is refused before a model is loaded
 trainer.py   TreeGRPOTrainer: what of GRPOTrainer is replaced
 rows.py      a micro-batch's rows -> packed rows; the router loss of mixtures of experts on them
 grow.py      initialise-then-expand through TRL's back-ends, tools and environments
+serve.py     what is asked of a vLLM server, by any number of processes
 search.py    a rollout_func over treegrpo.rollout: its engines and environments under TRL's trainer
 credit.py    rewards of a group's leaves -> advantages per token
 loss.py      shared_tokens under TRL's own loss

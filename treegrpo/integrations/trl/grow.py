@@ -129,23 +129,29 @@ class _Place:
 
 
 def grow(
-    trainer: GRPOTrainer, prompts: list, generate: Callable[..., tuple], call_tools: Callable[..., tuple]
+    trainer: GRPOTrainer,
+    prompts: list,
+    generate: Callable[..., tuple],
+    call_tools: Callable[..., tuple],
+    finish: Callable[[], None],
 ) -> Grown:
     """Grows the trees of one generation batch; prompts come ``num_generations`` times each, as TRL repeats them.
 
     Args:
         prompts: changed where an environment gave rows of one tree different prompts: a branch has its tree's.
-        generate, call_tools: TRL's `_generate_single_turn` and `_tool_call_loop`.
+        generate, call_tools: TRL's `_generate_single_turn`, with ``limits``, and `_tool_call_loop`.
+        finish: waits for processes whose agents have turns left.
 
     Raises:
         ValueError: images among prompts or answers of tools; an environment that cannot be copied.
     """
-    return _Forest(trainer, prompts, generate, call_tools).grow()
+    return _Forest(trainer, prompts, generate, call_tools, finish).grow()
 
 
 class _Forest:
-    def __init__(self, trainer: Any, prompts: list, generate: Callable, call_tools: Callable) -> None:
-        self.trainer, self.prompts, self.generate, self.call_tools = trainer, prompts, generate, call_tools
+    def __init__(self, trainer: Any, prompts: list, generate: Callable, call_tools: Callable, finish: Callable) -> None:
+        self.trainer, self.prompts = trainer, prompts
+        self.generate, self.call_tools, self.finish = generate, call_tools, finish
         self.options = trainer.args.search_options()
         self.max_step_tokens = trainer.args.max_step_tokens
         self.num_sampled = self.num_calls = self.num_failures = 0
@@ -226,7 +232,13 @@ class _Forest:
     def _run(self, leaves: list[_Leaf]) -> None:
         """Continues every leaf to its end."""
         trainer = self.trainer
-        ids, logprobs = self.generate([leaf.prompt_ids + leaf.ids for leaf in leaves], None, {}, num_generations=1)
+        ids, logprobs = self.generate(
+            [leaf.prompt_ids + leaf.ids for leaf in leaves],
+            None,
+            {},
+            num_generations=1,
+            limits=[trainer.max_completion_length - len(leaf.ids) for leaf in leaves],
+        )
         for number, (leaf, new) in enumerate(zip(leaves, ids, strict=True)):
             new = list(new[: trainer.max_completion_length - len(leaf.ids)])
             if logprobs is not None:
@@ -239,6 +251,8 @@ class _Forest:
         limit = trainer.max_tool_calling_iterations
         while active := [leaf for leaf in leaves if leaf.calls_tools and len(leaf.turns) <= limit]:
             self._tool_turn(active)
+        if trainer.tools:
+            self.finish()
 
     def _read_turn(self, leaf: _Leaf) -> None:
         trainer, start = self.trainer, leaf.turns[-1].start

@@ -3,6 +3,7 @@
     _get_per_token_logps_and_entropies   the rows of a micro-batch become packed rows of unique tokens
     _prepare_inputs                      groups are shuffled, not their completions
     _generate                            trees grown through TRL's back-ends and tools (grow.py)
+    _generate_single_turn                what is asked of a vLLM server (serve.py)
     _generate_and_score_completions      advantages by treegrpo's estimators (credit.py)
     _compute_loss                        shared_tokens (loss.py)
 
@@ -12,20 +13,23 @@ Loss, divergence, importance sampling, entropy, the router loss and all metrics 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
 
-from treegrpo.advantages import PRESETS
 from treegrpo.hf import ATTENTION, check_model, use_tree_attention
 from treegrpo.integrations import credit
 from treegrpo.integrations.trl import loss
+from treegrpo.integrations.trl.checks import check_arguments
 from treegrpo.integrations.trl.config import TreeGRPOConfig
 from treegrpo.integrations.trl.grow import Grown, check_grown, grow
 from treegrpo.integrations.trl.rows import check_router_loss, pack_rows, recorded_router_logits, router_loss
+from treegrpo.integrations.trl.serve import Served
 from treegrpo.logprobs import token_logprobs, unwrap
 from treegrpo.packing import TreeBatch
 
@@ -60,18 +64,11 @@ class TreeGRPOTrainer(GRPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        if given.get("args") is not None:
+            check_arguments(given["args"], given.get("rollout_func"))
         super().__init__(*args, **kwargs)
-        size, group = self.args.per_device_train_batch_size, self.num_generations
-        if size % group:
-            raise ValueError(
-                f"per_device_train_batch_size={size} tears groups of num_generations={group} apart, and what they share"
-                " would be computed again: give a multiple, with gradient_accumulation_steps for the rest"
-            )
-        if noise := self.args.neftune_noise_alpha:
-            raise ValueError(
-                f"neftune_noise_alpha={noise} draws noise for every token of every completion, but a shared token is"
-                " embedded once: leave it out"
-            )
+        check_arguments(self.args, self.rollout_func)
         if self.aux_loss_enabled:
             check_router_loss(self.accelerator.unwrap_model(self.model))
         self._base = unwrap(self.accelerator.unwrap_model(self.model))
@@ -90,46 +87,15 @@ class TreeGRPOTrainer(GRPOTrainer):
         self._grows_trees = self._tree_args is not None and self._tree_args.grows_trees
         self._grown: Grown | None = None
         """The trees of the generation batch being scored."""
-        if self._grows_trees and self.rollout_func is None:
-            self._check_places_to_branch()
-        self._check_recorded_logprobs()
-        if self.rollout_func is not None:
-            self.rollout_func = self._keeping_trees(self.rollout_func)
-
-    def _check_places_to_branch(self) -> None:
-        args = self._tree_args
-        if not self.tools and args.max_step_tokens is None:
+        if self._grows_trees and self.rollout_func is None and not self.tools and self.args.max_step_tokens is None:
             raise ValueError(
-                f"num_expansions={args.num_expansions} without tools: a completion is one step, and branches could only"
-                " start at the prompt; set max_step_tokens to cut completions into steps, or give tools,"
+                f"num_expansions={self.args.num_expansions} without tools: a completion is one step, and branches could"
+                " only start at the prompt; set max_step_tokens to cut completions into steps, or give tools,"
                 " environment_factory or a rollout_func that samples trees"
             )
-        if args.max_completion_length is None:
-            raise ValueError("max_completion_length=None: give the length at which branches, like chains, are cut")
-        if args.vllm_structured_outputs_regex is not None and args.max_step_tokens is not None:
-            raise ValueError(
-                f"max_step_tokens={args.max_step_tokens} with vllm_structured_outputs_regex: vLLM would hold the rest"
-                " of a turn, which a branch samples, to the whole expression; leave one of them out"
-            )
-        if args.selection == "entropy" and not self.use_vllm:
-            raise ValueError(
-                "selection='entropy' needs the log-probs of what was sampled, which TRL's transformers back-end does"
-                " not record: use 'uniform', use_vllm=True or treegrpo.integrations.trl.tree_rollouts"
-            )
-
-    def _check_recorded_logprobs(self) -> None:
-        """An estimator that weighs steps by their entropy reads the log-probs of what was sampled."""
-        if self._estimator is None or self.use_vllm or self.rollout_func is not None:
-            return
-        (name, options), args = self._estimator, self.args
-        # else TRL computes them before the first update
-        aligned = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) == 0
-        if aligned and options.get("value", PRESETS[name].grid.value) == "entropy_softmax":
-            raise ValueError(
-                f"advantage_estimator={name!r} weighs steps by the log-probs of what was sampled, which TRL's"
-                " transformers back-end does not record: use use_vllm=True, treegrpo.integrations.trl.tree_rollouts, or"
-                " advantage_options value=child_mean"
-            )
+        self._served = Served(self) if self.use_vllm and self.vllm_mode == "server" else None
+        if self.rollout_func is not None:
+            self.rollout_func = self._keeping_trees(self.rollout_func)
 
     # Log-probs
 
@@ -260,26 +226,52 @@ class TreeGRPOTrainer(GRPOTrainer):
         if not (self._grows_trees and self.model.training and self.rollout_func is None):
             return super()._generate(prompts)
         # TRL's own bookkeeping of a batch, on completions that are there already
-        self._grown = grow(self, prompts, self._generate_single_turn, super()._tool_call_loop)
+        self._grown = grow(self, prompts, self._generate_single_turn, super()._tool_call_loop, self._finish_turns)
         self._metrics["train"]["tree/sampled_tokens"].append(self._grown.num_sampled)
         return super()._generate(prompts)
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: list | None,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool | None = None,
+        *,
+        limits: list[int] | None = None,
+    ) -> tuple[list, list | None]:
+        """TRL's, and of a vLLM server no more than ``limits`` tokens for each context. ``has_tool_images`` is None
+        where no tools have answered yet."""
         if self._grown is not None and self._grown.turns is not None:
             return self._grown.turns[0], self._grown.logprobs
+        if self._served is not None and images is None:
+            if self.state.global_step != self._last_loaded_step:
+                with profiling_context(self, "sync_weights"):
+                    self.vllm_generation.sync_weights()
+                self._last_loaded_step = self.state.global_step
+            answered = has_tool_images is not None
+            return self._served.generate(prompt_ids, num_generations, limits, may_be_full=answered)
+        whole = (prompt_ids, images, multimodal_fields, num_generations, bool(has_tool_images))
         if self.use_vllm:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(*whole)
         # continuous batching refuses attentions that are not transformers' own
         self._base.set_attn_implementation(self._own_attention)
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(*whole)
         finally:
             self._base.set_attn_implementation(ATTENTION)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> tuple:
         if self._grown is None or self._grown.turns is None:
-            return super()._tool_call_loop(*args, **kwargs)
+            done = super()._tool_call_loop(*args, **kwargs)
+            self._finish_turns()
+            return done
         return self._grown.turns[1]
+
+    def _finish_turns(self) -> None:
+        """Agents of other processes may have turns left, which reach a server through this process too."""
+        if self._served is not None:
+            self._served.finish()
 
     # Advantages
 
