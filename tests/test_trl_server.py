@@ -19,14 +19,13 @@ from datasets import Dataset  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_agents import CALL, Counter, Script, save_agent  # noqa: E402
 from trl_served import ENV, standin, trainer_side, vllm  # noqa: E402
-from trl_tiny import make, parameters  # noqa: E402
+from trl_tiny import make, options, parameters  # noqa: E402
 
-from treegrpo.integrations.trl import TreeGRPOConfig, TreeGRPOTrainer  # noqa: E402
+from treegrpo.integrations.trl import TreeGRPOConfig, TreeGRPOTrainer, use_tree_op  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 SHAPE = dict(num_trees=2, num_expansions=2, num_rounds=2, num_generations=10, per_device_train_batch_size=20)
-STEPS = dict(max_step_tokens=3, max_completion_length=24)
-LENGTH = 256
+STEPS = dict(max_step_tokens=3, max_completion_length=24, per_device_eval_batch_size=10)
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -38,11 +37,13 @@ def agent(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["standin", pytest.param("vllm", marks=needs_vllm)])
 def server(request, agent, tmp_path_factory):
-    weights, work = tmp_path_factory.mktemp("weights"), tmp_path_factory.mktemp("server")
-    with (standin if request.param == "standin" else vllm)(
-        agent[0], weights, LENGTH, **({} if request.param == "standin" else dict(work=work))
-    ) as served:
-        yield served
+    weights = tmp_path_factory.mktemp("weights")
+    if request.param == "standin":
+        with standin(agent[0], weights, 256) as served:
+            yield served
+    else:
+        with vllm(agent[0], weights, 1024, tmp_path_factory.mktemp("server")) as served:
+            yield served
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,7 @@ def test_trees(changes, server, agent, tmp_path, monkeypatch):
     assert max(float((p - before[name]).abs().max()) for name, p in parameters(trainer).items()) > 1e-3
     history = [row for row in trainer.state.log_history if "loss" in row]
     assert len(history) == 3 and all(math.isfinite(row["loss"]) for row in history)
+    assert trainer.evaluate(questions(2))["eval_completions/mean_length"] > 1
     # the server has the weights of every step
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in history), history
 
@@ -130,7 +132,7 @@ def test_trees(changes, server, agent, tmp_path, monkeypatch):
 def test_a_branch_asks_for_the_room_that_is_left(server, agent, tmp_path, monkeypatch):
     """vLLM refuses what could run over its max_model_len, which prompts and whole completions just fit in."""
     prompt = len(agent[1].apply_chat_template(questions()[0]["prompt"], add_generation_prompt=True)["input_ids"])
-    most = LENGTH - prompt
+    most = server.max_model_length - prompt
     shape = dict(num_trees=2, num_expansions=4, num_generations=10, per_device_train_batch_size=10)
     shape |= dict(max_step_tokens=50, max_completion_length=most)
     trainer = served_trainer(server, agent, tmp_path, monkeypatch, **shape)
@@ -157,9 +159,11 @@ def test_chains_are_asked_for_and_trained_as_trl_does(server, agent, tmp_path, m
 
 
 def test_a_prompt_without_room_is_named(server, agent, tmp_path, monkeypatch):
-    long = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a" * LENGTH}]] * 2})
+    long = Dataset.from_dict({"prompt": [[{"role": "user", "content": "a" * server.max_model_length}]] * 2})
     trainer = served_trainer(server, agent, tmp_path, monkeypatch, **SHAPE, **STEPS, train_dataset=long)
-    with pytest.raises(ValueError, match=rf"a prompt of \d+ tokens .* max_model_len={LENGTH}.*--max-model-len"):
+    with pytest.raises(
+        ValueError, match=rf"a prompt of \d+ tokens .* max_model_len={server.max_model_length}.*--max-model-len"
+    ):
         scored(trainer)
     settings = dict(generation_kwargs={"min_tokens": -1} if server.standin is None else {"logprobs": 3})
     trainer = served_trainer(server, agent, tmp_path, monkeypatch, num_generations=4, **settings)
@@ -186,6 +190,34 @@ def test_refusals_come_before_a_server_is_waited_for(settings, message, agent, t
             **SHAPE | STEPS | address | settings,
         )  # fmt: skip
     assert time.monotonic() - begun < 20
+
+
+def test_async_rows_through_our_op(server, agent, tmp_path, monkeypatch):
+    """AsyncGRPOTrainer's own rollouts from the server: its packed rows have the log-probs that were recorded there."""
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
+
+    trainer_side(server.folder, lambda *args: monkeypatch.setattr(*args, raising=False))
+    tests = Path(__file__).resolve().parent
+    if not torch.cuda.is_available():
+        # it asks for the GPU's name, to reckon with its FLOP/s
+        monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *args: 1e12)
+    # its rollouts run in a process of their own, which imports the rewards
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent), str(tests.parent / "kernels")]))
+    names = options(tmp_path, num_generations=4, per_device_train_batch_size=8, max_completion_length=12)
+    del names["shuffle_dataset"]
+    args = AsyncGRPOConfig(
+        **names | dict(max_steps=3, learning_rate=1e-7, optim="sgd"),
+        vllm_server_base_url=server.url,
+        vllm_server_timeout=60.0,
+    )
+    path, tokenizer = agent
+    made = AsyncGRPOTrainer(str(path), sums, args=args, train_dataset=questions(), processing_class=tokenizer)
+    use_tree_op()
+    made.train()
+    history = [row for row in made.state.log_history if "loss" in row]
+    assert len(history) == 3 and any(row["grad_norm"] > 0 for row in history)
+    for row in history:
+        assert row["ratio"] == pytest.approx(1, abs=1e-4) and abs(row["kl"]) < 1e-6, row
 
 
 class Opened(Counter):
@@ -225,6 +257,24 @@ def test_tools(spoken, agent, tmp_path, monkeypatch):
     assert spoken.standin.updates == 1
     trainer.train()
     assert spoken.standin.updates == 3
+
+
+@needs_vllm
+@pytest.mark.parametrize("server", ["vllm"], indirect=True)
+def test_tools_under_a_grammar(server, tmp_path, monkeypatch):
+    """What a random model says is a call or an answer; this one, nearly uniform, calls about every second time."""
+    agent = save_agent(tmp_path / "flat", hidden_size=128, initializer_range=0.02)
+    call = '<tool_call>\\n\\{"name": "look", "arguments": \\{"word": "[a-f]{3}"\\}\\}\\n</tool_call>'
+    settings = dict(vllm_structured_outputs_regex=f"({call}|it is [0-9]{{3}})")
+    # a grammar's log-probs are of the tokens it allows, and no trainer's
+    settings |= dict(vllm_importance_sampling_correction=False)
+    trainer = served_trainer(server, agent, tmp_path, monkeypatch, **SHAPE | AGENTS | settings)
+    output = scored(trainer)
+    check_agents(trainer, output, agent[1])
+    looked = [environment.looked for environment in trainer.environments]
+    assert any(looked) and len(set(map(tuple, looked))) > 2
+    trainer.train()
+    assert all(math.isfinite(row["loss"]) for row in trainer.state.log_history if "loss" in row)
 
 
 def check_agents(trainer, output, tokenizer, speak=None):

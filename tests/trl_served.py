@@ -69,17 +69,21 @@ def trainer_side(path, patch=setattr):
     """TRL's client sends weights through the folder, and asks for no vLLM where none is installed."""
     import trl.generation.vllm_client as client
     import trl.generation.vllm_generation as generation
+    from trl.experimental.async_grpo import weight_transfer
 
     init = client.VLLMClient.init_communicator
-    patch(client, "open_trainer_endpoint", lambda init_info: Folder(path).emptied())
-    patch(client, "packed_nccl_broadcast_producer", lambda group, **options: group.produce(**options))
     # it refuses other devices, for NCCL's sake
     patch(client.VLLMClient, "init_communicator", lambda self, device: init(self, "cuda"))
+    for module in (client, weight_transfer):
+        patch(module, "open_trainer_endpoint", lambda init_info: Folder(path).emptied())
+        patch(module, "packed_nccl_broadcast_producer", lambda group, **options: group.produce(**options))
     if find_spec("vllm") is None:
-        for module in (client, generation):
+        for module in (client, generation, weight_transfer):
             patch(module, "is_vllm_available", lambda *args, **kwargs: True)
-        patch(client, "get_ip", lambda: "127.0.0.1")
-        patch(client, "_HAS_STATEFUL_TRAINER_ENGINE", True)
+        for module in (client, weight_transfer):
+            patch(module, "get_ip", lambda: "127.0.0.1")
+            patch(module, "_HAS_STATEFUL_TRAINER_ENGINE", True)
+        patch(weight_transfer, "get_open_port", lambda: 0)
         patch(client, "_HAS_RESET_PREFIX_CACHE_SUCCESS", True)
 
 
@@ -131,7 +135,8 @@ class Standin:
             metadata = zip(info["names"], zip(info["shapes"], dtypes, strict=True), strict=True)
             self.group.consume(metadata, self.load)
         else:
-            assert path in ("/start_weight_update", "/finish_weight_update", "/reset_prefix_cache"), path
+            paths = ("start_weight_update", "finish_weight_update", "reset_prefix_cache", "pause", "resume")
+            assert path.removeprefix("/") in paths, path
         return {"success": True}
 
     def load(self, named):
@@ -143,13 +148,14 @@ class Standin:
     def complete(self, body):
         with self.lock:
             self.requests.append(body)
-            assert body["return_token_ids"] and body["return_tokens_as_token_ids"] and body["logprobs"] == 0
-            most = body["max_tokens"]
-            for prompt in body["prompt"]:
+            assert body["return_token_ids"] and body["logprobs"] == 0
+            most, prompts = body["max_tokens"], body["prompt"]
+            prompts = prompts if isinstance(prompts[0], list) else [prompts]
+            for prompt in prompts:
                 if len(prompt) + most > self.max_model_length:
                     raise Refused(f"This model's maximum context length is {self.max_model_length} tokens")
             choices = []
-            for prompt in body["prompt"]:
+            for prompt in prompts:
                 for _ in range(body["n"]):
                     ids, values = (self.script if self.model is None else self.sample)(prompt, most, body)
                     tokens = [f"token_id:{token}" for token in ids]
@@ -187,6 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             code, found = 400, {"error": {"message": str(error)}}
         data = json.dumps(found).encode()
         self.send_response(code)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -196,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
-        self.answer(lambda: self.standin.post(self.path, body))
+        self.answer(lambda: self.standin.post(self.path.partition("?")[0], body))
 
 
 @contextmanager
