@@ -33,8 +33,8 @@ class Node:
     """1 where the policy sampled the token."""
     logprobs: list[float]
     """As the engine gave them; NaN where loss_mask is 0."""
-    environment: Environment
-    """The state after the step; only ever forked, never stepped on."""
+    environment: Any
+    """The state after the step, an `Environment` here; only ever forked, never stepped on."""
     tree: int
     """Number of the tree in its group."""
     parent: Node | None = None

@@ -53,7 +53,8 @@ def async_tree_attention(
     plan = getattr(tree_cu_seqlens_q, "treegrpo_plan", None)
     if plan is None:
         # kept on the tensor, which every layer of a forward and its recomputation is given
-        plan = tree_cu_seqlens_q.treegrpo_plan = plan_of_row(tree_cu_seqlens_q, tree_cu_seqlens_k)
+        plan = plan_of_row(tree_cu_seqlens_q, tree_cu_seqlens_k)
+        tree_cu_seqlens_q.treegrpo_plan = plan  # type: ignore[attr-defined]
     return attend(query, key, value, plan, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux), None
 
 
@@ -66,7 +67,8 @@ def plan_of_row(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tk.TreePlan:
     starts, paths = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     lengths = [b - a for a, b in zip(starts, starts[1:], strict=False)]
     above = [b - a - own for a, b, own in zip(paths, paths[1:], lengths, strict=False)]
-    ends, opened = [starts[-1]] * len(lengths), []
+    ends = [starts[-1]] * len(lengths)
+    opened: list[int] = []
     for segment, depth in enumerate(above):
         while opened and depth < above[opened[-1]] + lengths[opened[-1]]:
             ends[opened.pop()] = starts[segment]

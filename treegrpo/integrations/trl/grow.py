@@ -62,16 +62,16 @@ def check_grown(trees: Sequence[int], steps: Sequence[Sequence[int]] | None, out
             raise ValueError(
                 f"rollout_func returned tree[{row}]={tree!r}: give an integer, the number of the completion's tree"
             ) from None
-    if steps is not None:
-        steps = [list(own) for own in steps]
-        for row, (own, ids) in enumerate(zip(steps, output["completion_ids"], strict=True)):
+    starts = None if steps is None else [list(own) for own in steps]
+    if starts is not None:
+        for row, (own, ids) in enumerate(zip(starts, output["completion_ids"], strict=True)):
             for i, (before, start) in enumerate(zip([-1, *own], own, strict=False)):
                 if not before < start < len(ids):
                     raise ValueError(
                         f"rollout_func returned steps[{row}][{i}]={start}: give where steps begin in the completion's"
                         f" {len(ids)} tokens, in ascending order"
                     )
-    return Grown(trees=numbers, steps=steps)
+    return Grown(trees=numbers, steps=starts)
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class _Leaf:
 
     def starts(self, max_step_tokens: int | None) -> list[int]:
         """Where its steps begin."""
-        found = []
+        found: list[int] = []
         for turn in self.turns:
             end = self.turn_end(turn)
             found += range(turn.start, end, max_step_tokens or max(1, end - turn.start))
@@ -273,7 +273,7 @@ class _Forest:
                 [leaf.prompt_ids for leaf in leaves],
                 [list(leaf.ids) for leaf in leaves],
                 [[leaf.messages[-1]] for leaf in leaves],
-                None if leaves[0].logprobs is None else [list(leaf.logprobs) for leaf in leaves],
+                None if leaves[0].logprobs is None else [list(leaf.logprobs or []) for leaf in leaves],
                 None,
                 {},
             )
@@ -336,13 +336,13 @@ class _Forest:
             self.nodes[row].append(parent)
 
     def _result(self, leaves: list[_Leaf]) -> Grown:
-        ids, logprobs = [leaf.ids for leaf in leaves], None
-        if all(leaf.logprobs is not None for leaf in leaves):
-            logprobs = [leaf.logprobs for leaf in leaves]
+        ids = [leaf.ids for leaf in leaves]
+        recorded = [leaf.logprobs for leaf in leaves if leaf.logprobs is not None]
+        logprobs = recorded if len(recorded) == len(leaves) else None
         first = ids
         if self.trainer.tools:
             first = [leaf.ids[: leaf.turn_end(leaf.turns[0])] for leaf in leaves]
-        loop = (
+        loop: tuple = (
             [leaf.mask for leaf in leaves],
             [leaf.messages for leaf in leaves],
             ids,

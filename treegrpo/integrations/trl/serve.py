@@ -55,7 +55,7 @@ class Served:
             room = max(self.max_model_length - len(context), 0)
             # None is refused by all processes together
             own.append((context, min(room if limit is None else limit, room) if room or may_be_full else None))
-        found = self._exchange(own, num_generations)
+        found = self._exchange(own, num_generations) or []
         return [ids for ids, _ in found], [logprobs for _, logprobs in found]
 
     def finish(self) -> None:
@@ -76,7 +76,7 @@ class Served:
                     f"a prompt of {len(context)} tokens leaves no room in the vLLM server's max_model_len="
                     f"{self.max_model_length}: start it with a greater --max-model-len, or leave such prompts out"
                 )
-        result = None
+        result: list | str | None = None
         if self._accelerator.is_main_process:
             try:
                 result = self._ask(rows, num_generations)

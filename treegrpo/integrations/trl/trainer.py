@@ -63,6 +63,14 @@ class TreeGRPOTrainer(GRPOTrainer):
     branches could start nowhere.
     """
 
+    # TRL's
+    rollout_func: Any
+    _buffered_inputs: list[dict[str, Any]] | None
+    _last_loaded_step: int
+
+    _last_scored: tuple[Tensor, Tensor | None] | None = None
+    """What the loss is computed of: log-probs and entropies."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = signature(GRPOTrainer.__init__).bind(self, *args, **kwargs).arguments
         if given.get("args") is not None:
@@ -117,18 +125,21 @@ class TreeGRPOTrainer(GRPOTrainer):
         given = [name for name in VISION if inputs.get(name) is not None]
         if given:
             raise ValueError(f"trees of text only: {', '.join(given)} cannot be packed")
-        logps, entropies, losses = [], [], []
+        logps: list[Tensor] = []
+        entropies: list[Tensor] = []
+        losses: list[Tensor] = []
         for ids, mask in zip(
             *(x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)), strict=True
         ):
             scored, aux_loss = self._scored(model, ids, mask, logits_to_keep, compute_entropy, compute_aux_loss)
             logps.append(scored[0])
             entropies.append(scored[-1])
-            losses.append(aux_loss)
-        logps, entropies = torch.cat(logps), torch.cat(entropies) if compute_entropy else None
+            if aux_loss is not None:
+                losses.append(aux_loss)
+        found = torch.cat(logps), torch.cat(entropies) if compute_entropy else None
         if self._shared_tokens != "per_leaf":
-            self._last_scored = logps, entropies
-        return logps, entropies, torch.stack(losses).mean() if compute_aux_loss else None
+            self._last_scored = found
+        return *found, torch.stack(losses).mean() if compute_aux_loss else None
 
     def _scored(
         self,
@@ -167,7 +178,7 @@ class TreeGRPOTrainer(GRPOTrainer):
             metrics["tree/unique_tokens"].append(batch.num_tokens)
             metrics["tree/chain_tokens"].append(batch.num_chain_tokens)
             metrics["batch/packing_ratio"].append(batch.token_ratio)
-        return found, router_loss(model, router_logits[: len(parts)], batches) if aux_loss else None
+        return found, None if router_logits is None else router_loss(model, router_logits[: len(parts)], batches)
 
     def _forward(self, model: torch.nn.Module, batch: TreeBatch, entropy: bool) -> list[Tensor]:
         if self._is_unchecked:
@@ -181,7 +192,7 @@ class TreeGRPOTrainer(GRPOTrainer):
                 entropy=entropy,
                 head_dtype=torch.float32 if self.args.cast_lm_head_to_fp32 else None,
             )
-        return [batch.expand(x) for x in (scored if entropy else (scored,))]
+        return [batch.expand(x) for x in (scored if isinstance(scored, tuple) else (scored,))]
 
     def _missing_forwards(self, number: int) -> int:
         """How many fewer packed rows this process has than another: in each forward FSDP gathers weights and DDP sends
@@ -191,7 +202,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         numbers = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
         return int(numbers.max()) - number
 
-    def _prepare_inputs(self, generation_batch: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's schedule of generations and micro-batches, but groups are shuffled, not their completions."""
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
@@ -213,7 +224,7 @@ class TreeGRPOTrainer(GRPOTrainer):
             trees, steps = output.pop("tree", None), output.pop("steps", None)
             if self._grows_trees and self.model.training and trees is None:
                 raise ValueError(
-                    f"rollout_func returned no 'tree', but num_expansions={self._tree_args.num_expansions} asks for"
+                    f"rollout_func returned no 'tree', but num_expansions={self.args.num_expansions} asks for"
                     " trees: return the number of each completion's tree, or set num_expansions=0"
                 )
             if trees is not None:
@@ -290,7 +301,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         leaves = self._leaves(output)
         if self._estimator is not None:
             name, options = self._estimator
-            everyone = gather_object(leaves) if self._looks_at_all(options) else []
+            everyone = gather_object(leaves) if self._looks_at_all(name, options) else []
             own = {leaf.group for leaf in leaves}
             others = [leaf for leaf in everyone if leaf.group not in own]
             steps = credit.step_advantages(leaves, name, options, others)
@@ -303,10 +314,10 @@ class TreeGRPOTrainer(GRPOTrainer):
                 output["num_items_in_batch"] = self.accelerator.gather(shares.sum()).sum()
         return output
 
-    def _looks_at_all(self, options: dict[str, Any]) -> bool:
+    def _looks_at_all(self, estimator: str, options: dict[str, Any]) -> bool:
         """Whether groups of other processes count in a norm."""
         over_all = options.get("scale_rewards") == "batch" or options.get("norm") in ("std_batch", "whiten")
-        return self.accelerator.num_processes > 1 and (over_all or self._estimator[0] == "treepo")
+        return self.accelerator.num_processes > 1 and (over_all or estimator == "treepo")
 
     def _leaves(self, output: dict[str, Any]) -> list:
         per_function, completion_ids = self._last_rewards
@@ -354,6 +365,7 @@ class TreeGRPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"]
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         total = super()._compute_loss(model, inputs | {"advantages": advantages * weights})
+        assert self._last_scored is not None
         logps, entropies = self._last_scored
         self._last_scored = None
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1.0
@@ -369,13 +381,13 @@ class TreeGRPOTrainer(GRPOTrainer):
             kl = loss.divergence(
                 logps,
                 inputs["ref_per_token_logps"],
-                inputs.get("old_per_token_logps", logps.detach()),
+                inputs["old_per_token_logps"] if "old_per_token_logps" in inputs else logps.detach(),
                 mask,
                 level=self.importance_sampling_level,
                 bias_correction=self.args.use_bias_correction_kl,
             )
             total = total + self.beta * reduce((weights - 1) * kl)
-        if self.entropy_coef != 0.0:
+        if self.entropy_coef != 0.0 and entropies is not None:
             change = loss.entropy_change(entropies, shares, mask, self._shared_tokens)
             total = total - self.entropy_coef * change / accumulation
         return total
