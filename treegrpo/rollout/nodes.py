@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treegrpo.envs.base import Environment
 from treegrpo.rollout.engine import SamplingParams
 
 SIBLING_PENALTY = 0.05
