@@ -194,6 +194,7 @@ def test_refusals_come_before_a_server_is_waited_for(settings, message, agent, t
 
 def test_async_rows_through_our_op(server, agent, tmp_path, monkeypatch):
     """AsyncGRPOTrainer's own rollouts from the server: its packed rows have the log-probs that were recorded there."""
+    pytest.importorskip("aiohttp")
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer
 
     trainer_side(server.folder, lambda *args: monkeypatch.setattr(*args, raising=False))

@@ -69,7 +69,7 @@ def trainer_side(path, patch=setattr):
     """TRL's client sends weights through the folder, and asks for no vLLM where none is installed."""
     import trl.generation.vllm_client as client
     import trl.generation.vllm_generation as generation
-    from trl.experimental.async_grpo import weight_transfer
+    from trl.experimental.async_grpo import async_rollout_worker, weight_transfer
 
     init = client.VLLMClient.init_communicator
     # it refuses other devices, for NCCL's sake
@@ -78,7 +78,7 @@ def trainer_side(path, patch=setattr):
         patch(module, "open_trainer_endpoint", lambda init_info: Folder(path).emptied())
         patch(module, "packed_nccl_broadcast_producer", lambda group, **options: group.produce(**options))
     if find_spec("vllm") is None:
-        for module in (client, generation, weight_transfer):
+        for module in (client, generation, async_rollout_worker, weight_transfer):
             patch(module, "is_vllm_available", lambda *args, **kwargs: True)
         for module in (client, weight_transfer):
             patch(module, "get_ip", lambda: "127.0.0.1")
@@ -148,7 +148,9 @@ class Standin:
     def complete(self, body):
         with self.lock:
             self.requests.append(body)
-            assert body["return_token_ids"] and body["logprobs"] == 0
+            assert body["return_token_ids"]
+            if body["logprobs"] != 0:
+                raise Refused("log-probs of sampled tokens alone")
             most, prompts = body["max_tokens"], body["prompt"]
             prompts = prompts if isinstance(prompts[0], list) else [prompts]
             for prompt in prompts:
