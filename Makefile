@@ -69,7 +69,7 @@ test: $(BUILT)
 test-trl: $(BUILT)
 	@echo "== TRL's GRPOTrainer against TreeGRPOTrainer"
 	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
-	.venv-trl/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch numpy 'trl==1.16.*' peft bm25s pytest pytest-benchmark hypothesis
+	.venv-trl/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch numpy 'trl==1.16.*' requests peft bm25s pytest pytest-benchmark hypothesis
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
 	TREEGRPO_DOCS=trl .venv-trl/bin/python -m pytest tests/test_docs.py::test_block
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 trl = pytest.importorskip("trl")
+pytest.importorskip("requests", reason="TRL's client of vLLM's server needs it")
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
