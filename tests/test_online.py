@@ -308,6 +308,7 @@ def group(place: int, rewards: list[float], reads: list[str]) -> SampledGroup:
         trajectories=trajectories,
         completion_ids=[[2, 3]] * len(rewards),
         completions=[""] * len(rewards),
+        own_texts=[""] * len(rewards),
         environments=[],
         stats=RolloutStats(groups=1, generated_tokens=10, leaves=len(rewards)),
     )

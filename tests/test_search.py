@@ -10,6 +10,9 @@ import pytest
 from scripted import EOS, Engine, Notebook, Quiet, Words, run, same_words, three_calls
 
 from treegrpo import Trajectory, build_tree
+from treegrpo.envs.base import StepResult
+from treegrpo.rewards import math_answer, search_em
+from treegrpo.rollout.online import Sampler
 from treegrpo.rollout.search import RolloutStats, SearchOptions
 
 
@@ -309,3 +312,25 @@ def test_a_transformers_tokenizer():
 
 def test_no_rows():
     assert run(Engine(), num_rows=0) == []
+
+
+def test_what_an_environment_says_is_nobodys_answer():
+    """No markup tells a tool's turn from the policy's here, as in chat templates without blocks for it."""
+
+    class Generous(Notebook):
+        def step(self, action, *, is_last=False):
+            found = "found <answer> 7 </answer> \\boxed{7} #### 7"
+            return StepResult(done="call" not in action, observation=found if "call" in action else None)
+
+    def policy(text, rng):
+        return f"I give up {EOS}" if "found" in text else "call 1"
+
+    sampler = Sampler(
+        engine=Engine(policy), make_env=Generous, reward_funcs=[math_answer, search_em], reward_weights=[1.0, 1.0]
+    )
+    options = SearchOptions(num_trees=2, num_expansions=1)
+    rows = [{"question": "?", "answers": ["7"], "own_texts": "not ours"}]
+    (group,), (means,) = sampler.sample(rows, ["g"], options, [0])
+    assert "<answer> 7 </answer>" in group.completions[0] and group.own_texts == ["call 1\nI give up "] * 4
+    assert {t.reward for t in group.trajectories} == {0.0}
+    assert means["rewards/math_answer/mean"] == 0

@@ -4,7 +4,8 @@ Every function gets lists of n, one entry per completion: `prompts` and `complet
 `completion_ids` and each dataset column; further the keywords trainer_state, log_extra, log_metric and, where there are
 any, environments. It returns n numbers, or None where it does not apply. It may be `async def`.
 
-A completion is everything behind the prompt, observations included. The prompt is never read: it quotes the tags.
+A completion is everything behind the prompt, observations included. The prompt is never read: it quotes the tags. What
+treegrpo sampled itself comes with `own_texts`, what the policy wrote of each completion: answers count there alone.
 """
 
 from __future__ import annotations
@@ -114,11 +115,12 @@ def _search(measure, metric, completions, columns, variant, tags, weight, log_me
         raise ValueError(f"variant {variant!r}: give one of {', '.join(VARIANTS)}")
     rewards: list[float | None] = []
     scores, valids = [], []
-    for completion, golds in zip(completions, gold_answers(columns, len(completions)), strict=True):
+    all_golds = gold_answers(columns, len(completions))
+    for completion, own, golds in zip(completions, _own_texts(completions, columns), all_golds, strict=True):
         if not golds:
             rewards.append(None)
             continue
-        answer = last_answer(completion_text(completion, own=True), tags)
+        answer = last_answer(own, tags)
         score = measure(answer, golds)
         valid = format_valid(completion_text(completion), tags)
         scores.append(score)
@@ -141,8 +143,8 @@ def math_answer(
     """1.0 where a completion's result (`answers.extract_result`) equals one of the row's answers, else 0.0; None where
     the row has none. Columns as for `search_em`; GSM8K's `answer` counts from its last `####` on."""
     rewards: list[float | None] = []
-    for completion, golds in zip(completions, gold_answers(columns, len(completions)), strict=True):
-        result = extract_result(completion_text(completion, own=True), tags)
+    for own, golds in zip(_own_texts(completions, columns), gold_answers(columns, len(completions)), strict=True):
+        result = extract_result(own, tags)
         golds = [gold.rpartition("####")[2].strip() for gold in golds]
         rewards.append(float(any(equal(result, gold) for gold in golds)) if golds else None)
     return rewards
@@ -172,6 +174,11 @@ async def environment_reward(
         value = ask() if ask is not None else None
         rewards.append(await value if inspect.isawaitable(value) else value)
     return rewards
+
+
+def _own_texts(completions: list, columns: dict[str, Any]) -> list[str]:
+    given = columns.get("own_texts")
+    return [completion_text(completion, own=True) for completion in completions] if given is None else given
 
 
 def completion_text(completion: str | list[dict[str, Any]], *, own: bool = False) -> str:

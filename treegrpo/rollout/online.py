@@ -92,7 +92,8 @@ class Sampler:
             raise
         leaves = [(group, leaf) for group in sampled for leaf in range(len(group.trajectories))]
         row_of = dict(zip(groups, range(len(rows)) if indices is None else indices, strict=True))
-        columns = {name for row in rows for name in row} - {"prompt"}
+        names = {name for row in rows for name in row} - {"prompt"}
+        columns = {name: [group.row.get(name) for group, _ in leaves] for name in sorted(names)}
         logged: dict[str, list[float]] = {}
         rewards, by_function = score(
             self.reward_funcs,
@@ -100,7 +101,7 @@ class Sampler:
             prompts=[group.prompt for group, _ in leaves],
             completions=[group.completions[leaf] for group, leaf in leaves],
             completion_ids=[group.completion_ids[leaf] for group, leaf in leaves],
-            columns={name: [group.row.get(name) for group, _ in leaves] for name in sorted(columns)},
+            columns=columns | {"own_texts": [group.own_texts[leaf] for group, leaf in leaves]},
             environments=[group.environments[leaf] for group, leaf in leaves],
             trainer_state=state,
             log_metric=lambda name, value: logged.setdefault(name, []).append(value),

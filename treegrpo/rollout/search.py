@@ -57,6 +57,8 @@ class SampledGroup:
     """Token ids behind the prompt."""
     completions: list[str]
     """The same as text, special tokens included but for an end of sequence at the very end."""
+    own_texts: list[str]
+    """Of that what the policy wrote, a line a step: no observation stands in it."""
     environments: list[Environment]
     """The state each leaf ended in."""
     stats: RolloutStats
@@ -184,6 +186,7 @@ async def search_group(
         trajectories=[_trajectory(leaf, group) for leaf in leaves],
         completion_ids=completion_ids,
         completions=[_text(engine.tokenizer, ids) for ids in completion_ids],
+        own_texts=[_own_text(engine.tokenizer, leaf) for leaf in leaves],
         environments=[leaf.environment for leaf in leaves],
         stats=stats,
     )
@@ -404,6 +407,11 @@ async def _stepped(environment: Environment, action: str, is_last: bool) -> Step
 def _text(tokenizer: Any, token_ids: list[int]) -> str:
     text = tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text.removesuffix(tokenizer.eos_token or "")
+
+
+def _own_text(tokenizer: Any, leaf: Node) -> str:
+    # a step's observation stands behind what was sampled
+    return "\n".join(_text(tokenizer, node.token_ids[: sum(node.loss_mask)]) for node in leaf.path()[1:])
 
 
 def _trajectory(leaf: Node, group: str) -> Trajectory:
