@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,14 @@ if TYPE_CHECKING:
     from treegrpo.packing import TreeBatch
 
 __all__ = ["ChunkedHead", "LogitTransform", "chain_logprobs", "logit_transform", "row_logprobs", "token_logprobs"]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _typed_as(function: Function) -> Callable[[Callable[..., Any]], Function]:
+    """For type checkers alone: what is decorated is called, and answers, as ``function`` does."""
+    return lambda decorated: cast(Function, decorated)
 
 
 @overload
@@ -118,48 +126,7 @@ def token_logprobs(
     return _stream_logprobs(model, batch.input_ids, batch.plan, targets, head_dtype=head_dtype, **options)
 
 
-@overload
-def chain_logprobs(
-    model: nn.Module,
-    batch: TreeBatch,
-    *,
-    temperature: float = 1.0,
-    entropy: Literal[False] = False,
-    chunk_rows: int | None = None,
-    backend: str = "auto",
-    head: str = "auto",
-    head_dtype: torch.dtype | None = None,
-) -> Tensor: ...
-
-
-@overload
-def chain_logprobs(
-    model: nn.Module,
-    batch: TreeBatch,
-    *,
-    temperature: float = 1.0,
-    entropy: Literal[True],
-    chunk_rows: int | None = None,
-    backend: str = "auto",
-    head: str = "auto",
-    head_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def chain_logprobs(
-    model: nn.Module,
-    batch: TreeBatch,
-    *,
-    temperature: float = 1.0,
-    entropy: bool,
-    chunk_rows: int | None = None,
-    backend: str = "auto",
-    head: str = "auto",
-    head_dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
-
+@_typed_as(token_logprobs)
 def chain_logprobs(
     model: nn.Module,
     batch: TreeBatch,
