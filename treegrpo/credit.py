@@ -141,7 +141,8 @@ def node_values(nodes: StepNodes, leaf_values: np.ndarray, value: str, entropy: 
         above_roots = np.bincount(nodes.entry_node, leaf_values[nodes.entry_leaf], num)
         return (above_roots + np.bincount(nodes.leaf_root, leaf_values, num)) / nodes.num_leaves
     ends_here = np.bincount(nodes.leaf_end, minlength=num)
-    child_weight, own_weight = np.ones(num), np.ones(num)
+    child_weight: np.ndarray = np.ones(num)
+    own_weight: np.ndarray = np.ones(num)
     if value == "entropy_softmax":
         assert entropy is not None
         inner = np.arange(nodes.num_roots, num)
@@ -190,7 +191,7 @@ def trained_tokens(trees: Sequence[RolloutTree]) -> np.ndarray:
 
 def _step_sums(trees: Sequence[RolloutTree], per_token) -> np.ndarray:
     """Sums over the steps [E] of per-token values that vanish before the first step of a leaf."""
-    sums = [np.zeros(0)]
+    sums: list[np.ndarray] = [np.zeros(0)]
     for tree in trees:
         leaves = [t for t in tree.trajectories if step_starts(t).size]
         if leaves:

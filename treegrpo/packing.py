@@ -197,7 +197,8 @@ class TreeBatch:
                 f"advantages are for {len(advantages)} trees, but {self.num_packed_trees} were packed: pass those of "
                 "the whole list given to pack; the batch picks its own"
             )
-        values, starts = [np.zeros(1)], []
+        values: list[np.ndarray] = [np.zeros(1)]
+        starts: list[np.ndarray] = []
         leaf_starts = iter(self.leaf_offsets[:-1].tolist())
         for tree, index in zip(self.trees, self.tree_indices, strict=True):
             where = f"advantages[{index}] (group {tree.group!r})"
@@ -282,7 +283,8 @@ def cut_tree(tree: RolloutTree, token_budget: int) -> list[list[int]]:
     offsets = tree.trie.leaf_offsets
     paths = [tree.trie.leaf_tokens[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
     parts: list[list[int]] = []
-    used, last = 0, np.zeros(0, np.int64)
+    used = 0
+    last: np.ndarray = np.zeros(0, np.int64)
     # in depth-first order a leaf shares most with the one before it
     for leaf in sorted(range(len(paths)), key=lambda i: int(paths[i][-1])):
         path = paths[leaf]

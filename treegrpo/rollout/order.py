@@ -14,7 +14,7 @@ class EpochOrder:
         self.seed = seed
         self.shuffle = shuffle
         self._epoch = -1
-        self._order = np.arange(num)
+        self._order: np.ndarray = np.arange(num)
 
     def __getitem__(self, place: int) -> int:
         epoch, offset = divmod(place, self.num)
