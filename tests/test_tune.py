@@ -70,8 +70,8 @@ def test_one_bad_candidate_costs_its_own_row_only():
 
 
 def test_one_that_hangs_is_ended():
-    rows = rows_of(one_hangs, 8)
-    assert "no answer within 8 s" in rows["fwd", "hangs"]["error"] and rows["delta", "ptr"]["error"] is None
+    rows = rows_of(one_hangs, 15)
+    assert "no answer within 15 s" in rows["fwd", "hangs"]["error"] and rows["delta", "ptr"]["error"] is None
 
 
 def test_every_candidate_gives_its_kernel_all_arguments():
