@@ -122,6 +122,17 @@ class Multiprocessor {
     return barriers_[address];
   }
 
+  // What a copy brings, which may arrive when its thread has ended.
+  void put(uint32_t to, const void* from, int bytes) {
+    std::memcpy(at(plain_, to, bytes), from, bytes);
+    std::memcpy(at(async_, to, bytes), from, bytes);
+  }
+  void arrived(uint32_t address, int bytes) {
+    Barrier& known = barrier(address);
+    known.bytes -= bytes;
+    complete(known);
+  }
+
   // The registers there are as a fence or a product left them.
   static void settle(Fiber& fiber, const void* registers, size_t bytes) {
     const char* now = static_cast<const char*>(registers);
@@ -291,20 +302,20 @@ class Multiprocessor::Thread {
 
   void load_box(const Map& map, uint32_t to, int column, int row, uint32_t address) {
     EXPECT(to % 1024 == 0, "a box at %u", to);
-    sm_.loads_.push_back([this, &map, to, column, row, address] {
+    sm_.loads_.push_back([&sm = sm_, &map, to, column, row, address] {
       for (int r = 0; r < map.box_rows; ++r)
         for (int c = 0; c < 64; ++c) {
           const bool inside = row + r < map.num_rows && column + c < map.num_columns;
           const uint16_t value = inside ? map.data[int64_t{row + r} * map.num_columns + column + c] : 0;
-          put(Multiprocessor::swizzle(to + r * 128 + c * 2), &value, 2);
+          sm.put(Multiprocessor::swizzle(to + r * 128 + c * 2), &value, 2);
         }
-      arrived(address, map.box_rows * 128);
+      sm.arrived(address, map.box_rows * 128);
     });
   }
   void load_bytes(const void* from, uint32_t to, int bytes, uint32_t address) {
-    sm_.loads_.push_back([=, this] {
-      put(to, from, bytes);
-      arrived(address, bytes);
+    sm_.loads_.push_back([&sm = sm_, from, to, bytes, address] {
+      sm.put(to, from, bytes);
+      sm.arrived(address, bytes);
     });
   }
   void store_box(const Map& map, uint32_t from, int column, int row) { queue({false, &map, nullptr, from, column, row, 0}); }
@@ -396,15 +407,6 @@ class Multiprocessor::Thread {
   Fiber& fiber() { return *sm_.fibers_[index_]; }
   Warp& warp() { return sm_.products_[index_ / 32]; }
   int lane() const { return index_ % 32; }
-  void put(uint32_t to, const void* from, int bytes) {
-    std::memcpy(sm_.at(sm_.plain_, to, bytes), from, bytes);
-    std::memcpy(sm_.at(sm_.async_, to, bytes), from, bytes);
-  }
-  void arrived(uint32_t address, int bytes) {
-    Barrier& barrier = sm_.barrier(address);
-    barrier.bytes -= bytes;
-    sm_.complete(barrier);
-  }
   void queue(const Store& store) { fiber().stores.push_back(store); }
 
   void issue(const Product& product, float* sum, const uint32_t* registers) {

@@ -248,7 +248,7 @@ void check(const Forest& forest, int num_heads, int num_kv_heads, const Plan& pl
     for (const auto& [tile, slot, count] : items.parted)
       EXPECT(std::isnan(widen(type, dk[tile * 128 * num_kv_heads * D])), "a parted tile is written whole");
     call.partial_dk = partial_dk.data(), call.partial_dv = partial_dv.data(), call.dk = dk.data(), call.dv = dv.data();
-    call.parted = items.parted.data()->data();
+    call.parted = items.parted.empty() ? nullptr : items.parted.front().data();
     for (int part = 0; part < static_cast<int>(items.parted.size()); ++part)
       for (int head = 0; head < num_kv_heads; ++head)
         for (int thread = 0; thread < sm90::kElementThreads; ++thread) sm90::part_sums<D, Words<type>>(call, part, head, thread);
