@@ -8,17 +8,13 @@ import asyncio
 import copy
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
+from server_process import ENV, serving
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from two_processes import ENVIRONMENT, FSDP2, RESHARD, ROOT, run_command
@@ -36,9 +32,6 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB, PAD, END = len(SPECIAL) + 256, 0, 2
 # longer than two of vLLM's blocks on a CPU, which have 128 tokens
 PROMPT = [1, *(3 + i * i % 251 for i in range(299))]
-# vLLM's thread of statistics looks up addresses while the environment changes, which can end in a segfault; a CPU lends
-# its cache so many GiB
-ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
 # SGLang computes 6 tokens less than it is told; float32 wants a back end that has it
 LAUNCH = {
     "vllm": "vllm.entrypoints.openai.api_server --model {folder} --enforce-eager --gpu-memory-utilization 0.2"
@@ -88,32 +81,8 @@ def make_local(folder):
 
 
 def serve(name, folder, log):
-    """The address of a server in a process of its own, then its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = f"{LAUNCH[name]} --host 127.0.0.1 --port {port} --dtype float32".format(folder=folder).split()
-    with open(log, "wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *options], env=os.environ | ENV, stdout=out, stderr=out, start_new_session=True
-        )
-        try:
-            end = time.monotonic() + 300
-            while True:
-                assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            finally:
-                # its workers, whatever became of it
-                os.killpg(process.pid, signal.SIGKILL)
+    with serving(f"{LAUNCH[name]} --dtype float32".format(folder=folder).split(), log) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,10 @@ trl = pytest.importorskip("trl")
 pytest.importorskip("requests", reason="TRL's client of vLLM's server needs it")
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
+from server_process import ENV  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
 from trl_agents import CALL, Counter, Script, save_agent  # noqa: E402
-from trl_served import ENV, standin, trainer_side, vllm  # noqa: E402
+from trl_served import standin, trainer_side, vllm  # noqa: E402
 from trl_tiny import make, options, parameters  # noqa: E402
 
 from treegrpo.integrations.trl import TreeGRPOConfig, TreeGRPOTrainer, use_tree_op  # noqa: E402
@@ -101,7 +102,7 @@ def check_recorded(agent, output):
 
     plain = AutoModelForCausalLM.from_pretrained(agent[0], dtype="float32").eval()
     for prompt, completion, recorded in rows_of(output):
-        assert (logprobs_of(plain, prompt, completion) - recorded).abs().max() < 1e-3
+        assert (logprobs_of(plain, prompt, completion) - recorded).abs().max() < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_trees(changes, server, agent, tmp_path, monkeypatch):
     assert len(history) == 3 and all(math.isfinite(row["loss"]) for row in history)
     assert trainer.evaluate(questions(2))["eval_completions/mean_length"] > 1
     # the server has the weights of every step
-    assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in history), history
+    assert all(row["sampling/sampling_logp_difference/max"] < 2e-4 for row in history), history
 
 
 def test_a_branch_asks_for_the_room_that_is_left(server, agent, tmp_path, monkeypatch):
@@ -151,7 +152,7 @@ def test_chains_are_asked_for_and_trained_as_trl_does(server, agent, tmp_path, m
     ours = served_trainer(server, agent, tmp_path / "ours", monkeypatch, **settings)
     ours.train()
     history = [row for row in ours.state.log_history if "loss" in row]
-    assert len(history) == 3 and all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in history)
+    assert len(history) == 3 and all(row["sampling/sampling_logp_difference/max"] < 2e-4 for row in history)
     if server.standin:
         requests, number = server.standin.requests, len(server.standin.requests)
         theirs = served_trainer(server, agent, tmp_path / "theirs", monkeypatch, kind=GRPOTrainer, **settings)
@@ -388,7 +389,7 @@ def worker(url, folder, length, path, out, arguments):
         history = [row for row in trainer.state.log_history if "loss" in row]
         assert all(math.isfinite(row["loss"]) for row in history)
         if not has_tools:
-            assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in history), history
+            assert all(row["sampling/sampling_logp_difference/max"] < 2e-4 for row in history), history
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def run(name, folder):
         length = int(output["completion_mask"][row].sum())
         ids = output["completion_ids"][row][:length]
         if not has_tools:
-            assert (logprobs_of(plain, prompt, ids) - recorded[row, :length]).abs().max() < 1e-3
+            assert (logprobs_of(plain, prompt, ids) - recorded[row, :length]).abs().max() < 2e-4
         base = row // 5 * 5
         for step in grown.steps[row][1:]:
             same = [r for r in range(base, row) if output["completion_ids"][r][:step].tolist() == ids[:step].tolist()]
@@ -106,7 +106,7 @@ def run(name, folder):
     assert len(history) == 3 and all(math.isfinite(row["loss"]) for row in history)
     if not has_tools:
         # vLLM has the weights of every step
-        assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in history), history
+        assert all(row["sampling/sampling_logp_difference/max"] < 2e-4 for row in history), history
 
 
 if __name__ == "__main__":

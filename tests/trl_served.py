@@ -5,19 +5,15 @@ client and vLLM's worker stay what they are, only the transport between them is 
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from server_process import serving
 
 PLUGIN = """
 import os
@@ -31,8 +27,6 @@ def register():
     nccl_engine.worker_init_process_group = lambda init_info, parallel_config: trl_served.Folder(path)
     nccl_engine.packed_nccl_broadcast_consumer = lambda group, **options: group.consume(**options)
 """
-# vLLM's thread of statistics looks up addresses while the environment changes, which can end in a segfault
-ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
 
 
 class Folder:
@@ -231,37 +225,11 @@ def vllm(path, folder, max_model_length, work):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: trl_served\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[vllm.general_plugins]\nserved = trl_served_plugin:register\n")
     (work / "plugin" / "trl_served_plugin.py").write_text(PLUGIN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # the folder of this file, and that of the plugin
     paths = [str(work / "plugin"), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | ENV | {"PYTHONPATH": os.pathsep.join(paths), "TRL_SERVED_FOLDER": str(folder)}
-    command = f"-m vllm.entrypoints.cli.main serve {path} --host 127.0.0.1 --port {port} --dtype float32"
-    command += f" --enforce-eager --gpu-memory-utilization 0.2 --max-model-len {max_model_length}"
-    command += " --logprobs-mode processed_logprobs --max-logprobs -1 --weight-transfer-config"
-    with open(work / "log.txt", "wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, *command.split(), '{"backend": "nccl"}'],
-            env=environment,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-        try:
-            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
-            while True:
-                assert process.poll() is None and time.monotonic() < end, (work / "log.txt").read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(1)
-            yield Server(url, folder, max_model_length)
-        finally:
-            process.terminate()
-            try:
-                process.wait(60)
-            finally:
-                # its workers, whatever became of it
-                os.killpg(process.pid, signal.SIGKILL)
+    arguments = f"vllm.entrypoints.cli.main serve {path} --dtype float32 --enforce-eager --gpu-memory-utilization 0.2"
+    arguments += f" --max-model-len {max_model_length} --logprobs-mode processed_logprobs --max-logprobs -1"
+    arguments = [*arguments.split(), "--weight-transfer-config", '{"backend": "nccl"}']
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "TRL_SERVED_FOLDER": str(folder)}
+    with serving(arguments, work / "log.txt", **environment) as url:
+        yield Server(url, folder, max_model_length)
