@@ -8,9 +8,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
 from bench import workloads
 from treegrpo import Trajectory, build_forest, pack, split_calls
+from treegrpo.config import TrainConfig
+from treegrpo.step import pack_step
 
 
 def million_tokens(quick):
@@ -75,4 +78,53 @@ def test_pack(workload, step, meter, quick):
         chain_tokens=batch.num_chain_tokens,
         pairs=batch.num_pairs,
         chain_pairs=batch.num_chain_pairs,
+    )
+
+
+@cache
+def agents(turns):
+    """Two groups of four agents: a prompt of 1,000 tokens, turns of 60 and answers of tools of 100."""
+    rng = np.random.default_rng(turns)
+    mask = np.concatenate([np.zeros(1000), np.tile(np.repeat([1, 0], [60, 100]), turns)])
+    rows = []
+    for group in range(2):
+        start = rng.integers(0, 150_000, 1000)
+        for leaf in range(4):
+            ids = np.concatenate([start, rng.integers(0, 150_000, 160 * turns)])
+            rows.append(Trajectory(ids, mask.astype(bool), reward=float(leaf % 2), group=str(group)))
+    return build_forest(rows)
+
+
+def step_on_calls(contender, turns):
+    attention = "tree" if contender == "in_place" else "chain"
+    config = TrainConfig(rollouts="replay:-", model="-", samples="call", attention=attention)
+    (row,) = pack_step([agents(turns)], config, 0, 1, torch.device("cpu")).rows
+    return row
+
+
+def check_calls(row, split):
+    assert torch.equal(row.batch.input_ids, split.batch.input_ids), "not the tokens of the samples written out"
+    assert row.lengths.tolist() == split.lengths.tolist(), "not the samples written out"
+    return 0.0
+
+
+@pytest.mark.parametrize("contender", ["in_place", "split"])
+@pytest.mark.parametrize("turns", [10, 30, 100])
+def test_calls(turns, contender, meter, quick):
+    """A step's rows and streams of one sample per model call: as parts of the trajectories' streams, as training on
+    trees has them, or written out, as chains must."""
+    turns = 3 if quick else turns
+    row = step_on_calls(contender, turns)
+    meter.benchmark.group = "pack: a step on model calls"
+    meter.measure(
+        lambda: step_on_calls(contender, turns),
+        check=lambda: check_calls(step_on_calls("in_place", turns), step_on_calls("split", turns)),
+        baseline=(lambda: step_on_calls("split", turns)) if contender == "in_place" else None,
+        baseline_name="split" if contender == "in_place" else None,
+        clock="wall",
+        suite="pack",
+        contender=contender,
+        workload=f"{turns} calls",
+        tokens=row.batch.num_tokens,
+        chain_tokens=int(row.lengths.sum()),
     )

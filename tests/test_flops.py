@@ -249,7 +249,7 @@ def test_a_packed_row_is_counted_as_it_is_and_not_packed_again(share, monkeypatc
     expected = flops.report(config, trees, share_across_groups=share)
     [batch] = packing.pack(trees, share_across_groups=share)
     monkeypatch.setattr(packing, "token_trie", None)
-    data = StepData(trees, [Row(batch, torch.zeros(batch.num_chain_tokens))])
+    data = StepData(trees, [Row.of(batch, torch.zeros(batch.num_chain_tokens))])
     count_flops(data, config)
     assert data.rows[0].cost == expected and len({0, *flops.model_shape(config).windows}) == 2
 

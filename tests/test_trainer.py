@@ -60,12 +60,42 @@ def test_tree_and_chain_give_the_same_curves(files, tmp_path, changes):
     tree, tree_weights = run(files, tmp_path / "tree", **changes)
     chain, chain_weights = run(files, tmp_path / "chain", attention="chain", **changes)
     for a, b in zip(tree, chain, strict=True):
-        for name in ("loss", "grad_norm", "reward", "entropy", "ratio/mean", "learning_rate"):
+        for name in ("loss", "grad_norm", "reward", "entropy", "ratio/mean", "learning_rate", "num_tokens"):
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
         assert a["batch/forwarded_tokens_per_step"] < b["batch/forwarded_tokens_per_step"]
     # Adam divides by the gradient's size: a rounding of a tiny gradient becomes a visible part of a step of 0.01.
     assert largest_difference(tree_weights, chain_weights) < 1e-3
     assert tree[-1]["loss"] != 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_calls_are_weighted_one_by_one_as_the_samples_written_out(tmp_path, level):
+    files = tiny.write(tmp_path, tiny.trajectories(logprobs=True))
+    changes = {
+        "samples": "call",
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": f"{level}_truncate",
+        "vllm_importance_sampling_clip_max": 50.0,
+        "importance_sampling_level": level,
+        "loss_type": "grpo",
+        "num_iterations": 2,
+        "max_steps": 2,
+    }
+    tree, _ = run(files, tmp_path / "tree", **changes)
+    chain, _ = run(files, tmp_path / "chain", attention="chain", **changes)
+    ratio = "sampling/importance_sampling_ratio"
+    for a, b in zip(tree, chain, strict=True):
+        for name in ("loss", "grad_norm", "ratio/mean", "clip_ratio/region_mean", f"{ratio}/min", f"{ratio}/mean"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
+    assert tree[0][f"{ratio}/min"] < tree[0][f"{ratio}/mean"]
+
+
+def test_old_logprobs_of_other_samples_are_refused(files, tmp_path):
+    changes = {"samples": "call", "num_iterations": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    run(files, tmp_path, attention="chain", **changes)
+    shutil.rmtree(checkpoint.listed(tmp_path)[-1])
+    with pytest.raises(ValueError, match="no old log-probs of leaf"):
+        Trainer(settings(files, tmp_path, resume_from_checkpoint="latest", **changes))
 
 
 def test_same_seed_same_bits(files, tmp_path):

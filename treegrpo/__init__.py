@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from treegrpo.loss import grpo_loss as grpo_loss
     from treegrpo.packing import TreeBatch as TreeBatch
     from treegrpo.packing import pack as pack
+    from treegrpo.samples import call_offsets as call_offsets
     from treegrpo.samples import split_calls as split_calls
     from treegrpo.tree import RolloutTree as RolloutTree
     from treegrpo.tree import Trajectory as Trajectory
@@ -38,6 +39,7 @@ _MODULE_OF = {
     "compute_advantages": "advantages",
     "grpo_loss": "loss",
     "split_calls": "samples",
+    "call_offsets": "samples",
 }
 _SUBMODULES = ("flops", "hf")
 

@@ -286,21 +286,29 @@ def report(config: Any, trees: Sequence[RolloutTree], *, share_across_groups: bo
     return _compare(shape, trees, [tree.trie.position for tree in trees], sum(map(_unique_trained, trees)), False)
 
 
-def report_batch(config: Any, batch: TreeBatch) -> ChainVsTree:
+def report_batch(config: Any, batch: TreeBatch, lengths: np.ndarray | None = None) -> ChainVsTree:
     """What `report` says of a packed row as it is: what its groups begin with counts once where it stands there once.
+
+    The chains are its leaves, or samples of `lengths` (int [n]) that train each of the leaves' trained tokens once.
 
     Raises ValueError for a config that cannot be read, or whose family is not known.
     """
     shared = batch.num_tokens < sum(tree.num_tokens for tree in batch.trees)
     positions, tree_rows = batch.position_ids.cpu().numpy(), int(batch.trained.sum())
-    return _compare(model_shape(config), batch.trees, [positions], tree_rows, shared)
+    return _compare(model_shape(config), batch.trees, [positions], tree_rows, shared, lengths)
 
 
 def _compare(
-    shape: ModelShape, trees: Sequence[RolloutTree], positions: Sequence[np.ndarray], tree_rows: int, shared: bool
+    shape: ModelShape,
+    trees: Sequence[RolloutTree],
+    positions: Sequence[np.ndarray],
+    tree_rows: int,
+    shared: bool,
+    lengths: np.ndarray | None = None,
 ) -> ChainVsTree:
     windows = {0, *shape.windows}
-    lengths = np.array([len(trajectory.token_ids) for tree in trees for trajectory in tree.trajectories])
+    if lengths is None:
+        lengths = np.array([trajectory.num_tokens for tree in trees for trajectory in tree.trajectories])
     chain_rows = sum(int(np.count_nonzero(t.loss_mask)) for tree in trees for t in tree.trajectories)
     chain_pairs = {window: _chain_pairs(lengths, window) for window in windows}
     tree_pairs = {window: _tree_pairs(positions, window) for window in windows}

@@ -21,7 +21,7 @@ from treegrpo.metrics import StepMetrics
 from treegrpo.mismatch import importance_sampling_ratio
 from treegrpo.models import Reference
 from treegrpo.packing import TreeBatch, cut_tree, pack
-from treegrpo.samples import call_trees
+from treegrpo.samples import call_ends, call_offsets, call_trees, up_to_last_call
 from treegrpo.tree import RolloutTree, Trajectory, build_tree
 
 
@@ -31,6 +31,10 @@ class Row:
 
     batch: TreeBatch
     advantages: Tensor
+    offsets: Tensor
+    """int64 `[samples + 1]`: the parts of the streams that are a sample each."""
+    lengths: np.ndarray
+    """int64 `[samples]`: tokens of each sample with all of its context."""
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     cost: flops.ChainVsTree | None = None
@@ -39,6 +43,14 @@ class Row:
     """`(group of the step, leaf of its tree)` of every leaf, in the order of the stream."""
     is_blank: bool = False
     """Nothing is trained: the row only keeps the processes in step."""
+
+    @classmethod
+    def of(cls, batch: TreeBatch, advantages: Tensor, *, calls: bool = False, **more: Any) -> Row:
+        """The samples are the leaves, or with `calls` the model calls of leaves that end with a trained token."""
+        leaves = [leaf for tree in batch.trees for leaf in tree.trajectories]
+        if calls:
+            return cls(batch, advantages, call_offsets(batch), np.concatenate([*map(call_ends, leaves)]), **more)
+        return cls(batch, advantages, batch.leaf_offsets, np.array([leaf.num_tokens for leaf in leaves]), **more)
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -93,9 +105,12 @@ def _packed_rows(
 ) -> list[Row]:
     """The rows of those `groups` of the step's `trees`."""
     own, of_own = [trees[i] for i in groups], [advantages[i] for i in groups]
+    # chains repeat the context of every call, a tree has it once
+    calls_in_place = config.samples == "call" and config.attention == "tree"
     if config.samples == "call":
+        samples_of = up_to_last_call if calls_in_place else call_trees
         # one by one: a group of which nothing is trained is left out
-        split = [call_trees([tree], [values]) for tree, values in zip(own, of_own, strict=True)]
+        split = [samples_of([tree], [values]) for tree, values in zip(own, of_own, strict=True)]
         groups = [i for i, (calls, _) in zip(groups, split, strict=True) if calls]
         own, of_own = [tree for calls, _ in split for tree in calls], [x for _, values in split for x in values]
     if not own:
@@ -116,7 +131,13 @@ def _packed_rows(
         own, token_budget=config.row_token_budget, share_across_groups=config.share_across_groups, device=device
     )
     rows = [
-        Row(b, b.leaf_stream(of_own), leaves=tuple(leaf for i in b.tree_indices for leaf in leaves[i])) for b in batches
+        Row.of(
+            batch,
+            batch.leaf_stream(of_own),
+            calls=calls_in_place,
+            leaves=tuple(leaf for i in batch.tree_indices for leaf in leaves[i]),
+        )
+        for batch in batches
     ]
     for row in rows:
         # what the updates ask for is read now, so that they do not wait for the device
@@ -156,12 +177,13 @@ def restore_old_logprobs(data: StepData, saved: dict[tuple[int, int], Tensor]) -
     """Puts back what `old_logprobs` gave, of all processes together, on rows that may be dealt otherwise now.
 
     Raises:
-        ValueError: a leaf of these rows is not in `saved`.
+        ValueError: a leaf of these rows is not in `saved`, or has another length there.
     """
     for row in data.rows:
         if row.is_blank:
             continue
-        if missing := [leaf for leaf in row.leaves if leaf not in saved]:
+        lengths = zip(row.leaves, row.batch.leaf_offsets.diff().tolist(), strict=True)
+        if missing := [leaf for leaf, length in lengths if leaf not in saved or saved[leaf].numel() != length]:
             group, leaf = missing[0]
             raise ValueError(
                 f"the checkpoint has no old log-probs of leaf {leaf} of group {data.trees[group].group!r}; resume from"
@@ -181,7 +203,7 @@ def fill_up(data: StepData, num_rows: int, device: torch.device) -> None:
     leaf = Trajectory(first.token_ids[:1], [0], reward=0.0)
     while len(data.rows) < num_rows:
         (batch,) = pack([build_tree([leaf])], device=device)
-        data.rows.append(Row(batch, batch.leaf_stream([[np.zeros(1)]]), is_blank=True))
+        data.rows.append(Row.of(batch, batch.leaf_stream([[np.zeros(1)]]), is_blank=True))
 
 
 def policy_logprobs(
@@ -223,7 +245,7 @@ def count_flops(data: StepData, model_config: object) -> None:
         if row.is_blank:
             continue
         try:
-            row.cost = flops.report_batch(model_config, row.batch)
+            row.cost = flops.report_batch(model_config, row.batch, row.lengths)
         except ValueError:
             # The metric is left out for families without formulas; training does not depend on it.
             return
@@ -240,7 +262,7 @@ def normalizers(rows: Sequence[Row], config: TrainConfig, device: torch.device) 
             total[i] += loss_normalizer(
                 loss_type,
                 batch.leaf_mask,
-                batch.leaf_offsets,
+                row.offsets,
                 shared_tokens=config.shared_tokens,
                 multiplicity=batch.multiplicity,
                 max_completion_length=config.max_completion_length,
@@ -264,7 +286,7 @@ def row_loss(
         old_logp,
         batch.leaf_logp,
         batch.leaf_mask,
-        batch.leaf_offsets,
+        row.offsets,
         mode=config.vllm_importance_sampling_mode,
         clip_min=config.vllm_importance_sampling_clip_min,
         clip_max=config.vllm_importance_sampling_clip_max,
@@ -275,7 +297,7 @@ def row_loss(
         old_logp,
         row.advantages,
         batch.leaf_mask,
-        batch.leaf_offsets,
+        row.offsets,
         loss_type=config.loss_type,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
@@ -295,14 +317,14 @@ def row_loss(
     )
     if row.is_blank:
         return loss, logp
-    num_ratios = batch.num_leaves if config.importance_sampling_level == "sequence" else None
+    num_ratios = row.lengths.size if config.importance_sampling_level == "sequence" else None
     metrics.add_loss(loss_metrics, row.counts["leaf_tokens"], num_ratios)
     for name, (value, weight) in mismatch.items():
         metrics.add_loss({name: value}, weight)
     metrics.add("tree/unique_tokens", batch.num_tokens, how="sum")
-    metrics.add("tree/chain_tokens", batch.num_chain_tokens, how="sum")
+    metrics.add("tree/chain_tokens", int(row.lengths.sum()), how="sum")
     metrics.add("tree/pairs", batch.num_pairs, how="sum")
-    metrics.add("tree/chain_pairs", batch.num_chain_pairs, how="sum")
+    metrics.add("tree/chain_pairs", int((row.lengths * (row.lengths + 1) // 2).sum()), how="sum")
     metrics.add("tree/rows", 1, how="sum")
     if row.cost is not None:
         metrics.add("tree/chain_flops", row.cost.chain.training, how="sum")

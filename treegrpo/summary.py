@@ -17,8 +17,9 @@ from treegrpo.tree import RolloutTree
 def step_summary(data: StepData, metrics: StepMetrics, accelerator: Any, *, is_chain: bool) -> dict[str, float]:
     """What `metrics` collected in the step on `data`, over all processes (every one calls it); `is_chain` where the
     flattened leaves were forwarded."""
-    batches = [row.batch for row in data.rows if not row.is_blank]
-    lengths = [batch.num_chain_tokens if is_chain else batch.num_tokens for batch in batches]
+    rows = [row for row in data.rows if not row.is_blank]
+    batches = [row.batch for row in rows]
+    lengths = [int(row.lengths.sum()) if is_chain else row.batch.num_tokens for row in rows]
     if batches:
         metrics.add("batch/longest_row", max(lengths), how="max")
         metrics.add("tree/depth_max", max(int(batch.position_ids.max()) + 1 for batch in batches), how="max")
