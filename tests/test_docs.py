@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -316,11 +317,13 @@ def table_rows(text: str) -> list[list[str]]:
 
 @whole
 def test_study_table_is_the_committed_one():
-    shown = table_rows(README)
+    shown = table_rows((ROOT / "docs" / "study.md").read_text(encoding="utf-8"))
     rows = table_rows((ROOT / "bench" / "results" / "study.md").read_text(encoding="utf-8"))[2:]
     assert len(rows) == 15
     for row in rows:
         assert [row[i] for i in (0, 1, 2, 4, 5, 11)] in shown, row
+    gains = [float(row[5].split()[0]) for row in rows if row[5]]
+    assert f"by {min(gains)} to {max(gains)} points" in README
 
 
 WORKLOADS = {
@@ -360,6 +363,28 @@ def test_attention_table_is_the_committed_one():
         rivals = [over_ours(both[rival]) for rival in ("gathered paths", "chains, varlen FA2", "chains, cuDNN")]
         ours = [part["ours"].split()[0] for part in (forward, backward)]
         assert cells == [both["D"], both["tokens"], both["pairs"], *ours, " / ".join(flex), *rivals], name
+
+
+def span(cells: Iterable[str]) -> str:
+    ratios = [float(ratio) for cell in cells for ratio in re.findall(r"([\d.]+)x", cell)]
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
+
+
+@whole
+def test_readme_begins_with_what_its_tables_say():
+    begin = " ".join(README[README.index("**In numbers**") : README.index("## Two commands")].split())
+    tables = README[README.index("### Attention on an H200") :]
+    races = [row for row in table_rows(tables) if row[0] in WORKLOADS and len(row) == 10 and row[3] != "1.00x"]
+    assert len(races) == 5
+    flex, gathered, *chains = zip(*(row[6:] for row in races), strict=True)
+    best = [min(pair, key=lambda cell: float(cell.rstrip("x"))) for pair in zip(*chains, strict=True)]
+    assert f"{span(flex)} as fast as FlexAttention" in begin
+    assert f"{span(gathered)} as gathered paths" in begin
+    assert f"{span(best)} as the flattened chains" in begin
+    steps = tables[tables.index("### Training steps on an H200") : tables.index("### On a CPU")]
+    ratios = [row[6] for row in table_rows(steps)[2:6]]
+    low, high = span(ratios).split(" to ")
+    assert f"{low} (search agent) to {high} (tau-bench, call by call)" in begin
 
 
 @whole
