@@ -51,7 +51,9 @@ def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer | None, folde
         tensors[key] = parameter.detach()
         # a parameter that never had a gradient has no state
         if optimizer is not None and f"step.{name}" in saved:
-            state = {moment: torch.zeros_like(parameter) for moment in _MOMENTS} | {"step": torch.tensor(0.0)}
+            state = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+            # where the fused optimiser counts
+            state["step"] = torch.zeros((), device=parameter.device)
             optimizer.state[parameter] = state
             tensors |= {f"{key}.{name}": value for key, value in state.items()}
     with _alone():

@@ -105,8 +105,8 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            # torch's own choice leaves sharded parameters to a loop over single ones
-            foreach=True if self.parallel.sharding else None,
+            # one pass over weights, gradients and moments: torch's own choice makes several, without room for them beside
+            fused=True,
         )
         self.schedule = startup.schedule(config, self.optimizer)
         self.whole_policy = self.policy
