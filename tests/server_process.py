@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # vLLM's thread of statistics looks up addresses while the environment changes, which can end in a segfault; a CPU lends
 # its cache so many GiB
@@ -41,5 +41,6 @@ def serving(arguments, log, **environment):
             try:
                 process.wait(60)
             finally:
-                # its workers, whatever became of it
-                os.killpg(process.pid, signal.SIGKILL)
+                # its workers, whatever became of it, if any are left
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
