@@ -71,6 +71,7 @@ test-trl: $(BUILT)
 	test -x .venv-trl/bin/python || python3 -m venv .venv-trl
 	.venv-trl/bin/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch numpy 'trl==1.16.*' requests peft bm25s pytest pytest-benchmark hypothesis
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
+	.venv-trl/bin/python -m pytest tests/test_other_device.py -k trl
 	TREEGRPO_DOCS=trl .venv-trl/bin/python -m pytest tests/test_docs.py::test_block
 
 # likewise, and verl wants an older transformers

@@ -4,12 +4,12 @@
 #   bash bench/device.sh [--out DIR] [--quick] [--seconds N] [--stages "build tests sanitize step bench head"]
 #
 # Needs Python with torch (CUDA), triton, transformers, pytest, pytest-benchmark, hypothesis; nvcc for the CUDA objects; no
-# network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, step,
-# bench (attention and plans), head, split (parted key tiles against whole ones), tune, profile, cuda (the CUDA kernels, those
-# for Hopper among them: tests, race with Triton in both backward modes, memcheck, ncu); the last four are not among the
-# default ones, and --quick leaves out sanitize and all tests but those of repeated runs and of the head. A failing stage is
-# reported and the next one still runs. It ends before N seconds (default 540, with --quick 240): a stage gets its share of
-# what is left (build a third), and what does not fit is skipped and said so.
+# network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, train
+# (the trainer's own tests, on the GPU), step, bench (attention and plans), head, split (parted key tiles against whole ones),
+# tune, profile, cuda (the CUDA kernels, those for Hopper among them: tests, race with Triton in both backward modes, memcheck,
+# ncu); train and the last four are not among the default ones, and --quick leaves out sanitize and all tests but those of
+# repeated runs and of the head. A failing stage is reported and the next one still runs. It ends before N seconds (default
+# 540, with --quick 240): a stage gets its share of what is left (build a third), and what does not fit is skipped and said so.
 # DIR (default bench/results/<gpu>-<commit>) receives machine.json, log.txt, bench.json and report.md, and never holds
 # results of two commits or two states of the sources.
 set -uo pipefail
@@ -39,8 +39,8 @@ case "$out" in ""|/*) ;; *) out=$called_from/$out ;; esac
 reserve=12
 
 # weight of each stage: its share of the time that is left, against the chosen stages not yet run
-order="build tests sanitize step bench head split tune profile cuda"
-declare -A weight=([build]=0 [tests]=10 [sanitize]=4 [step]=12 [bench]=9 [head]=2 [split]=4 [tune]=8 [profile]=2 [cuda]=9)
+order="build tests sanitize train step bench head split tune profile cuda"
+declare -A weight=([build]=0 [tests]=10 [sanitize]=4 [train]=5 [step]=12 [bench]=9 [head]=2 [split]=4 [tune]=8 [profile]=2 [cuda]=9)
 for name in $stages; do
   [ -n "${weight[$name]:-}" ] || { echo "unknown stage $name: use ${!weight[*]}" >&2; exit 2; }
 done
@@ -166,6 +166,11 @@ run tests 20 bash -c "$python -m pytest $tested -m 'gpu and not cuda_kernels' -k
   -p no:cacheprovider; failed=\$?
   $python -m pytest tests/test_gpu_plan.py -m 'gpu and not cuda_kernels' -k '$timed' -q -p no:cacheprovider && exit \$failed"
 run sanitize 30 $python tests/sanitize.py --seconds {limit}
+# whatever takes the accelerator that is there; processes of their own would go to the CPU
+trained="tests/test_trainer.py tests/test_engine_hf*.py"
+$python -c "import bm25s" 2> /dev/null && trained="$trained tests/test_online.py"
+$python -c "import trl" 2> /dev/null && trained="$trained tests/test_trl.py tests/test_trl_tree.py"
+run train 40 bash -c "$python -m pytest $trained -k 'not process' -q $workers --maxfail=30 -p no:cacheprovider"
 measure step 30 bench/test_real_step.py
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure head 20 bench/test_head.py

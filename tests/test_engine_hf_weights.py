@@ -61,7 +61,7 @@ def test_a_copy_samples_in_a_thread_while_the_model_is_trained(make_engine):
     thread.start()
     steps = 0
     while thread.is_alive():
-        ids = torch.tensor([PROMPTS[4]])
+        ids = torch.tensor([PROMPTS[4]], device=model.device)
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         steps += 1
@@ -96,7 +96,8 @@ def test_dropout_is_off_while_sampling_and_back_on_afterwards(make_engine):
     assert together(engine, [(PROMPTS[1], greedy())])[0].token_ids == expected
     assert [module.training for module in model.modules()] == modes
     # what was sampled through the model can still be trained
-    model(torch.tensor([PROMPTS[1]]), labels=torch.tensor([PROMPTS[1]])).loss.backward()
+    ids = torch.tensor([PROMPTS[1]], device=model.device)
+    model(ids, labels=ids).loss.backward()
 
 
 def test_weights_are_not_swapped_under_a_running_completion(make_engine):

@@ -39,11 +39,11 @@ TIMED = ("step_time", "perf/", "rollout/seconds", "rollout/prefilled_tokens", "s
 def run(box, output, **changes):
     trainer = Trainer(online_config(box, output, **changes))
     history = trainer.train()
-    return history, {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}, trainer
+    return history, {name: p.detach().cpu().clone() for name, p in trainer.policy.named_parameters()}, trainer
 
 
 def same(a: dict, b: dict) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
 
 
 def untimed(row: dict) -> dict:

@@ -153,7 +153,7 @@ def test_advantages_are_the_estimators_on_the_tree(agent, tmp_path, monkeypatch)
         expected = treegrpo.compute_advantages(trees, estimator or "tree_grpo", **values[0])
         [batch] = treegrpo.pack(trees)
         stream = batch.leaf_stream(expected)
-        got = output["advantages"]
+        got = output["advantages"].cpu()
         assert got.abs().max() > 0.1
         if estimator is None:
             assert got.dim() == 1
@@ -203,7 +203,7 @@ def test_chains_have_the_steps_in_which_they_part(folder, tmp_path):
     rows = [trainer.train_dataset[i // 4] for i in range(8)]
     output = trainer._generate_and_score_completions(rows)
     rewards = torch.tensor([float(sum(ids) % 7) for ids in trainer._last_rewards[1]])
-    advantages = output["advantages"]
+    advantages = output["advantages"].cpu()
     for row in range(8):
         group = rewards[row // 4 * 4 : row // 4 * 4 + 4]
         pair = rewards[row // 2 * 2 : row // 2 * 2 + 2]

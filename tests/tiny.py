@@ -87,13 +87,13 @@ def run(files, folder, **changes):
 
     trainer = Trainer(settings(files, folder, **changes))
     history = trainer.train()
-    return history, {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    return history, {name: p.detach().cpu().clone() for name, p in trainer.policy.named_parameters()}
 
 
 def largest_difference(a, b) -> float:
     """Of two dicts of tensors with the same names."""
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).detach().abs().max()) for name in a)
+    return max(float((a[name].cpu() - b[name].cpu()).detach().abs().max()) for name in a)
 
 
 def listing(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from treegrpo.rollout.engine import SamplingParams
 from treegrpo.rollout.hf import HFEngine
 
+# the accelerator, where there is one
+DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 END = 1
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789<>/.,;"
 PROMPTS = ([5], [7, 8, 9, 10, 11, 12, 13], [3, 4, 5, 6], [20, 30, 40], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16])
@@ -32,7 +34,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(seed: int = 0, **changes):
     torch.manual_seed(seed)
     options = {**MODEL, "eos_token_id": END, "pad_token_id": 0, "bos_token_id": None, **changes}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options)).eval().to(DEVICE)
 
 
 FAMILIES = {
@@ -76,7 +78,7 @@ def together(engine, calls, session: str = ""):
 
 
 def alone(model, prompt, max_tokens: int = 12, ends: bool = True) -> list[int]:
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     options = {"do_sample": False, "max_new_tokens": max_tokens, "pad_token_id": 0}
     if not ends:
         options["min_new_tokens"] = max_tokens
@@ -86,5 +88,6 @@ def alone(model, prompt, max_tokens: int = 12, ends: bool = True) -> list[int]:
 
 def forward_logprobs(model, prompt, sampled, temperature: float = 1.0) -> torch.Tensor:
     with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *sampled]])).logits[0, len(prompt) - 1 : -1]
+        ids = torch.tensor([[*prompt, *sampled]], device=model.device)
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].cpu()
     return torch.log_softmax(logits.float() / temperature, -1).gather(-1, torch.tensor(sampled)[:, None])[:, 0]

@@ -83,7 +83,7 @@ class Script:
                 context = tokenizer.decode([token for token, kept in zip(ids, mask, strict=True) if kept])
                 said.append(tokenizer.encode(self.speak(context), add_special_tokens=False))
             longest = max(map(len, said))
-            new = torch.tensor([own + [0] * (longest - len(own)) for own in said])
+            new = torch.tensor([own + [0] * (longest - len(own)) for own in said], device=input_ids.device)
             return torch.cat([input_ids, new], 1)
 
         return generate

@@ -72,7 +72,7 @@ def texts(number=16):
 
 
 def options(out, **changes):
-    """Arguments of a short run on the CPU."""
+    """Arguments of a short run, on the accelerator where there is one."""
     return dict(
         output_dir=str(out),
         per_device_train_batch_size=2 * GROUP,
@@ -85,7 +85,7 @@ def options(out, **changes):
         logging_steps=1,
         report_to="none",
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=False,
         seed=3,
         shuffle_dataset=False,
@@ -107,7 +107,7 @@ def make(kind, folder, out, *, config=GRPOConfig, rewards=reward, **changes):
 
 def parameters(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
 
 
 def difference(left, right):

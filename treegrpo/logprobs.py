@@ -118,12 +118,12 @@ def token_logprobs(
         ValueError: temperature not positive, another attention, a head that is no plain linear layer, a trained token
             without predecessor, head="fused" where that cannot serve.
     """
-    targets = _cached(batch, "tree", (batch.trained, batch.prev), lambda: _tree_targets(batch))
+    plan, targets = _tree_parts(batch)
     _check_lengths(model, batch)
     options: dict[str, Any] = dict(
         temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head
     )
-    return _stream_logprobs(model, batch.input_ids, batch.plan, targets, head_dtype=head_dtype, **options)
+    return _stream_logprobs(model, batch.input_ids, plan, targets, head_dtype=head_dtype, **options)
 
 
 @_typed_as(token_logprobs)
@@ -143,14 +143,28 @@ def chain_logprobs(
     Arguments as ``token_logprobs``. Returns logp [L] (and entropy [L]) on the leaf stream, 0 where ``batch.leaf_mask``
     is False. Equal to ``batch.expand(token_logprobs(...))`` at the trained places, at the price of L tokens, not T.
     """
-    of = (batch.leaf_mask, batch.leaf_offsets)
-    plan, targets = _cached(batch, "chain", of, lambda: (chain_plan(batch), _chain_targets(batch)))
+    plan, targets = _chain_parts(batch)
     _check_lengths(model, batch)
     options: dict[str, Any] = dict(
         temperature=temperature, entropy=entropy, chunk_rows=chunk_rows, backend=backend, head=head
     )
     ids = batch.input_ids[batch.leaf_tokens]
     return _stream_logprobs(model, ids, plan, targets, head_dtype=head_dtype, **options)
+
+
+def prepare(batch: TreeBatch, *, chain: bool = False) -> None:
+    """Works out what ``token_logprobs`` (or ``chain_logprobs``) reads of the batch, for which a GPU is waited for: now,
+    not in the first pass."""
+    _ = _chain_parts(batch) if chain else _tree_parts(batch)
+
+
+def _tree_parts(batch: TreeBatch) -> tuple[tk.TreePlan, _Targets]:
+    return batch.plan, _cached(batch, "tree", (batch.trained, batch.prev), lambda: _tree_targets(batch))
+
+
+def _chain_parts(batch: TreeBatch) -> tuple[tk.TreePlan, _Targets]:
+    of = (batch.leaf_mask, batch.leaf_offsets)
+    return _cached(batch, "chain", of, lambda: (chain_plan(batch), _chain_targets(batch)))
 
 
 def _check_lengths(model: nn.Module, batch: TreeBatch) -> None:

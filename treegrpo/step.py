@@ -15,7 +15,7 @@ from torch import Tensor
 from treegrpo import balance, flops
 from treegrpo.advantages import compute_advantages
 from treegrpo.config import TrainConfig
-from treegrpo.logprobs import chain_logprobs, token_logprobs
+from treegrpo.logprobs import chain_logprobs, prepare, token_logprobs
 from treegrpo.loss import grpo_loss, loss_normalizer
 from treegrpo.metrics import StepMetrics
 from treegrpo.mismatch import importance_sampling_ratio
@@ -54,10 +54,12 @@ class Row:
 
     @cached_property
     def counts(self) -> dict[str, int]:
-        """Trained leaf tokens, those with a recorded log-prob, unique trained tokens; read from the device once."""
-        mask, known = self.batch.leaf_mask, self.batch.leaf_logp.isfinite()
-        sums = torch.stack([mask.sum(), (mask & known).sum(), self.batch.trained.sum()]).tolist()
-        return dict(zip(("leaf_tokens", "known", "unique_tokens"), sums, strict=True))
+        """Trained leaf tokens, those with a recorded log-prob, unique trained tokens, tokens with two or more
+        continuations; read from the device once."""
+        mask, known, above = self.batch.leaf_mask, self.batch.leaf_logp.isfinite(), self.batch.prev
+        forks = torch.bincount(above[above >= 0], minlength=1) > 1
+        sums = torch.stack([mask.sum(), (mask & known).sum(), self.batch.trained.sum(), forks.sum()]).tolist()
+        return dict(zip(("leaf_tokens", "known", "unique_tokens", "forks"), sums, strict=True))
 
 
 @dataclass
@@ -142,6 +144,7 @@ def _packed_rows(
     for row in rows:
         # what the updates ask for is read now, so that they do not wait for the device
         _ = row.counts
+        prepare(row.batch, chain=config.attention == "chain")
     return rows
 
 

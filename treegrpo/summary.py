@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from treegrpo.metrics import StepMetrics
-from treegrpo.packing import TreeBatch
 from treegrpo.step import StepData
 from treegrpo.tree import RolloutTree
 
@@ -18,12 +16,11 @@ def step_summary(data: StepData, metrics: StepMetrics, accelerator: Any, *, is_c
     """What `metrics` collected in the step on `data`, over all processes (every one calls it); `is_chain` where the
     flattened leaves were forwarded."""
     rows = [row for row in data.rows if not row.is_blank]
-    batches = [row.batch for row in rows]
     lengths = [int(row.lengths.sum()) if is_chain else row.batch.num_tokens for row in rows]
-    if batches:
+    if rows:
         metrics.add("batch/longest_row", max(lengths), how="max")
-        metrics.add("tree/depth_max", max(int(batch.position_ids.max()) + 1 for batch in batches), how="max")
-        metrics.add("tree/forks", sum(count_forks(batch) for batch in batches), how="sum")
+        metrics.add("tree/depth_max", max(int(row.lengths.max()) for row in rows), how="max")
+        metrics.add("tree/forks", sum(row.counts["forks"] for row in rows), how="sum")
     # what this process has to do, in FLOPs where they are known
     costs = [row.cost and (row.cost.chain if is_chain else row.cost.tree).training for row in data.rows]
     own = sum(cost for cost in costs if cost) or sum(lengths)
@@ -61,9 +58,3 @@ def reward_summary(trees: Sequence[RolloutTree]) -> dict[str, float]:
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
     }
-
-
-def count_forks(batch: TreeBatch) -> int:
-    """Packed tokens with two or more continuations."""
-    above = batch.prev[batch.prev >= 0]
-    return int((torch.bincount(above, minlength=1) > 1).sum())

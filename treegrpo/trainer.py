@@ -7,6 +7,7 @@ what all processes hold together, so the result does not depend on how many ther
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -105,7 +106,7 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
-            # one pass over weights, gradients and moments: torch's own choice makes several, without room for them beside
+            # one pass over weights, gradients and moments, where torch's own choice makes several
             fused=True,
         )
         self.schedule = startup.schedule(config, self.optimizer)
@@ -271,17 +272,16 @@ class Trainer:
                 logps.append(logp.detach())
                 loss.backward()
         step.check_finite(rows, losses, logps, f"step {self.step + 1}")
-        grad_norm = self.parallel.clip_grad_norm(self.policy.parameters(), config.max_grad_norm)
-        if not torch.isfinite(grad_norm):
+        grad_norm = float(self.parallel.clip_grad_norm(self.policy.parameters(), config.max_grad_norm))
+        if not math.isfinite(grad_norm):
             groups = ", ".join(dict.fromkeys(repr(tree.group) for tree in data.trees))
             raise ValueError(
-                f"step {self.step + 1}: the gradient is {float(grad_norm)}, stopped before the update; its groups:"
-                f" {groups}"
+                f"step {self.step + 1}: the gradient is {grad_norm}, stopped before the update; its groups: {groups}"
             )
         if self.on_gradients is not None:
             self.on_gradients(self.step, self.policy)
         metrics.add("perf/fwd_bwd_s", time.perf_counter() - began, how="max")
-        return metrics, float(grad_norm)
+        return metrics, grad_norm
 
     def _update(self, data: step.StepData, metrics: StepMetrics, grad_norm: float) -> dict[str, float]:
         """The optimiser's step; returns its numbers."""

@@ -1,0 +1,42 @@
+"""Training and sampling on a device that is not the CPU (other_device.py): nothing is left behind on the CPU, what
+comes out is the same, and a step waits for the device at its end alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.utils.backend_registration
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+TRL = "dapo or two_iterations or accumulation or lora or changes_nothing"
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason=f"torch {torch.__version__} takes no device written in Python",
+)
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("other_device_waits.py", ""),
+        ("test_trainer.py", "same_curves or written_out or resume_is or loads_anywhere or over_the_budget"),
+        ("test_online.py", "repeats_bit_for_bit or keeps_the_best"),
+        ("test_engine_hf_weights.py", ""),
+        ("test_trl.py", TRL),
+        ("test_trl_tree.py", "transformers or advantages or evaluation"),
+    ],
+)
+def test_on_another_device(file, chosen):
+    if "trl" in file:
+        pytest.importorskip("trl", reason="trl is not installed: make test-trl")
+    command = [sys.executable, "-m", "pytest", "-p", "other_device", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("tests", ".", "kernels"))}
+    done = subprocess.run([*command, "-k", chosen], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout and "skipped" not in done.stdout
