@@ -120,6 +120,9 @@ def run(func, args: tuple, kwargs: dict) -> Any:
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     args, kwargs = tree_map(inner, (args, kwargs))
+    if name == "histc" and not args[0].is_floating_point():
+        # a GPU counts integers, a CPU does not
+        return OtherTensor(func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype))
     result = func(*args, **kwargs)
     if any(x.shape != x.inner.shape for x in tensors if isinstance(x, OtherTensor)):
         raise NotImplementedError(
@@ -191,5 +194,7 @@ _aten.impl("copy_", _copy, "PrivateUse1")
 _every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 for _name in ("linear", "mm", "bmm", "matmul"):
     _aten.impl(_name, _cast(_name), "AutocastPrivateUse1")
+# a parameter that moves stays the object it was, and tied ones tied
+torch.__future__.set_swap_module_params_on_conversion(True)
 # accelerate and transformers know the devices of others by name alone
 os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:0"
