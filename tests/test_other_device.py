@@ -14,29 +14,29 @@ import torch.utils.backend_registration
 ROOT = Path(__file__).resolve().parent.parent
 
 
-TRL = "dapo or two_iterations or accumulation or lora or changes_nothing"
+FILES = {
+    "training": ["other_device_waits.py", "test_trainer.py"],
+    "sampling": ["test_online.py", "test_engine_hf_weights.py"],
+    "trl": ["test_trl.py", "test_trl_tree.py"],
+}
+CHOSEN = {
+    "training": "waits or seen or same_curves or written_out or resume_is or loads_anywhere",
+    "sampling": "repeats_bit_for_bit or copy_samples or adapters",
+    "trl": "dapo or two_iterations or accumulation or lora or changes_nothing or transformers or evaluation",
+}
 
 
 @pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason=f"torch {torch.__version__} takes no device written in Python",
 )
-@pytest.mark.parametrize(
-    ("file", "chosen"),
-    [
-        ("other_device_waits.py", ""),
-        ("test_trainer.py", "same_curves or written_out or resume_is or loads_anywhere or over_the_budget"),
-        ("test_online.py", "repeats_bit_for_bit or keeps_the_best"),
-        ("test_engine_hf_weights.py", ""),
-        ("test_trl.py", TRL),
-        ("test_trl_tree.py", "transformers or advantages or evaluation"),
-    ],
-)
-def test_on_another_device(file, chosen):
-    if "trl" in file:
+@pytest.mark.parametrize("part", FILES)
+def test_on_another_device(part):
+    if part == "trl":
         pytest.importorskip("trl", reason="trl is not installed: make test-trl")
-    command = [sys.executable, "-m", "pytest", "-p", "other_device", "-q", "-p", "no:cacheprovider", f"tests/{file}"]
+    command = [sys.executable, "-m", "pytest", "-p", "other_device", "-q", "-p", "no:cacheprovider"]
+    command += [*(f"tests/{file}" for file in FILES[part]), "-k", CHOSEN[part]]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("tests", ".", "kernels"))}
-    done = subprocess.run([*command, "-k", chosen], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
