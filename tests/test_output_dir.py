@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tiny import largest_difference, listing, run, settings
 
 from treegrpo import Trajectory, checkpoint, load
 from treegrpo.config import read_config
+from treegrpo.files import held
 from treegrpo.metrics import read_metrics
 from treegrpo.rollout.engine import EngineError
 from treegrpo.trainer import Trainer
@@ -173,9 +176,11 @@ def test_two_runs_that_begin_together_do_not_share_a_folder(files, tmp_path):
     first, second = (Trainer(settings(files, tmp_path, max_steps=2)) for _ in range(2))
     steps = first.steps()
     next(steps)
+    with pytest.raises(ValueError, match="another run is writing there"):
+        second.train()
+    assert len(list(steps)) == 1
     with pytest.raises(ValueError, match="already holds a run: give another"):
         second.train()
-    next(steps)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -203,3 +208,31 @@ def test_the_settings_of_a_run_do_not_say_how_it_was_started(files, tmp_path):
     assert config == settings(files, tmp_path, max_steps=2, save_strategy="steps")
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(config)
+
+
+def test_a_run_keeps_others_out_of_its_folder(files, tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 1}
+    first = Trainer(settings(files, tmp_path, **save)).steps()
+    next(first)
+    next(first)
+    before = listing(tmp_path)
+    for changes in ({"overwrite_output_dir": True}, {"resume_from_checkpoint": "latest"}):
+        other = Trainer(settings(files, tmp_path, **save, **changes))
+        with pytest.raises(ValueError, match=r"output_dir .*another run is writing there"):
+            other.train()
+    assert listing(tmp_path) == before
+    assert len(list(first)) == 1 and [path.name for path in checkpoint.listed(tmp_path)][-1] == "checkpoint-3"
+    run(files, tmp_path, overwrite_output_dir=True)
+
+
+def test_a_run_that_is_killed_leaves_its_folder_to_the_next(tmp_path):
+    hold = f"x = held(Path({str(tmp_path)!r}), 'x'); x.__enter__()"
+    script = f"import time; from pathlib import Path; from treegrpo.files import held; {hold}; print('in', flush=True)"
+    script += "; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match="another run"), held(tmp_path, "output_dir"):
+            pass
+        holder.kill()
+    with held(tmp_path, "output_dir"):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
 import os
 import shutil
@@ -67,6 +68,28 @@ def check_file(path: str | Path | None, setting: str) -> None:
     if Path(path).is_dir():
         raise ValueError(f"{setting} {path} is a folder: give the name of a file")
     check_folder(Path(path).parent, setting)
+
+
+@contextmanager
+def held(folder: Path, setting: str) -> Iterator[None]:
+    """Keeps every other run out of `folder`, which is made where it is missing, until the block ends (or the process
+    does, however). ValueError where another run is in it. Some network file systems know no locks: nothing is kept
+    out there."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{setting} {folder}: another run is writing there; let it end, or give another") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import yaml
 from treegrpo import checkpoint as checkpoints
 from treegrpo import models, startup, step
 from treegrpo.config import TrainConfig
-from treegrpo.files import write_whole
+from treegrpo.files import held, write_whole
 from treegrpo.interrupt import uninterrupted
 from treegrpo.metrics import MetricsFile, StepMetrics
 from treegrpo.parallel import Parallel, copy_weights
@@ -149,9 +150,13 @@ class Trainer:
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """The same run, one optimiser step and its metrics at a time; ends by itself."""
-        config, main = self.config, self.accelerator.is_main_process
         # another process may still be looking whether output_dir holds a run
         self.accelerator.wait_for_everyone()
+        with held(self.output_dir, "output_dir") if self.accelerator.is_main_process else nullcontext():
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[dict[str, Any]]:
+        config, main = self.config, self.accelerator.is_main_process
         metrics_file = self._open_output() if main else None
         with progress_bar(
             config.attention, self.step, config.max_steps, enabled=main and not config.disable_tqdm
@@ -416,6 +421,5 @@ class Trainer:
         else:
             for path in checkpoints.set_aside(self.output_dir, self.step):
                 print(f"resuming at step {self.step}: a later checkpoint is now {path}", file=sys.stderr)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(self.output_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         return MetricsFile(self.output_dir / "metrics.jsonl", self.step)
