@@ -15,7 +15,7 @@ from treegrpo.rollout.engine import SamplingParams
 from treegrpo.rollout.hf import HFEngine
 
 # the accelerator, where there is one
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 END = 1
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789<>/.,;"
 PROMPTS = ([5], [7, 8, 9, 10, 11, 12, 13], [3, 4, 5, 6], [20, 30, 40], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16])
