@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, fallthrough_kernel
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -125,9 +126,7 @@ def run(func, args: tuple, kwargs: dict) -> Any:
         return OtherTensor(func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype))
     result = func(*args, **kwargs)
     if any(x.shape != x.inner.shape for x in tensors if isinstance(x, OtherTensor)):
-        raise NotImplementedError(
-            f"{func} gave a tensor another shape: make the operator that calls it here, as arange"
-        )
+        raise RuntimeError(f"{func} gave a tensor another shape: make the operator that calls it here, as arange")
     if leaves:
         return result
     # what is written in place stays the tensor it was
@@ -185,13 +184,13 @@ class _Module(_DummyBackendModule):
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-_aten, _every = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+_aten, _every = Library("aten", "IMPL"), Library("_", "IMPL")
 _aten.impl("empty.memory_format", _empty, "PrivateUse1")
 _aten.impl("empty_strided", _empty_strided, "PrivateUse1")
 for _name in ("arange", "arange.start", "arange.start_step"):
     _aten.impl(_name, _arange, "PrivateUse1")
 _aten.impl("copy_", _copy, "PrivateUse1")
-_every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+_every.fallback(fallthrough_kernel, "AutocastPrivateUse1")
 for _name in ("linear", "mm", "bmm", "matmul"):
     _aten.impl(_name, _cast(_name), "AutocastPrivateUse1")
 # a parameter that moves stays the object it was, and tied ones tied
