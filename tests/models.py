@@ -9,7 +9,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 VOCAB = 96
 
@@ -47,6 +47,28 @@ DEEPSEEK: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+}
+
+DELTA_NET: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+KIMI: dict[str, Any] = {
+    **DEEPSEEK,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+}
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_ssm": 64,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
 }
 
 # every family that computes a packed tree exactly, with what its config needs beyond COMMON
@@ -93,22 +115,6 @@ EXACT: dict[str, dict[str, Any]] = {
 
 # families that would train on something else in silence: check_model must refuse them
 WRONG: dict[str, dict[str, Any]] = {
-    "qwen3_next": {
-        **EXPERTS,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "shared_expert_intermediate_size": 16,
-    },
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
     "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 4},
     "bloom": {"n_head": 4, "n_layer": 2},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
@@ -124,6 +130,41 @@ if Version(transformers.__version__) >= Version("5.18"):
     WRONG["deepseek_v32"]["layer_types"] = ["full_attention"] * 2
 # its attention became replaceable in 5.24
 (EXACT if Version(transformers.__version__) >= Version("5.24") else WRONG)["gptj"] = {**GPT2, "rotary_dim": 4}
+
+
+# layers that carry a state along the path: transformers hands them the tree since 5.17
+HYBRID: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**EXPERTS, **DELTA_NET, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": {**EXPERTS, **DELTA_NET, "shared_expert_intermediate_size": 16},
+    "olmo_hybrid": DELTA_NET,
+    "kimi_linear": KIMI,
+    "bailing_hybrid": KIMI,
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+    },
+    "granitemoehybrid": {
+        **EXPERTS,
+        **MAMBA,
+        "layer_types": ["linear_attention", "full_attention"],
+        "shared_intermediate_size": 16,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": MAMBA,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48},
+    "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+}
+# families of newer releases, and qwen3_next, which 4.57 has but hands no keywords
+HYBRID = {name: options for name, options in HYBRID.items() if name in CONFIG_MAPPING}
+if Version(transformers.__version__) >= Version("5.17"):
+    EXACT |= HYBRID
+else:
+    WRONG |= {name: HYBRID[name] for name in ("qwen3_next",)}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from cases import NAMED, ancestor_mask, random_subtree_end, trie_subtree_end
-from models import EXACT, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
+from models import EXACT, HYBRID, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
 
 import treegrpo_kernels as tk
 from treegrpo import Trajectory, build_forest, hf, pack, token_logprobs
@@ -49,7 +49,8 @@ def test_packed_tree_equals_each_leaf_alone_in_eager(family):
     inputs, paths = packed_inputs(trie_subtree_end(FOREST))
     twin = tree_twin(model)
     difference, scale = largest_difference(twin, model, inputs, paths)
-    assert difference <= 1e-6 and scale > 5
+    # hybrids: recurrences run in float32 in transformers, deltas are taken of sums
+    assert difference <= (3e-6 if family in HYBRID else 1e-6) and scale > 5
     # the comparison can fail: siblings made visible
     causal = tk.TreePlan.build(torch.full_like(inputs["tree_plan"].subtree_end, len(inputs["input_ids"][0])))
     assert largest_difference(twin, model, {**inputs, "tree_plan": causal}, paths)[0] > 1e-2

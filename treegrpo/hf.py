@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import treegrpo_kernels as tk
+from treegrpo import recurrent
 from treegrpo.dropout import check_dropout
 from treegrpo.logprobs import is_blank, row_logprobs, unwrap
 from treegrpo.rope import rope_kind, rope_settings
@@ -31,6 +32,7 @@ from treegrpo.rope import rope_kind, rope_settings
 ATTENTION = "treegrpo"
 # "attention" is what hybrids call the full one before transformers renamed it: Granite 4's without other layers
 LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
+POINTWISE_LAYERS = ("mlp", "moe")
 
 # median over tokens of the relative error: below NOISE x what two attention kernels differ by on a chain, plus FLOOR
 NOISE = 8.0
@@ -111,7 +113,7 @@ def treegrpo_attention(
     tree_plan: tk.TreePlan | None = None,
     tree_backend: str = "auto",
     tree_deterministic: bool = True,
-    tree_trace: list[nn.Module] | None = None,
+    tree_trace: list[Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function of the name ``treegrpo`` (transformers' AttentionInterface).
@@ -138,6 +140,7 @@ def treegrpo_attention(
         return _attend_without_tree(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, s_aux, **kwargs
         )
+    recurrent.check_taught(module)
     window = _check_call(module, query, key, attention_mask, dropout, sliding_window, kwargs)
     if tree_trace is not None:
         tree_trace.append(module)
@@ -291,7 +294,9 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
             f"{name} runs attention {attention!r}, not {ATTENTION!r}: load it with attn_implementation={ATTENTION!r}"
             " or call treegrpo.hf.use_tree_attention(model)"
         )
-    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    recurrent.teach(base)
+    known = {*LAYER_TYPES, *POINTWISE_LAYERS, *recurrent.teachable(base)}
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if foreign:
         raise ValueError(
             f"{name} has layers of type {', '.join(foreign)}, which read the packed row as one sequence and would"
@@ -337,7 +342,7 @@ def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[
     plan = tk.TreePlan.build(torch.tensor(CHECK_SUBTREE_END), device=device)
     ids = torch.linspace(1, num_tokens - 2, plan.num_tokens, device=device).long()
     inputs = {"input_ids": ids[None], "position_ids": plan.position[None].long()}
-    calls: list[nn.Module] = []
+    calls: list[Any] = []
     try:
         out = model(**inputs, attention_mask=None, use_cache=False, tree_plan=plan, tree_trace=calls)
     except (TypeError, AttributeError) as error:
@@ -345,11 +350,21 @@ def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[
             f"{name} does not hand keywords and masks of model(...) through to its attention ({error}): take a newer"
             " transformers or another model"
         ) from error
-    layers = config.num_hidden_layers
-    if len({id(module) for module in calls}) != layers or len(calls) != layers:
+    kinds = list(getattr(config, "layer_types", None) or ())
+    for mark in recurrent.MARKS:
+        expected = sum(recurrent.SEES_BY.get(kind) == mark for kind in kinds)
+        # a layer with a recurrence has a convolution, too
+        if expected and calls.count(mark) < expected:
+            raise ValueError(
+                f"{calls.count(mark)} of {name}'s {expected} layers with a {mark} were given the tree: the others would"
+                " mix siblings; take a newer transformers (5.17) or another model"
+            )
+    layers = config.num_hidden_layers - sum(kind not in (*LAYER_TYPES, "hybrid") for kind in kinds)
+    attended = [call for call in calls if isinstance(call, nn.Module)]
+    if len({id(module) for module in attended}) != layers or len(attended) != layers:
         raise ValueError(
-            f"{len(calls)} of {name}'s {layers} layers ran through tree attention: the others ignore the tree and would"
-            " mix siblings; take a model all of whose layers go through transformers' AttentionInterface"
+            f"{len(attended)} of {name}'s {layers} layers ran through tree attention: the others ignore the tree and"
+            " would mix siblings; take a model all of whose layers go through transformers' AttentionInterface"
         )
     return out.logits[0], plan, ids
 

@@ -1,4 +1,5 @@
-"""The oracle: dense attention straight from the one-line rule. Every backend, test and bench is held against this.
+"""The oracle: attention, convolution and gated delta rule straight from their definitions. Every backend, test and
+bench is held against this.
 
 Shape legend: T packed tokens, Hq query heads, Hkv key/value heads, D query/key head dim, Dv value head dim, B rows of a
 block.
@@ -7,7 +8,8 @@ block.
     s_ij = softcap * tanh(scale * q_i . k_j / softcap)            (softcap off: s_ij = scale * q_i . k_j)
     out_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log( sum_j exp(s_ij) + exp(sink) )
 
-Plain differentiable torch on any device. Queries go block by block, each recomputed in backward: memory is O(T * B).
+Plain differentiable torch on any device. Attention goes by blocks of queries, each recomputed in backward: memory is
+O(T * B). Convolution and delta rule go token by token.
 """
 
 from __future__ import annotations
@@ -106,6 +108,64 @@ def positions(subtree_end: Tensor) -> Tensor:
     num_tokens = subtree_end.shape[0]
     closing = torch.bincount(subtree_end.long(), minlength=num_tokens + 1)[:num_tokens]
     return (1 - closing).cumsum(0) - 1
+
+
+def parents(subtree_end: Tensor) -> list[int]:
+    """Packed index of the token before each one on its path, -1 for a root; one token after the other."""
+    ends = subtree_end.tolist()
+    found: list[int] = []
+    path: list[int] = []
+    for t in range(len(ends)):
+        while path and ends[path[-1]] <= t:
+            path.pop()
+        found.append(path[-1] if path else -1)
+        path.append(t)
+    return found
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, subtree_end: Tensor) -> Tensor:
+    """Depthwise convolution along every path: x [T,C], weight [C,K], bias [C] or None -> [T,C] in x's dtype.
+
+    out[t] = bias + sum_j weight[:, K-1-j] * x[j-th token before t on its path], zero where the path has no more.
+    """
+    compute = compute_dtype(x.dtype)
+    before = [*parents(subtree_end), -1]
+    rows, taps = x.to(compute), weight.to(compute)
+    outs = []
+    for t in range(x.shape[0]):
+        at, out = t, torch.zeros_like(rows[0]) if bias is None else bias.to(compute)
+        for j in range(taps.shape[1]):
+            if at >= 0:
+                out = out + taps[:, taps.shape[1] - 1 - j] * rows[at]
+            at = before[at]
+        outs.append(out)
+    return (torch.stack(outs) if outs else rows * 1).to(x.dtype)
+
+
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, subtree_end: Tensor) -> Tensor:
+    """The gated delta rule (arXiv 2412.06464) along every path, one token after the other.
+
+    q, k [T,Hk,D], v [T,Hv,Dv] with Hk | Hv, g (log of the decay) [T,Hv] or [T,Hv,D], beta [T,Hv]; out [T,Hv,Dv] in q's
+    dtype. A token takes the state S [D,Dv] of the token before it on its path, zero at a root:
+
+        S_t = exp(g_t) S + k_t beta_t (v_t - (exp(g_t) S)^T k_t)^T,    out_t = S_t^T q_t
+
+    beta None: S_t = exp(g_t) S + k_t v_t^T.
+    """
+    compute = compute_dtype(q.dtype)
+    q_h, k_h = (x.to(compute).repeat_interleave(v.shape[1] // k.shape[1], 1) for x in (q, k))
+    v_h, decay = v.to(compute), g.to(compute).exp()
+    decay = decay[..., None] if g.dim() == 3 else decay[..., None, None]
+    states: list[Tensor] = []
+    outs = []
+    for t, before in enumerate(parents(subtree_end)):
+        state = v_h.new_zeros(v.shape[1], q.shape[2], v.shape[2]) if before < 0 else states[before] * decay[t]
+        write = v_h[t]
+        if beta is not None:
+            write = beta.to(compute)[t, :, None] * (write - torch.einsum("hkv,hk->hv", state, k_h[t]))
+        states.append(state + torch.einsum("hk,hv->hkv", k_h[t], write))
+        outs.append(torch.einsum("hkv,hk->hv", states[-1], q_h[t]))
+    return (torch.stack(outs) if outs else v_h * 1).to(q.dtype)
 
 
 def dense_mask(subtree_end: Tensor, window: int | None = None) -> Tensor:

@@ -1,0 +1,149 @@
+"""Recurrences along the paths of a tree in chunks: batched products within all chunks, then one step a level of chunks.
+
+Shape legend: T packed tokens, N chunks, H value heads, C tokens of a chunk (padded), D key head dim, Dv value head dim.
+
+With c the cumulative g within a chunk, A_ij = beta_i (k_i . k_j) exp(c_i - c_j) below the diagonal, and S the state the
+chunk begins with (arXiv 2412.06464, section 3.3):
+
+    U = (I + A)^-1 (beta v),   W = (I + A)^-1 (beta exp(c) k),   V' = U - W S
+    out = exp(c) q S + tril(q k^T exp(c_i - c_j)) V',   S' = exp(c_C) S + (exp(c_C - c) k)^T V'
+
+Without a delta rule V' is v itself. g is a number per head or one per key channel; exp then goes into the products over
+D. Only S depends on the tree: chunks of one level take the states of the level before, all branches in one product.
+Rows beyond a chunk's end are zero and leave S as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .pieces import Pieces, pieces_of
+from .plan import TreePlan
+
+CHUNK = 64
+"""Most tokens of a chunk, as in the kernels of flash-linear-attention and in transformers."""
+BLOCK = 16
+"""Rows of a chunk whose per-channel decays go through one product: exp stays at most 1 on both sides of it."""
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, plan: TreePlan, chunk: int = CHUNK
+) -> Tensor:
+    """q (scaled) and k [T,Hk,D], v [T,H,Dv], g [T,H] or [T,H,D], beta [T,H] or None (no delta rule), all of one dtype
+    -> [T,H,Dv]."""
+    if not plan.num_tokens:
+        # keeps the graph, so that backward gives empty gradients and no error
+        return v + 0 * sum(x.sum() for x in (q, k, g, beta) if x is not None)
+    pieces = pieces_of(plan, chunk)
+    # slot of every token among N x C, and the token of every slot (T where there is none)
+    first = pieces.length.cumsum(0) - pieces.length
+    piece = torch.repeat_interleave(torch.arange(pieces.num_pieces, device=q.device), pieces.length)
+    slot = piece * chunk + torch.arange(plan.num_tokens, device=q.device) - first[piece]
+    token = torch.full((pieces.num_pieces * chunk,), plan.num_tokens, device=q.device)
+    token[slot] = pieces.token
+
+    def cut(x: Tensor) -> Tensor:
+        padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+        return padded.index_select(0, token).unflatten(0, (-1, chunk)).transpose(1, 2)
+
+    group = v.shape[1] // k.shape[1]
+    # [N,H,C,D], [N,H,C,Dv], and [N,H,C,1] or [N,H,C,D]
+    q, k = (cut(x.repeat_interleave(group, 1)) for x in (q, k))
+    v, within = cut(v), cut(g if g.dim() == 3 else g[..., None]).cumsum(-2)
+    since, to_end = within.exp(), (within[..., -1:, :] - within).exp()
+    at_end = since[..., -1:, :].transpose(-1, -2)
+    if beta is None:
+        (scores,) = _scores(k, within, q)
+        state, written = _Scan.apply(v, None, k * to_end, at_end, pieces)
+    else:
+        rate = cut(beta)[..., None]
+        scores, system = _scores(k, within, q, k)
+        columns = rate * torch.cat([v, k * since], -1)
+        solved = torch.linalg.solve_triangular(rate * system, columns, upper=False, unitriangular=True)
+        u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
+        state, written = _Scan.apply(u, w, k * to_end, at_end, pieces)
+    out = (q * since) @ state + scores @ written
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, slot[pieces.place])
+
+
+def _scores(k: Tensor, within: Tensor, *rows: Tensor) -> list[Tensor]:
+    """For each of ``rows`` [N,H,C,D]: [N,H,C,C], row_i . (exp(within_i - within_j) k_j) for j <= i, else 0."""
+    size = k.shape[-2]
+    above = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
+    if within.shape[-1] == 1:
+        # masked before exp: above the diagonal it would overflow
+        decay = (within - within.transpose(-1, -2)).masked_fill(above, float("-inf")).exp()
+        return [(x @ k.transpose(-1, -2)) * decay for x in rows]
+    parts: list[list[Tensor]] = [[] for _ in rows]
+    for begin in range(0, size, BLOCK):
+        block = slice(begin, min(begin + BLOCK, size))
+        mine = within[..., block, :]
+        # what lies before the block decays to its beginning and from there: two factors of at most 1
+        border = within[..., begin - 1 : begin, :] if begin else torch.zeros_like(mine[..., :1, :])
+        before = (k[..., :begin, :] * (border - within[..., :begin, :]).exp()).transpose(-1, -2)
+        hidden = above[block, block][..., None]
+        decay = (mine.unsqueeze(-2) - mine.unsqueeze(-3)).masked_fill(hidden, float("-inf")).exp()
+        decayed = k[..., block, :].unsqueeze(-3) * decay
+        for x, found in zip(rows, parts, strict=True):
+            own = torch.einsum("nhid,nhijd->nhij", x[..., block, :], decayed)
+            far = (x[..., block, :] * (mine - border).exp()) @ before
+            found.append(torch.nn.functional.pad(torch.cat([far, own], -1), (0, size - block.stop)))
+    return [torch.cat(found, -2) for found in parts]
+
+
+class _Scan(torch.autograd.Function):
+    """The states that chunks begin with, and V' = U - W S (U where W is None); a level at a time, all branches in one
+    product."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, w: Tensor | None, k: Tensor, decay: Tensor, pieces: Pieces) -> tuple[Tensor, ...]:
+        """u [N,H,C,Dv], w and k [N,H,C,D], decay [N,H,1,1] or [N,H,D,1] -> state [N,H,D,Dv], written [N,H,C,Dv]."""
+        state = u.new_zeros(*u.shape[:2], k.shape[-1], u.shape[-1])
+        written = u.clone()
+        sizes = pieces.level_pieces
+        parts = zip(*(x.split(sizes) for x in (k, decay, state, written, pieces.parent)), strict=True)
+        reads = None if w is None else w.split(sizes)
+        behind: Tensor | None = None
+        for level, (k_l, decay_l, state_l, written_l, parent) in enumerate(parts):
+            if behind is not None:
+                torch.index_select(behind, 0, parent, out=state_l)
+                if reads is not None:
+                    written_l -= reads[level] @ state_l
+            if level + 1 < len(sizes):
+                behind = decay_l * state_l + k_l.transpose(-1, -2) @ written_l
+        ctx.save_for_backward(w, k, decay, state, written)
+        ctx.pieces = pieces
+        return state, written
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstate: Tensor, dwritten: Tensor) -> tuple[Tensor | None, ...]:
+        """dU = dV', dW = -dV' S^T, dk = V' dS'^T, d(decay) = <S, dS'>, where dS' sums the children's dS."""
+        w, k, decay, state, written = ctx.saved_tensors
+        pieces: Pieces = ctx.pieces
+        sizes = pieces.level_pieces
+        dstate, dwritten = dstate.clone(), dwritten.clone()
+        dbehind = torch.zeros_like(dstate)
+        parts = zip(*(x.split(sizes) for x in (k, decay, dstate, dwritten, dbehind)), strict=True)
+        reads = None if w is None else w.split(sizes)
+        parents = pieces.parent.split(sizes)
+        dabove: Tensor
+        for level, (k_l, decay_l, dstate_l, dwritten_l, dbehind_l) in reversed(list(enumerate(parts))):
+            if level + 1 < len(sizes):
+                # dbehind_l holds what the level below put there
+                dwritten_l += k_l @ dbehind_l
+                dstate_l += decay_l * dbehind_l
+            if level:
+                if reads is not None:
+                    dstate_l -= reads[level].transpose(-1, -2) @ dwritten_l
+                dabove = dbehind.narrow(0, sum(sizes[: level - 1]), sizes[level - 1])
+                # not index_add_: on a GPU it adds in any order
+                dabove.index_put_((parents[level],), dstate_l, accumulate=True)
+        dw = None if w is None else -dwritten @ state.transpose(-1, -2)
+        dk = written @ dbehind.transpose(-1, -2)
+        ddecay = (state * dbehind).sum_to_size(decay.shape)
+        return dwritten, dw, dk, ddecay, None

@@ -1,0 +1,186 @@
+"""Layers that carry a state along the path: transformers' functions of hybrid models, taught the tree.
+
+Such a layer sees other tokens through a few functions of its modeling file alone: a short convolution and, behind it, a
+recurrence (gated delta rule, Kimi delta attention, Mamba-2's scan). transformers hands them the keywords of
+``model(...)``. ``teach`` puts functions in their place that compute the packed tree where ``tree_plan`` is given, and
+call the old ones where it is not. All else in these layers looks at one token at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+import treegrpo_kernels as tk
+
+MARKS = CONV, RECURRENCE = ("convolution", "recurrence")
+"""What a layer leaves in the trace of a forward with a tree."""
+
+SEES_BY = {"linear_attention": RECURRENCE, "hybrid": RECURRENCE, "conv": CONV}
+"""Layer types that can be taught, and what of theirs sees other tokens last; "hybrid": attention and a recurrence."""
+
+
+def teach(model: nn.Module) -> None:
+    """Teaches the tree to the functions of the files that define the model's modules; harmless twice."""
+    for file in _files(model):
+        for name, (_, make) in _FUNCTIONS.items():
+            function = getattr(file, name, None)
+            if callable(function) and not _knows_trees(function):
+                taught = functools.wraps(function)(make(function))
+                taught._treegrpo = True  # type: ignore[attr-defined]
+                setattr(file, name, taught)
+
+
+def teachable(model: nn.Module) -> set[str]:
+    """The layer types among ``SEES_BY`` that the model's files have a function of."""
+    files = _files(model)
+    found = {mark for name, (mark, _) in _FUNCTIONS.items() for file in files if callable(getattr(file, name, None))}
+    return {kind for kind, mark in SEES_BY.items() if mark in found}
+
+
+def check_taught(module: nn.Module) -> None:
+    """Raises ValueError where an attention layer is given a tree that the layers beside it would not see."""
+    file = sys.modules[type(module).__module__]
+    for name in _FUNCTIONS:
+        function = getattr(file, name, None)
+        if function is not None and not _knows_trees(function):
+            raise ValueError(
+                f"the other layers of {type(module).__name__}'s model do not know the tree and would mix siblings: call"
+                " treegrpo.hf.check_model(model) (or use_tree_attention) before its first forward with tree_plan"
+            )
+
+
+def _files(model: nn.Module) -> set[ModuleType]:
+    return {sys.modules[type(module).__module__] for module in model.modules()}
+
+
+def _knows_trees(function: Callable[..., Any]) -> bool:
+    return getattr(function, "_treegrpo", False)
+
+
+def _enter(mark: str, x: Tensor, state: Tensor | None, trace: list[Any] | None) -> None:
+    """Refuses what a packed tree cannot mean, and leaves a trace."""
+    if x.shape[0] != 1:
+        raise ValueError(f"a {mark} was given {x.shape[0]} rows: pack all trees into one row [1, T]")
+    if state is not None:
+        raise ValueError(f"a {mark} continues a cached state: pass use_cache=False with a tree")
+    if trace is not None:
+        trace.append(mark)
+
+
+def _way(tree_backend: str) -> str:
+    return "reference" if tree_backend == "reference" else "auto"
+
+
+def _conv(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def conv(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        *,
+        tree_plan: tk.TreePlan | None = None,
+        tree_trace: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states [1, C, T], weight [C, K] -> [1, C, T]."""
+        if tree_plan is None:
+            return plain(hidden_states, weight, bias, activation=activation, **kwargs)
+        _enter(CONV, hidden_states, None, tree_trace)
+        out = tk.tree_conv1d(
+            hidden_states[0].T,
+            weight,
+            bias,
+            tree_plan,
+            activation=None if activation is None else ACT2FN[activation],
+            row_conv=lambda row: plain(row, weight, bias, activation=activation),
+        )
+        return out.T[None]
+
+    return conv
+
+
+def _delta_rule(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        *,
+        initial_state: Tensor | None = None,
+        use_qk_l2norm_in_kernel: bool = False,
+        tree_plan: tk.TreePlan | None = None,
+        tree_backend: str = "auto",
+        tree_trace: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """query and key [1, T, Hk, D], value [1, T, Hv, Dv], g [1, T, Hv] or [1, T, Hv, D], beta [1, T, Hv] ->
+        ([1, T, Hv, Dv], no state)."""
+        if tree_plan is None:
+            kwargs.update(initial_state=initial_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
+            return plain(query, key, value, g=g, beta=beta, **kwargs)
+        _enter(RECURRENCE, query, initial_state, tree_trace)
+        rows = (x[0] for x in (query, key, value, g, beta))
+        options: dict[str, Any] = dict(normalize=use_qk_l2norm_in_kernel, way=_way(tree_backend))
+        return tk.tree_gated_delta_rule(*rows, tree_plan, **options)[None], None
+
+    return rule
+
+
+def _mamba_scan(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        *args: Any,
+        tree_plan: tk.TreePlan | None = None,
+        tree_backend: str = "auto",
+        tree_trace: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """hidden_states [1, T, H, P], dt [1, T, H], A [H], B and C [1, T, G, N] -> [1, T, H, P]."""
+        if tree_plan is None:
+            return plain(hidden_states, dt, A, B, C, *args, **kwargs)
+        _enter(RECURRENCE, hidden_states, kwargs.get("initial_states"), tree_trace)
+        bias, bounds = kwargs.get("dt_bias"), kwargs.get("dt_limit", (0.0, float("inf")))
+        # as mamba-ssm's kernels have it: all in float32 where the model is in low precision
+        wide = tk.reference.compute_dtype(hidden_states.dtype)
+        x, q, k, step = (y[0].to(wide) for y in (hidden_states, C, B, dt))
+        step = step if bias is None else step + bias.to(wide)
+        step = (F.softplus(step) if kwargs.get("dt_softplus") else step).clamp(*bounds)
+        out = tk.tree_gated_linear_attention(
+            q, k, x * step[..., None], A.to(wide) * step, tree_plan, scale=1.0, way=_way(tree_backend)
+        )
+        if kwargs.get("D") is not None:
+            out = out + kwargs["D"].to(wide)[:, None] * x
+        return out[None]
+
+    return scan
+
+
+def _fused_mamba(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def fused(*args: Any, tree_plan: tk.TreePlan | None = None, **kwargs: Any) -> Any:
+        """None with a tree, as where the fused kernel is missing: the layer goes on with convolution and scan."""
+        return plain(*args, **kwargs) if tree_plan is None else None
+
+    return fused
+
+
+# every function of transformers through which such layers see other tokens
+_FUNCTIONS: dict[str, tuple[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+    "causal_conv1d_fn": (CONV, _conv),
+    "torch_chunk_gated_delta_rule": (RECURRENCE, _delta_rule),
+    "chunk_kimi_delta_attention": (RECURRENCE, _delta_rule),
+    "mamba2_chunk_scan": (RECURRENCE, _mamba_scan),
+    "mamba2_split_conv1d_scan_combined": (RECURRENCE, _fused_mamba),
+}
