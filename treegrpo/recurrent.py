@@ -128,9 +128,9 @@ def _delta_rule(plain: Callable[..., Any]) -> Callable[..., Any]:
             kwargs.update(initial_state=initial_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
             return plain(query, key, value, g=g, beta=beta, **kwargs)
         _enter(RECURRENCE, query, initial_state, tree_trace)
-        rows = (x[0] for x in (query, key, value, g, beta))
-        options: dict[str, Any] = dict(normalize=use_qk_l2norm_in_kernel, way=_way(tree_backend))
-        return tk.tree_gated_delta_rule(*rows, tree_plan, **options)[None], None
+        q, k, v, g, beta = (x[0] for x in (query, key, value, g, beta))
+        normalize, way = use_qk_l2norm_in_kernel, _way(tree_backend)
+        return tk.tree_gated_delta_rule(q, k, v, g, beta, tree_plan, normalize=normalize, way=way)[None], None
 
     return rule
 

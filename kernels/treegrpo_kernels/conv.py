@@ -70,6 +70,8 @@ def tree_conv1d(
         raise ValueError(f"bias has shape {tuple(bias.shape)}: give [C] for x's C = {x.shape[1]} channels")
     if plan.device != x.device:
         raise ValueError(f"plan is on {plan.device}, x on {x.device}: build it with TreePlan.build(..., device=...)")
+    if not plan.num_tokens:
+        return x * 1
     row = x.T[None]
     if row_conv is None:
         out = F.conv1d(F.pad(row.to(weight.dtype), (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=x.shape[1])
