@@ -18,11 +18,11 @@ endif
 BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup programs test test-trl test-verl test-tritons demo bench bench-smoke lint format aot ctest cuda docs doctor clean
+.PHONY: help setup programs test test-trl test-fla test-verl test-tritons demo bench bench-smoke lint format aot ctest cuda docs doctor clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
-	@echo "also: setup test-trl test-verl test-tritons bench bench-smoke lint format aot ctest cuda docs doctor clean"
+	@echo "also: setup test-trl test-fla test-verl test-tritons bench bench-smoke lint format aot ctest cuda docs doctor clean"
 
 setup: $(BUILT)
 
@@ -73,6 +73,12 @@ test-trl: $(BUILT)
 	.venv-trl/bin/python -m pytest tests/test_trl*.py
 	.venv-trl/bin/python -m pytest tests/test_other_device.py -k trl
 	TREEGRPO_DOCS=trl .venv-trl/bin/python -m pytest tests/test_docs.py::test_block
+
+# in a folder of its own: where it is installed, transformers calls it without a GPU, too
+test-fla: $(BUILT)
+	@echo "== flash-linear-attention's kernels, level by level, in Triton's interpreter"
+	test -d .fla || $(PY) -m pip install -q $(PIP_FLAGS) --no-deps --target .fla 'fla-core==0.6.0' einops
+	PYTHONPATH=.fla TRITON_INTERPRET=1 $(PY) -m pytest tests/test_fla.py
 
 # likewise, and verl wants an older transformers
 test-verl: $(BUILT)

@@ -9,22 +9,25 @@ Shape legend: T packed tokens, Hk key heads, Hv value heads (Hk | Hv), D key hea
 where S [D, Dv] is the state behind the token before t on its path, zero at a root. Branches fork the state: a piece of
 the tree (pieces.py) begins with the one its parent ends with, so no token is computed twice.
 
-Ways: ``fla``, the variable-length kernels of flash-linear-attention, called once a level of pieces (delta rule alone);
+Ways: ``fla``, the variable-length kernels of flash-linear-attention (0.6), called once a level of pieces (delta rule);
 ``torch``, chunks of the whole forest in batched products (state_chunks.py), which any device and dtype takes.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
+import importlib.util
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .pieces import pieces_of
+from .pieces import Pieces, pieces_of
 from .plan import TreePlan
-from .state_chunks import chunked
+from .state_chunks import CHUNK, chunked
 
 WAYS = ("auto", "fla", "torch", "reference")
 
@@ -65,7 +68,7 @@ def tree_gated_delta_rule(
         raise ValueError(f"beta has shape {tuple(beta.shape)}: give [T, Hv] = {tuple(v.shape[:2])}")
     if way not in WAYS:
         raise ValueError(f"way={way!r} is not known: take one of {', '.join(WAYS)}")
-    reason = fla_reason(q) if way in ("auto", "fla") else None
+    reason = fla_reason(q, g.dim() == 3) if way in ("auto", "fla") else None
     if way == "fla" and reason is not None:
         raise ValueError(f"way='fla' cannot run here: {reason}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -107,16 +110,32 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, plan: TreePlan) -> None:
         raise ValueError(f"plan is on {plan.device}, q on {q.device}: build it with TreePlan.build(..., device=...)")
 
 
-def fla_reason(q: Tensor) -> str | None:
+def fla_reason(q: Tensor, per_channel: bool = False) -> str | None:
     """None where flash-linear-attention's kernels take tensors like ``q``, else why not, as a sentence."""
     if q.device.type != "cuda":
         return f"flash-linear-attention's kernels need a GPU, not {q.device.type!r}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"flash-linear-attention's kernels take bfloat16 and float16, not {q.dtype}"
-    try:
-        importlib.import_module("fla.ops.gated_delta_rule")
-    except ImportError as error:
-        return f"flash-linear-attention does not import ({error}): pip install flash-linear-attention"
+    return _missing(per_channel, torch.cuda.get_device_capability(q.device)[0] == 9)
+
+
+@functools.cache
+def _missing(per_channel: bool, is_hopper: bool) -> str | None:
+    for name in ("fla.ops.gated_delta_rule", "fla.ops.kda"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            return f"flash-linear-attention does not import ({error}): pip install 'flash-linear-attention>=0.6'"
+    if per_channel or not is_hopper or importlib.util.find_spec("tilelang") is not None:
+        return None
+    version = importlib.metadata.version("triton")
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+    if (3, 4, 0) <= numbers < (3, 7, 1):
+        # fla raises in backward; its issue 640
+        return (
+            f"flash-linear-attention's gated backward is wrong on Hopper with Triton {version}: pip install tilelang,"
+            " or Triton 3.7.1 or newer"
+        )
     return None
 
 
@@ -152,9 +171,10 @@ def _fla_by_levels(
     else:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
     pieces = pieces_of(plan)
+    offsets = plan.made_once("fla", lambda: _offsets(pieces))
+    parents = pieces.parent.split(pieces.level_pieces)
     # each row once, so that the gradient of the gather adds nothing up
     rows = [x.index_select(0, pieces.token).split(pieces.level_tokens) for x in (q, k, v, g, beta)]
-    lengths, parents = pieces.length.split(pieces.level_pieces), pieces.parent.split(pieces.level_pieces)
     outs = []
     state: Tensor | None = None
     for level, (q_l, k_l, v_l, g_l, beta_l) in enumerate(zip(*rows, strict=True)):
@@ -167,9 +187,23 @@ def _fla_by_levels(
             scale=scale,
             # with brackets, not index_select: its gradient adds up what siblings share in a fixed order
             initial_state=None if state is None else state[parents[level]],
-            output_final_state=level + 1 < len(lengths),
+            output_final_state=level + 1 < len(parents),
             use_qk_l2norm_in_kernel=normalize,
-            cu_seqlens=F.pad(lengths[level].cumsum(0), (1, 0)).to(torch.int32),
+            **offsets[level],
         )
         outs.append(out[0])
     return torch.cat(outs).index_select(0, pieces.place)
+
+
+# kept for calls that save it for their backward, whoever comes first
+@torch.inference_mode(False)
+@torch.no_grad()
+def _offsets(pieces: Pieces) -> list[dict[str, Tensor]]:
+    """Where the pieces of each level begin, and fla's list of their chunks, which it would wait for in every call."""
+    from fla.ops.utils import prepare_chunk_indices
+
+    made = []
+    for length in pieces.length.split(pieces.level_pieces):
+        offsets = F.pad(length.cumsum(0), (1, 0))
+        made.append({"cu_seqlens": offsets, "chunk_indices": prepare_chunk_indices(offsets, CHUNK)})
+    return made
