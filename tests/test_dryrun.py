@@ -98,7 +98,11 @@ def test_a_large_model_is_checked_as_a_small_copy(argv, tmp_path, capsys):
     assert main([*argv, "--dry-run"]) == 2
     assert "divide q's number" in capsys.readouterr().err
     # three linear layers before the first of attention
-    tiny.write(tmp_path, rows, **large, model_type="qwen3_next", num_experts=4, num_experts_per_tok=2)
+    experts = dict(num_experts=4, num_experts_per_tok=2)
+    tiny.write(tmp_path, rows, **large, **experts, model_type="qwen3_next")
+    assert main([*argv, "--dry-run"]) == 0
+    kinds = ["linear_attention"] * 3 + ["full_attention"] * 5
+    tiny.write(tmp_path, rows, **large, **experts, model_type="minimax", layer_types=kinds)
     assert main([*argv, "--dry-run"]) == 2
     assert "layers of type linear_attention" in capsys.readouterr().err
 
