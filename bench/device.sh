@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # One command on a bare CUDA machine: build csrc, run the GPU tests, run the benches, print a short table last.
 #
-#   bash bench/device.sh [--out DIR] [--quick] [--seconds N] [--stages "build tests sanitize step bench head"]
+#   bash bench/device.sh [--out DIR] [--quick] [--seconds N] [--stages "build tests sanitize step bench head hybrid"]
 #
 # Needs Python with torch (CUDA), triton, transformers, pytest, pytest-benchmark, hypothesis; nvcc for the CUDA objects; no
 # network, no git (then COMMIT=... or a file .commit names the commit). Stages, in this order: build, tests, sanitize, train
-# (the trainer's own tests, on the GPU), step, bench (attention and plans), head, split (parted key tiles against whole ones),
+# (the trainer's own tests, on the GPU), step, bench (attention and plans), head, hybrid (recurrent layers), split (parted key tiles against whole ones),
 # tune, profile, cuda (the CUDA kernels, those for Hopper among them: tests, race with Triton in both backward modes, memcheck,
 # ncu); train and the last four are not among the default ones, and --quick leaves out sanitize and all tests but those of
 # repeated runs and of the head. A failing stage is reported and the next one still runs. It ends before N seconds (default
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
     *) echo "unknown option $1: see --help" >&2; exit 2 ;;
   esac
 done
-stages=${stages:-$([ -n "$quick" ] && echo "build tests step bench head" || echo "build tests sanitize step bench head")}
+stages=${stages:-$([ -n "$quick" ] && echo "build tests step bench head" || echo "build tests sanitize step bench head hybrid")}
 seconds=${seconds:-$([ -n "$quick" ] && echo 240 || echo 540)}
 case "$seconds" in *[!0-9]*) echo "--seconds takes whole seconds, not $seconds" >&2; exit 2 ;; esac
 case "$out" in ""|/*) ;; *) out=$called_from/$out ;; esac
@@ -39,8 +39,8 @@ case "$out" in ""|/*) ;; *) out=$called_from/$out ;; esac
 reserve=12
 
 # weight of each stage: its share of the time that is left, against the chosen stages not yet run
-order="build tests sanitize train step bench head split tune profile cuda"
-declare -A weight=([build]=0 [tests]=10 [sanitize]=4 [train]=5 [step]=12 [bench]=9 [head]=2 [split]=4 [tune]=8 [profile]=2 [cuda]=9)
+order="build tests sanitize train step bench head hybrid split tune profile cuda"
+declare -A weight=([build]=0 [tests]=10 [sanitize]=4 [train]=5 [step]=12 [bench]=9 [head]=2 [hybrid]=2 [split]=4 [tune]=8 [profile]=2 [cuda]=9)
 for name in $stages; do
   [ -n "${weight[$name]:-}" ] || { echo "unknown stage $name: use ${!weight[*]}" >&2; exit 2; }
 done
@@ -174,6 +174,7 @@ run train 40 bash -c "$python -m pytest $trained -k 'not process' -q $workers --
 measure step 30 bench/test_real_step.py
 measure bench 40 bench/test_attention_gpu.py bench/test_plan.py
 measure head 20 bench/test_head.py
+measure hybrid 20 bench/test_recurrence.py
 run_modules split tune_split.py
 run_modules tune tune.py
 run_modules profile 'profile*.py'

@@ -25,6 +25,7 @@ SUITES = (
     "host",
     "real_step",
     "step",
+    "recurrence",
     "rate",
     "growth",
     "attention",
@@ -222,6 +223,24 @@ def rate_table(rows: list[Row]) -> str:
     return markdown(header, body)
 
 
+def recurrence_table(rows: list[Row]) -> str:
+    header = ["workload", "tokens", "way", "median", "chain / tree in tokens", "against", "time / tree"]
+    body = [
+        [
+            row["workload"],
+            f"{row['tokens']:,}",
+            row["way"],
+            seconds(row["median_s"]),
+            times(row["token_ratio"]),
+            row["baseline_name"],
+            times(row["time_ratio"]),
+        ]
+        for row in rows
+        if "time_ratio" in row
+    ]
+    return markdown(header, body)
+
+
 def rollout_table(rows: list[Row]) -> str:
     header = ["workload", "contender", "sampled", "prefilled", "median", "sampled/s", "generate time / this"]
     body = [
@@ -285,6 +304,8 @@ TITLES = {
     "real_step": "Training step of Qwen2.5 (random weights, bf16): forward, loss, backward, AdamW; ratios are the best "
     "chain over the tree, interleaved; MFU = model FLOPs / time / 989 TFLOP/s",
     "step": "Training step: forward, loss, backward; the chain is padding-free, head on trained tokens only",
+    "recurrence": "Recurrent layer of hybrid models (gated delta rule), forward + backward; the time falls with the "
+    "tokens that are shared (interleaved)",
     "rate": "Attention rate on visible pairs against causal SDPA on a chain of as many tokens (interleaved)",
     "growth": "Growth: pairs grow like tokens, so GFLOP/s must stay flat",
     "attention": "Attention; GFLOP/s on visible pairs of each one's own layout; times against chain_sdpa, "
@@ -301,6 +322,7 @@ TABLES = {
     "host": host_table,
     "real_step": real_step_table,
     "step": step_table,
+    "recurrence": recurrence_table,
     "rate": rate_table,
     "attention": attention_table,
     "real_head": real_head_table,

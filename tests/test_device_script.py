@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "build tests sanitize step bench head split tune profile cuda"
+STAGES = "build tests sanitize step bench head hybrid split tune profile cuda"
 PYTHON = """#!/usr/bin/env bash
 printf 'python %s\\n' "$*" >> "$CALLS"
 case "$*" in

@@ -65,12 +65,15 @@ def _knows_trees(function: Callable[..., Any]) -> bool:
     return getattr(function, "_treegrpo", False)
 
 
-def _enter(mark: str, x: Tensor, state: Tensor | None, trace: list[Any] | None) -> None:
-    """Refuses what a packed tree cannot mean, and leaves a trace."""
-    if x.shape[0] != 1:
-        raise ValueError(f"a {mark} was given {x.shape[0]} rows: pack all trees into one row [1, T]")
-    if state is not None:
-        raise ValueError(f"a {mark} continues a cached state: pass use_cache=False with a tree")
+def _enter(mark: str, plan: tk.TreePlan, shape: tuple[int, int], state: Tensor | None, trace: list[Any] | None) -> None:
+    """Refuses what a packed tree cannot mean, and leaves a trace; ``shape``: rows and tokens."""
+    if shape[0] != 1:
+        raise ValueError(f"a {mark} was given {shape[0]} rows: pack all trees into one row [1, T]")
+    if state is not None or shape[1] != plan.num_tokens:
+        raise ValueError(
+            f"a {mark} sees {shape[1]} tokens, or what is cached, for the plan's {plan.num_tokens}: pass"
+            " use_cache=False with a tree"
+        )
     if trace is not None:
         trace.append(mark)
 
@@ -93,7 +96,7 @@ def _conv(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """hidden_states [1, C, T], weight [C, K] -> [1, C, T]."""
         if tree_plan is None:
             return plain(hidden_states, weight, bias, activation=activation, **kwargs)
-        _enter(CONV, hidden_states, None, tree_trace)
+        _enter(CONV, tree_plan, (hidden_states.shape[0], hidden_states.shape[2]), None, tree_trace)
         out = tk.tree_conv1d(
             hidden_states[0].T,
             weight,
@@ -127,7 +130,7 @@ def _delta_rule(plain: Callable[..., Any]) -> Callable[..., Any]:
         if tree_plan is None:
             kwargs.update(initial_state=initial_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
             return plain(query, key, value, g=g, beta=beta, **kwargs)
-        _enter(RECURRENCE, query, initial_state, tree_trace)
+        _enter(RECURRENCE, tree_plan, (query.shape[0], query.shape[1]), initial_state, tree_trace)
         q, k, v, g, beta = (x[0] for x in (query, key, value, g, beta))
         normalize, way = use_qk_l2norm_in_kernel, _way(tree_backend)
         return tk.tree_gated_delta_rule(q, k, v, g, beta, tree_plan, normalize=normalize, way=way)[None], None
@@ -151,7 +154,7 @@ def _mamba_scan(plain: Callable[..., Any]) -> Callable[..., Any]:
         """hidden_states [1, T, H, P], dt [1, T, H], A [H], B and C [1, T, G, N] -> [1, T, H, P]."""
         if tree_plan is None:
             return plain(hidden_states, dt, A, B, C, *args, **kwargs)
-        _enter(RECURRENCE, hidden_states, kwargs.get("initial_states"), tree_trace)
+        _enter(RECURRENCE, tree_plan, (dt.shape[0], dt.shape[1]), kwargs.get("initial_states"), tree_trace)
         bias, bounds = kwargs.get("dt_bias"), kwargs.get("dt_limit", (0.0, float("inf")))
         # as mamba-ssm's kernels have it: all in float32 where the model is in low precision
         wide = tk.reference.compute_dtype(hidden_states.dtype)
