@@ -76,7 +76,7 @@ def _logged(config: TrainConfig) -> list[tuple[str, str]]:
 
 def _sampled(config: TrainConfig, structure: torch.nn.Module) -> list[tuple[str, str]]:
     from treegrpo.envs.data import read_rows
-    from treegrpo.rollout.kv import context_length
+    from treegrpo.rollout.layers import context_length
     from treegrpo.rollout.order import EpochOrder
     from treegrpo.rollout.prompts import check_prompts
 

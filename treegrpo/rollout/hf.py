@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from treegrpo.logprobs import unwrap
-from treegrpo.rollout import kv
+from treegrpo.rollout import kv, layers
 from treegrpo.rollout.engine import Completion, EngineError, SamplingParams, checked_prompt
 from treegrpo.rollout.sampling import Draw, StopText, sample
 
@@ -128,10 +128,10 @@ class HFEngine:
         """Tokens sampled so far, those of cancelled requests included."""
         self._copies = copy_weights
         self._model = _copy(unwrap(model)) if copy_weights else unwrap(model)
-        self.max_context_length = kv.context_length(self._model, max_context_length)
-        self._window = kv.check_layers(self._model, self.max_context_length)
-        self._shape = kv.probe_shape(self._model)
-        self._keep, self._cache_name = kv.keywords(self._model)
+        self.max_context_length = layers.context_length(self._model, max_context_length)
+        self._window = layers.check_layers(self._model, self.max_context_length)
+        self._shape = layers.probe_shape(self._model)
+        self._keep, self._cache_name = layers.keywords(self._model)
         self._end_ids = _end_ids(self._model, tokenizer)
         self._stop_text = StopText(tokenizer)
         self._sessions: dict[str, kv.PrefixTree] = {}
@@ -183,9 +183,9 @@ class HFEngine:
         if self._copies:
             _fill(self._model, source)
         elif source is not self._model:
-            self._window, self._shape = kv.check_layers(source, self.max_context_length), kv.probe_shape(source)
+            self._window, self._shape = layers.check_layers(source, self.max_context_length), layers.probe_shape(source)
             self._model, self._batch = source, kv.KVBatch(self._shape)
-            self._keep, self._cache_name = kv.keywords(source)
+            self._keep, self._cache_name = layers.keywords(source)
 
     def close(self) -> None:
         """Frees caches and the thread; what is still being generated is cancelled."""
