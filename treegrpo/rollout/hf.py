@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from treegrpo.logprobs import unwrap
-from treegrpo.rollout import kv, layers
+from treegrpo.rollout import hybrid, kv, layers
 from treegrpo.rollout.engine import Completion, EngineError, SamplingParams, checked_prompt
 from treegrpo.rollout.sampling import Draw, StopText, sample
 
@@ -84,8 +84,8 @@ class _DecodePlan:
         self.starts = torch.tensor(starts, device=device)
         """int64 [B]: the batch column of each row's first token."""
         self.is_padded = any(starts)
-        self.last = torch.tensor([row.token_ids[-1] for row in rows], device=device)
-        """int64 [B]: the tokens sampled last, replaced at every step."""
+        self.last = torch.tensor([(row.token_ids or row.ids)[-1] for row in rows], device=device)
+        """int64 [B]: the tokens sampled last, or of prompts, replaced at every step."""
         self.draw = Draw.of([row.sampling for row in rows], device)
 
 
@@ -96,8 +96,16 @@ class HFEngine:
     together share. One event loop at a time; several one after the other are fine. Rows are left-padded, so logits
     differ in the last bits with what else is in the batch.
 
+    Of hybrid models (`layers.HYBRIDS`, with transformers 5.17 and newer) a prefix is continued where a state was kept:
+    before the last token of each prompt, and of each prompt with its completion. A branch from between is computed from
+    the nearest such place before it; every request decodes the last token of its prompt itself. A kept state stays on
+    the model's device until `release`. It takes, however long the prefix, 4 Hv Dk Dv bytes and a little for each linear
+    attention layer (75 MB for Qwen3-Next 80B: as much as keys and values of 3,000 tokens), and so does each row of the
+    batch.
+
     Args:
-        model: a causal decoder with plain keys and values in every layer, wrapped (PEFT, compile) or not.
+        model: a causal decoder with plain keys and values in every layer, or a hybrid one; wrapped (PEFT, compile) or
+            not.
         tokenizer: its tokenizer; its end of sequence and that of the generation config end a completion.
         max_context_length: prompt and completion; the config's max_position_embeddings by default.
         max_batch: rows decoded at once; further requests wait.
@@ -105,8 +113,8 @@ class HFEngine:
             model of the same structure: one thread may then train while another samples. False samples from `model`.
 
     Raises:
-        ValueError: a model that does not cache plain keys and values, or whose sliding window is shorter than the
-            context.
+        ValueError: a model that caches something else than plain keys and values, or in a hybrid something else than
+            one state a layer; or one whose sliding window is shorter than the context.
     """
 
     def __init__(
@@ -300,7 +308,8 @@ class HFEngine:
             request = rows[i]
             if request.session is not None:
                 # the last sampled token was never forwarded
-                request.session.insert(request.ids + request.token_ids[:-1], *batch.row(i))
+                ids = request.ids + request.token_ids[:-1]
+                request.session.insert(ids, *batch.row(i), state=batch.state(i))
         self._drop(ended)
         return [(rows[i], finished[i]) for i in ended]
 
@@ -310,6 +319,9 @@ class HFEngine:
         for request in admitted:
             # without a session, identical prompts still share, under one key
             groups.setdefault((id(request.session), tuple(request.ids)), []).append(request)
+        if self._shape.states:
+            self._prefill_hybrid(list(groups.values()))
+            return []
         suffixes = []
         for requests in groups.values():
             session, ids = requests[0].session, requests[0].ids
@@ -390,6 +402,26 @@ class HFEngine:
             if stay:
                 self._batch.join(pieces, len(stay))
                 self._rows = self._rows + stay
+        self._plan = None
+
+    def _prefill_hybrid(self, groups: list[list[_Request]]) -> None:
+        """Computes all but the last token of each prompt, and puts the requests into the decode batch."""
+        prefixes = []
+        for requests in groups:
+            session, ids = requests[0].session, requests[0].ids[:-1]
+            prefixes.append(hybrid.Prefix(ids, *(session.resume(ids) if session is not None else ())))
+        hybrid.complete(prefixes, self._shape, self._forward, MAX_PREFILL_COLUMNS)
+        self._batch.reserve(sum(map(len, groups)), max(prefix.num_cached for prefix in prefixes))
+        for requests, prefix in zip(groups, prefixes, strict=True):
+            if requests[0].session is not None and prefix.num_new:
+                prefix.store(requests[0].session)
+            self._batch.join(prefix.pieces, len(requests), prefix.state)
+            self._rows = self._rows + requests
+            for request in requests:
+                # the last token, in every row
+                request.num_prefilled = 1
+            requests[0].num_prefilled += prefix.num_new
+            self.num_prefilled += prefix.num_new + len(requests)
         self._plan = None
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache) -> Tensor:

@@ -1,13 +1,18 @@
 """Keys and values of the `hf` engine: what a session has computed, each token once, and the batch that is decoded.
 
-Shape legend: L layers, B rows, H key/value heads, C columns (one per cached token), D head dim; keys and values may
-differ in D. A prefix is [L, H, n, D], a batch [L, B, H, C, D].
+Hybrid models keep a state per sequence in their other layers, of a convolution and perhaps of a recurrence. It holds
+for one length alone, so it is kept at the ends of prefixes, and only there can they be continued.
+
+Shape legend: L attention layers, M layers with a state, B rows, H key/value heads, C columns (one per cached token), D
+head dim; keys and values may differ in D. A prefix is [L, H, n, D] and its state [M, ...], a batch [L, B, H, C, D] and
+[M, B, ...].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +21,8 @@ from transformers.cache_utils import DynamicLayer
 
 Piece = tuple[Tensor, Tensor]
 """Keys and values of consecutive tokens, each [L, H, n, D]."""
+State = tuple[Tensor, ...]
+"""Of the convolutions [M, ...] and, in models that have them, of the recurrences [M, ...], behind one token."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +33,8 @@ class PrefixTree:
     piece: Piece | None = None
     """Of its tokens; None at the root, which has none."""
     children: dict[int, PrefixTree] = field(default_factory=dict)
+    state: State | None = None
+    """Behind its last token, where one was kept; never written to."""
 
     def _walk(self, ids: list[int]) -> Iterator[tuple[PrefixTree, int]]:
         """The nodes on the way of `ids` and how many tokens of each match, at least one."""
@@ -45,24 +54,42 @@ class PrefixTree:
             total += length
         return total, pieces
 
-    def insert(self, ids: list[int], keys: Tensor, values: Tensor, num_known: int = 0) -> None:
+    def resume(self, ids: list[int]) -> tuple[int, list[Piece], State | None]:
+        """The longest prefix of `ids` at whose end a state is stored: its length, keys and values in order, state."""
+        best: tuple[int, list[Piece], State | None] = (0, [], None)
+        total, pieces = 0, []
+        for node, length in self._walk(ids):
+            pieces.append(node._part(0, length))
+            total += length
+            if node.state is not None and length == len(node.tokens):
+                best = (total, list(pieces), node.state)
+        return best
+
+    def insert(
+        self, ids: list[int], keys: Tensor, values: Tensor, num_known: int = 0, state: State | None = None
+    ) -> None:
         """Stores a sequence: `keys` and `values` [L, H, n, D] of the tokens behind the first `num_known`, which are
-        stored already. What is new of them is copied."""
+        stored already, and perhaps the state behind them all. What is new of them is copied."""
         node, at = self, 0
         for child, length in self._walk(ids):
             at += length
-            if length < len(child.tokens) and at < len(ids):
+            # a state needs a node that ends where it holds
+            if length < len(child.tokens) and (at < len(ids) or state is not None):
                 child._split(length)
             node = child
         if at < len(ids):
             # a copy in its own memory: a view would keep the whole batch alive
             piece = (keys[:, :, at - num_known :].clone(), values[:, :, at - num_known :].clone())
-            node.children[ids[at]] = PrefixTree(list(ids[at:]), piece)
+            child = PrefixTree(list(ids[at:]), piece)
+            node.children[ids[at]] = node = child
+        if state is not None and node.state is None:
+            node.state = tuple(x.clone() for x in state)
 
     def _split(self, length: int) -> None:
-        rest = PrefixTree(self.tokens[length:], self._part(length, len(self.tokens)), self.children)
+        rest = PrefixTree(self.tokens[length:], self._part(length, len(self.tokens)), self.children, self.state)
         self.children = {rest.tokens[0]: rest}
-        self.tokens, self.piece = self.tokens[:length], self._part(0, length)
+        # the state behind its first part was not kept
+        self.tokens, self.piece, self.state = self.tokens[:length], self._part(0, length), None
 
     def _part(self, begin: int, end: int) -> Piece:
         assert self.piece is not None
@@ -89,7 +116,7 @@ def _common_length(a: list[int], b: list[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token's keys and values are, in every layer."""
+    """What one token's keys and values are, in every attention layer, and what states the other layers have."""
 
     num_layers: int
     key: tuple[int, int]
@@ -97,6 +124,10 @@ class KVShape:
     value: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    is_state: tuple[bool, ...] = ()
+    """For each layer of a hybrid model, whether it has a state instead of keys and values."""
+    states: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    """Shape and dtype of one layer's states of one sequence."""
 
     def zeros(self, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
         """Zeros, not empty memory: a masked column has weight 0, and 0 * NaN would be NaN."""
@@ -105,6 +136,13 @@ class KVShape:
             for heads, dim in (self.key, self.value)
         )
         return keys, values
+
+    def zero_states(self, num_rows: int) -> State:
+        """What rows without tokens begin with."""
+        count = sum(self.is_state)
+        return tuple(
+            torch.zeros(count, num_rows, *size, dtype=dtype, device=self.device) for size, dtype in self.states
+        )
 
 
 class _BatchLayer(DynamicLayer):
@@ -125,8 +163,24 @@ class _BatchLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def _state_layer(states: Sequence[Tensor]) -> Any:
+    """One layer of a `KVBatch` with states [B, ...]: what the model's calls update is these tensors themselves."""
+    # not there in older versions, whose hybrid models are refused
+    from transformers.cache_utils import LinearAttentionLayer
+
+    layer = LinearAttentionLayer()
+    layer.dtype, layer.device = states[0].dtype, states[0].device
+    layer.conv_states[0], layer.conv_kernel_size[0] = states[0], states[0].shape[-1]
+    # a row without tokens has zeros, which is what a sequence begins with
+    layer.is_conv_states_initialized[0] = layer.has_previous_state[0] = True
+    if len(states) > 1:
+        layer.recurrent_states[0], layer.is_recurrent_states_initialized[0] = states[1], True
+    return layer
+
+
 class KVBatch:
-    """Keys and values of rows that end at one column, `length`; row i begins at column `starts[i]`.
+    """Keys and values of rows that end at one column, `length`; row i begins at column `starts[i]`. Of hybrid models
+    their states too.
 
     Live rows are the first ones of the buffer: a row that leaves is overwritten by the last, a row that joins goes
     behind them, so neither moves the others.
@@ -137,6 +191,7 @@ class KVBatch:
         self.length = 0
         self.starts: list[int] = []
         self.keys, self.values = shape.zeros(0, 0)
+        self.states = shape.zero_states(0)
         self._cache: DynamicCache | None = None
 
     def cache(self, num_new: int) -> DynamicCache:
@@ -147,16 +202,23 @@ class KVBatch:
         if self._cache is None:
             num_rows = len(self.starts)
             self._cache = DynamicCache()
-            self._cache.layers = [
+            attention = (
                 _BatchLayer(keys[:num_rows], values[:num_rows], self.length)
                 for keys, values in zip(self.keys, self.values, strict=True)
-            ]
+            )
+            others = (_state_layer([x[:num_rows] for x in states]) for states in zip(*self.states, strict=True))
+            order = self.shape.is_state or (False,) * self.shape.num_layers
+            self._cache.layers = [next(others if is_state else attention) for is_state in order]
         return self._cache
 
     def row(self, index: int) -> Piece:
         """Views [L, H, n, D] of one row."""
         begin = self.starts[index]
         return self.keys[:, index, :, begin : self.length], self.values[:, index, :, begin : self.length]
+
+    def state(self, index: int) -> State | None:
+        """Views [M, ...] of one row; None where the model has no states."""
+        return tuple(x[:, index] for x in self.states) or None
 
     def reserve(self, num_rows: int, num_columns: int, num_new: int = 1) -> None:
         """Makes room for `num_rows` more rows of up to `num_columns` tokens and for `num_new` tokens behind all rows,
@@ -168,8 +230,9 @@ class KVBatch:
         if shift or total > self.keys.shape[1] or self.length > self.keys.shape[3]:
             self._rebuild(shift, num_new, total)
 
-    def join(self, pieces: Sequence[Piece], num_copies: int = 1) -> None:
-        """Adds `num_copies` equal rows, the pieces one behind the other."""
+    def join(self, pieces: Sequence[Piece], num_copies: int = 1, state: State | None = None) -> None:
+        """Adds `num_copies` equal rows, the pieces one behind the other; `state` is that of hybrid models behind them,
+        None where there are no pieces."""
         num_tokens = sum(keys.shape[2] for keys, _ in pieces)
         self.reserve(num_copies, num_tokens)
         begin, end = len(self.starts), len(self.starts) + num_copies
@@ -179,6 +242,8 @@ class KVBatch:
             self.keys[:, begin:end, :, column:stop] = keys[:, None]
             self.values[:, begin:end, :, column:stop] = values[:, None]
             column = stop
+        for x, new in zip(self.states, state or self.shape.zero_states(1), strict=True):
+            x[:, begin:end] = new[:, None] if state else new
         self.starts += [self.length - num_tokens] * num_copies
         self._cache = None
 
@@ -193,6 +258,8 @@ class KVBatch:
             order[hole] = source
             self.keys[:, hole] = self.keys[:, source]
             self.values[:, hole] = self.values[:, source]
+            for x in self.states:
+                x[:, hole] = x[:, source]
         self.starts = [self.starts[i] for i in order]
         self._cache = None
         if self.starts and 2 * min(self.starts) > self.length:
@@ -211,4 +278,8 @@ class KVBatch:
         if live:
             for new, source in zip((self.keys, self.values), old, strict=True):
                 new[:, :live, :, begin + shift : length] = source[:, :live, :, begin : self.length]
+        if slots != old[0].shape[1]:
+            kept, self.states = self.states, self.shape.zero_states(slots)
+            for new, source in zip(self.states, kept, strict=True):
+                new[:, :live] = source[:, :live]
         self.length, self.starts, self._cache = length, [start + shift for start in self.starts], None

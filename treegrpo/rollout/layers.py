@@ -6,12 +6,20 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from treegrpo.rollout.kv import KVShape
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+STATE_LAYER_TYPES = ("linear_attention", "conv")
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "lfm2", "lfm2_moe")
+"""Families whose layers go on from a state with several tokens at once. Others call their layers the same, but take one
+token at a time, keep several states or a cache of their own."""
+HYBRIDS_SINCE = "5.17"
+"""The version of transformers from which on they do."""
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -34,13 +42,23 @@ def check_layers(model: nn.Module, max_context_length: int) -> int | None:
     """The sliding window, None where no layer has one. ValueError for layers the engine cannot serve."""
     name, config = type(model).__name__, _text_config(model)
     types = getattr(config, "layer_types", None)
-    foreign = sorted(set(types or ()) - set(LAYER_TYPES))
-    if foreign or getattr(model, "_is_stateful", False) or getattr(config, "is_encoder_decoder", False):
+    is_hybrid = _is_hybrid(model)
+    known = LAYER_TYPES + STATE_LAYER_TYPES if is_hybrid else LAYER_TYPES
+    foreign = sorted(set(types or ()) - set(known))
+    is_stateful = getattr(model, "_is_stateful", False) and not is_hybrid
+    if foreign or is_stateful or getattr(config, "is_encoder_decoder", False):
         what = f"has layers of type {', '.join(foreign)}" if foreign else "is not a plain attention decoder"
         raise ValueError(
-            f"{name} {what}: branches continue from keys and values of single tokens, which a recurrent or chunked"
-            " state is not; use a model whose layers are all attention, or another engine"
+            f"{name} {what}: branches continue from keys and values of single tokens, or from the states of the hybrid"
+            f" models {', '.join(HYBRIDS)}; use one of these, a model whose layers are all attention, or another engine"
         )
+    if is_hybrid and Version(transformers.__version__) < Version(HYBRIDS_SINCE):
+        raise ValueError(
+            f"{name} is a hybrid model, whose layers cannot go on from a kept state in transformers"
+            f" {transformers.__version__}: install {HYBRIDS_SINCE} or newer, or use another engine"
+        )
+    if is_hybrid and not set(types or LAYER_TYPES) & set(LAYER_TYPES):
+        raise ValueError(f"{name} has no attention layer, by which its cache counts tokens: use another engine")
     window = getattr(config, "sliding_window", None)
     if window is None or (types is not None and "sliding_attention" not in types):
         return None
@@ -67,11 +85,12 @@ def keywords(model: nn.Module) -> tuple[dict[str, int], str]:
 
 
 def probe_shape(model: PreTrainedModel) -> KVShape:
-    """Computes one token to see what the model caches; ValueError where that is not equal keys and values per layer."""
+    """Computes one token to see what the model caches; ValueError where that is not equal keys and values per attention
+    layer, and equal states in the other layers of a hybrid model."""
     name, config = type(model).__name__, _text_config(model)
     device = model.get_input_embeddings().weight.device
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config) if _is_hybrid(model) else DynamicCache()
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -80,14 +99,32 @@ def probe_shape(model: PreTrainedModel) -> KVShape:
     finally:
         for module in training:
             module.training = True
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    is_state = tuple(hasattr(layer, "conv_states") for layer in cache.layers)
+    states = {_states(layer) for layer, has_state in zip(cache.layers, is_state, strict=True) if has_state}
+    attention = [layer for layer, has_state in zip(cache.layers, is_state, strict=True) if not has_state]
+    pairs = [(layer.keys, layer.values) for layer in attention]
     plain = all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == 1 for pair in pairs for x in pair)
     kinds = {(k.shape, v.shape, k.dtype, v.dtype, k.device, v.device) for k, v in pairs} if plain else set()
-    if len(pairs) != config.num_hidden_layers or len(kinds) != 1 or pairs[0][0].dtype != pairs[0][1].dtype:
+    if len(is_state) != config.num_hidden_layers or len(kinds) != 1 or pairs[0][0].dtype != pairs[0][1].dtype:
         raise ValueError(
             f"{name} does not cache keys and values of one shape on one device in each of its"
-            f" {config.num_hidden_layers} layers: use another model or another engine"
+            f" {len(attention) if any(is_state) else config.num_hidden_layers} attention layers: use another model or"
+            " another engine"
         )
     keys, values = pairs[0]
+    if len(states) > 1 or any(place != keys.device for kind in states for *_, place in kind):
+        raise ValueError(f"{name} does not keep states of one shape on one device: use another engine")
     key, value = ((x.shape[1], x.shape[3]) for x in (keys, values))
-    return KVShape(len(pairs), key, value, keys.dtype, keys.device)
+    sizes = tuple((size, dtype) for kind in states for size, dtype, _ in kind)
+    return KVShape(len(pairs), key, value, keys.dtype, keys.device, is_state if states else (), sizes)
+
+
+def _is_hybrid(model: nn.Module) -> bool:
+    # of the whole model: one with images has positions of its own
+    return getattr(getattr(model, "config", None), "model_type", None) in HYBRIDS
+
+
+def _states(layer: Any) -> tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]:
+    """Shape of one sequence, dtype and device of each state of a cache's layer."""
+    states = [*layer.conv_states.values(), *(x for x in layer.recurrent_states.values() if x is not None)]
+    return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in states)
