@@ -147,6 +147,20 @@ def test_doctor_names_every_backend(capsys):
     text = capsys.readouterr().out
     assert all(f"backend {name}" in text for name in ("reference", "cpu", "triton", "cuda", "gather"))
     assert "torch" in text and "transformers" in text and "nvcc" in text
+    assert "recurrent layers" in text
+
+
+def test_doctor_says_what_recurrent_layers_lack_on_a_gpu(monkeypatch):
+    from treegrpo import doctor
+    from treegrpo_kernels import recurrence
+
+    assert doctor._recurrence().cure is None or "flash-linear-attention" in doctor._recurrence().cure
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
+    monkeypatch.setattr(recurrence, "_missing", lambda *kind: "pip install it")
+    assert doctor._recurrence().cure == "pip install it"
+    monkeypatch.setattr(recurrence, "_missing", lambda *kind: None)
+    assert doctor._recurrence().cure is None
 
 
 def test_doctor_prints_extras_whole(monkeypatch, capsys):

@@ -299,7 +299,8 @@ def test_bad_calls_name_the_field():
         rule(q, k, v, g, beta, plan, way="fla")
     with pytest.raises(ValueError, match="way='fla' is not known"):
         tk.tree_gated_linear_attention(q, k, v, g, plan, way="fla")
-    assert "need a GPU" in fla_reason(q)
+    assert "need a GPU" in fla_reason(q.device, torch.bfloat16)
+    assert "not torch.float32" in fla_reason(torch.device("cuda"), torch.float32)
     for bad, match in [
         ((torch.zeros(3, 2), torch.zeros(2, 4), None), "x has shape"),
         ((torch.zeros(plan.num_tokens, 2), torch.zeros(3, 4), None), "weight has shape"),
@@ -307,3 +308,19 @@ def test_bad_calls_name_the_field():
     ]:
         with pytest.raises(ValueError, match=match):
             tk.tree_conv1d(*bad, plan)
+
+
+def test_auto_says_once_what_it_takes_and_why(caplog):
+    from treegrpo_kernels import recurrence
+
+    plan = tk.TreePlan.build(torch.as_tensor(FORESTS["two_trees"]))
+    tensors, _ = inputs(plan.num_tokens, "delta")
+    recurrence._announce.cache_clear()
+    with caplog.at_level("INFO", logger="treegrpo_kernels"):
+        for _ in range(2):
+            tk.tree_gated_delta_rule(*tensors, plan)
+        recurrence._announce("cuda", "no fla")
+    first, second = caplog.records
+    assert "tree_gated_delta_rule on cpu uses torch (flash-linear-attention's kernels need a GPU" in first.message
+    assert first.levelname == "INFO" and second.levelname == "WARNING"
+    recurrence._announce.cache_clear()

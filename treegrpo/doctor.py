@@ -43,7 +43,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding, in the order they are printed."""
-    return [_python(), *_packages(), *_compilers(), *_devices(), *_backends(), _engines()]
+    return [_python(), *_packages(), *_compilers(), *_devices(), *_backends(), _recurrence(), _engines()]
 
 
 def print_report(console) -> None:
@@ -174,6 +174,19 @@ def _backends() -> list[Finding]:
         else:
             findings.append(Finding(f"backend {name}", reason, _CURES.get(name, "see the reason")))
     return findings
+
+
+def _recurrence() -> Finding:
+    """What recurrent layers of hybrid models are computed with."""
+    import torch
+
+    from treegrpo_kernels.recurrence import fla_reason
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = fla_reason(device, torch.bfloat16)
+    if reason is None:
+        return Finding("recurrent layers", "flash-linear-attention, else torch")
+    return Finding("recurrent layers", f"torch ({reason})", reason if device.type == "cuda" else None)
 
 
 def _usable(name: str) -> str:

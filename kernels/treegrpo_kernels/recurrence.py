@@ -19,6 +19,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ from . import reference
 from .pieces import Pieces, pieces_of
 from .plan import TreePlan
 from .state_chunks import CHUNK, chunked
+
+_log = logging.getLogger("treegrpo_kernels")
 
 WAYS = ("auto", "fla", "torch", "reference")
 
@@ -68,10 +71,12 @@ def tree_gated_delta_rule(
         raise ValueError(f"beta has shape {tuple(beta.shape)}: give [T, Hv] = {tuple(v.shape[:2])}")
     if way not in WAYS:
         raise ValueError(f"way={way!r} is not known: take one of {', '.join(WAYS)}")
-    reason = fla_reason(q, g.dim() == 3) if way in ("auto", "fla") else None
+    reason = fla_reason(q.device, q.dtype, g.dim() == 3) if way in ("auto", "fla") else None
     if way == "fla" and reason is not None:
         raise ValueError(f"way='fla' cannot run here: {reason}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if way == "auto" and not torch.compiler.is_compiling():
+        _announce(q.device.type, reason)
     if way == "fla" or (way == "auto" and reason is None):
         return _fla_by_levels(q, k, v, g, beta, plan, scale, normalize)
     return _in_torch(q, k, v, g, beta, plan, scale, normalize, way)
@@ -89,6 +94,13 @@ def tree_gated_linear_attention(
     if way not in WAYS or way == "fla":
         raise ValueError(f"way={way!r} is not known: take one of auto, torch, reference")
     return _in_torch(q, k, v, g, None, plan, q.shape[2] ** -0.5 if scale is None else scale, False, way)
+
+
+@functools.cache
+def _announce(device: str, reason: str | None) -> None:
+    """Says what auto takes and why, once; as a warning where a GPU could do better."""
+    level = logging.WARNING if device == "cuda" and reason is not None else logging.INFO
+    _log.log(level, "tree_gated_delta_rule on %s uses %s", device, f"torch ({reason})" if reason else "fla")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, plan: TreePlan) -> None:
@@ -110,13 +122,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, plan: TreePlan) -> None:
         raise ValueError(f"plan is on {plan.device}, q on {q.device}: build it with TreePlan.build(..., device=...)")
 
 
-def fla_reason(q: Tensor, per_channel: bool = False) -> str | None:
-    """None where flash-linear-attention's kernels take tensors like ``q``, else why not, as a sentence."""
-    if q.device.type != "cuda":
-        return f"flash-linear-attention's kernels need a GPU, not {q.device.type!r}"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-linear-attention's kernels take bfloat16 and float16, not {q.dtype}"
-    return _missing(per_channel, torch.cuda.get_device_capability(q.device)[0] == 9)
+def fla_reason(device: torch.device, dtype: torch.dtype, per_channel: bool = False) -> str | None:
+    """None where flash-linear-attention's kernels serve, with decays per head or per channel; else why not."""
+    if device.type != "cuda":
+        return f"flash-linear-attention's kernels need a GPU, not {device.type!r}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-linear-attention's kernels take bfloat16 and float16, not {dtype}"
+    return _missing(per_channel, torch.cuda.get_device_capability(device)[0] == 9)
 
 
 @functools.cache
