@@ -84,3 +84,43 @@ def _build(plan: TreePlan, longest: int | None) -> Pieces:
     level_tokens = torch.zeros_like(level_pieces).index_add_(0, level, length)
     counts = torch.stack([level_pieces, level_tokens]).tolist() if num_tokens else [[], []]
     return Pieces(token, place, length, parent, tuple(counts[0]), tuple(counts[1]))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The unbranched runs of ``pieces_of(plan)`` in that order, each as its shorter pieces. All int32 on the device.
+
+    Example: subtree_end = [6 6 5 4 5 6] has the runs [0 1] | [2] [5] | [3] [4]; of pieces of at most one token, [0] |
+    [1] | [2] [5] | [3] [4], their pieces are piece = [0 1 2 3 4 5], offsets = [0 2 3 4 5 6]; parent = [-1 0 0 1 1], and
+    the children of run r are the runs children[r] up to children[r + 1]: children = [1 3 5 5 5 5].
+    """
+
+    piece: Tensor  # [N] pieces, run after run, each run's in order of its tokens
+    offsets: Tensor  # [S+1] where each run's begin
+    parent: Tensor  # [S] the run that a run begins behind, -1 for roots
+    children: Tensor  # [S+1] the first run behind each, for those of a level stand in the order of their parents
+    level_runs: tuple[int, ...]  # runs of each level
+
+
+def runs_of(plan: TreePlan, longest: int) -> Runs:
+    """The plan's runs and their pieces of at most ``longest`` tokens, built once per plan."""
+    return plan.made_once(("runs", longest), partial(_build_runs, plan, longest))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _build_runs(plan: TreePlan, longest: int) -> Runs:
+    whole, cut = pieces_of(plan), pieces_of(plan, longest)
+    run = torch.arange(whole.num_pieces, device=plan.device)
+    first = cut.token[cut.length.cumsum(0) - cut.length]
+    run_of_piece = torch.repeat_interleave(run, whole.length)[whole.place[first]]
+    order = torch.argsort(run_of_piece * plan.num_tokens + first)
+    offsets = torch.nn.functional.pad(torch.bincount(run_of_piece, minlength=whole.num_pieces).cumsum(0), (1, 0))
+    before = torch.tensor([0, 0, *whole.level_pieces], device=plan.device).cumsum(0)[: len(whole.level_pieces)]
+    level = torch.repeat_interleave(torch.tensor(whole.level_pieces, device=plan.device))
+    parent = torch.where(whole.parent < 0, -1, whole.parent + before[level])
+    num_children = torch.bincount(parent[parent >= 0], minlength=whole.num_pieces)
+    num_roots = whole.level_pieces[0] if whole.level_pieces else 0
+    children = num_roots + torch.nn.functional.pad(num_children.cumsum(0), (1, 0))
+    order, offsets, parent, children = (x.to(torch.int32) for x in (order, offsets, parent, children))
+    return Runs(order, offsets, parent, children, whole.level_pieces)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .pieces import Pieces, pieces_of
+from .pieces import Pieces, Runs, pieces_of, runs_of
 from .plan import TreePlan
 
 CHUNK = 64
@@ -31,14 +31,24 @@ BLOCK = 16
 
 
 def chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, plan: TreePlan, chunk: int = CHUNK
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    plan: TreePlan,
+    *,
+    chunk: int = CHUNK,
+    kernels: bool | None = None,
 ) -> Tensor:
     """q (scaled) and k [T,Hk,D], v [T,H,Dv], g [T,H] or [T,H,D], beta [T,H] or None (no delta rule), all of one dtype
-    -> [T,H,Dv]."""
+    -> [T,H,Dv]. ``kernels``: whether Triton's walk from state to state; by default where it serves."""
     if not plan.num_tokens:
         # keeps the graph, so that backward gives empty gradients and no error
         return v + 0 * sum(x.sum() for x in (q, k, g, beta) if x is not None)
     pieces = pieces_of(plan, chunk)
+    kernels = _kernels_serve(q) if kernels is None else kernels
+    walk = runs_of(plan, chunk) if kernels else pieces
     # slot of every token among N x C, and the token of every slot (T where there is none)
     first = pieces.length.cumsum(0) - pieces.length
     piece = torch.repeat_interleave(torch.arange(pieces.num_pieces, device=q.device), pieces.length)
@@ -58,14 +68,14 @@ def chunked(
     at_end = since[..., -1:, :].transpose(-1, -2)
     if beta is None:
         (scores,) = _scores(k, within, q)
-        state, written = _Scan.apply(v, None, k * to_end, at_end, pieces)
+        state, written = _Scan.apply(v, None, k * to_end, at_end, walk)
     else:
         rate = cut(beta)[..., None]
         scores, system = _scores(k, within, q, k)
         columns = rate * torch.cat([v, k * since], -1)
         solved = torch.linalg.solve_triangular(rate * system, columns, upper=False, unitriangular=True)
         u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
-        state, written = _Scan.apply(u, w, k * to_end, at_end, pieces)
+        state, written = _Scan.apply(u, w, k * to_end, at_end, walk)
     out = (q * since) @ state + scores @ written
     return out.transpose(1, 2).flatten(0, 1).index_select(0, slot[pieces.place])
 
@@ -95,28 +105,34 @@ def _scores(k: Tensor, within: Tensor, *rows: Tensor) -> list[Tensor]:
     return [torch.cat(found, -2) for found in parts]
 
 
+def _kernels_serve(x: Tensor) -> bool:
+    """Whether Triton's walk takes queries like ``x`` [T, H, D]."""
+    from . import triton
+
+    if x.device.type != "cuda" or x.dtype != torch.float32 or triton.reason(x.device) is not None:
+        return False
+    from .triton.state_scan import LARGEST_DIM
+
+    return x.shape[2] <= LARGEST_DIM
+
+
 class _Scan(torch.autograd.Function):
-    """The states that chunks begin with, and V' = U - W S (U where W is None); a level at a time, all branches in one
-    product."""
+    """The states that chunks begin with, and V' = U - W S (U where W is None): by Triton's kernels where ``walk``
+    is the plan's runs, else by levels of chunks, all branches in one product."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, w: Tensor | None, k: Tensor, decay: Tensor, pieces: Pieces) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, u: Tensor, w: Tensor | None, k: Tensor, decay: Tensor, walk: Pieces | Runs
+    ) -> tuple[Tensor, Tensor]:
         """u [N,H,C,Dv], w and k [N,H,C,D], decay [N,H,1,1] or [N,H,D,1] -> state [N,H,D,Dv], written [N,H,C,Dv]."""
-        state = u.new_zeros(*u.shape[:2], k.shape[-1], u.shape[-1])
-        written = u.clone()
-        sizes = pieces.level_pieces
-        parts = zip(*(x.split(sizes) for x in (k, decay, state, written, pieces.parent)), strict=True)
-        reads = None if w is None else w.split(sizes)
-        behind: Tensor | None = None
-        for level, (k_l, decay_l, state_l, written_l, parent) in enumerate(parts):
-            if behind is not None:
-                torch.index_select(behind, 0, parent, out=state_l)
-                if reads is not None:
-                    written_l -= reads[level] @ state_l
-            if level + 1 < len(sizes):
-                behind = decay_l * state_l + k_l.transpose(-1, -2) @ written_l
+        if isinstance(walk, Runs):
+            from .triton.state_scan import scan
+
+            state, written = scan(u, w, k, decay, walk)
+        else:
+            state, written = _scan(u, w, k, decay, walk)
         ctx.save_for_backward(w, k, decay, state, written)
-        ctx.pieces = pieces
+        ctx.walk = walk
         return state, written
 
     @staticmethod
@@ -124,26 +140,54 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dstate: Tensor, dwritten: Tensor) -> tuple[Tensor | None, ...]:
         """dU = dV', dW = -dV' S^T, dk = V' dS'^T, d(decay) = <S, dS'>, where dS' sums the children's dS."""
         w, k, decay, state, written = ctx.saved_tensors
-        pieces: Pieces = ctx.pieces
-        sizes = pieces.level_pieces
-        dstate, dwritten = dstate.clone(), dwritten.clone()
-        dbehind = torch.zeros_like(dstate)
-        parts = zip(*(x.split(sizes) for x in (k, decay, dstate, dwritten, dbehind)), strict=True)
-        reads = None if w is None else w.split(sizes)
-        parents = pieces.parent.split(sizes)
-        dabove: Tensor
-        for level, (k_l, decay_l, dstate_l, dwritten_l, dbehind_l) in reversed(list(enumerate(parts))):
-            if level + 1 < len(sizes):
-                # dbehind_l holds what the level below put there
-                dwritten_l += k_l @ dbehind_l
-                dstate_l += decay_l * dbehind_l
-            if level:
-                if reads is not None:
-                    dstate_l -= reads[level].transpose(-1, -2) @ dwritten_l
-                dabove = dbehind.narrow(0, sum(sizes[: level - 1]), sizes[level - 1])
-                # not index_add_: on a GPU it adds in any order
-                dabove.index_put_((parents[level],), dstate_l, accumulate=True)
+        if isinstance(ctx.walk, Runs):
+            from .triton.state_scan import scan_backward
+
+            dbehind, dwritten = scan_backward(w, k, decay, dstate, dwritten, ctx.walk)
+        else:
+            dbehind, dwritten = _scan_backward(w, k, decay, dstate, dwritten, ctx.walk)
         dw = None if w is None else -dwritten @ state.transpose(-1, -2)
         dk = written @ dbehind.transpose(-1, -2)
         ddecay = (state * dbehind).sum_to_size(decay.shape)
         return dwritten, dw, dk, ddecay, None
+
+
+def _scan(u: Tensor, w: Tensor | None, k: Tensor, decay: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    state = u.new_zeros(*u.shape[:2], k.shape[-1], u.shape[-1])
+    written = u.clone()
+    sizes = pieces.level_pieces
+    parts = zip(*(x.split(sizes) for x in (k, decay, state, written, pieces.parent)), strict=True)
+    reads = None if w is None else w.split(sizes)
+    behind: Tensor | None = None
+    for level, (k_l, decay_l, state_l, written_l, parent) in enumerate(parts):
+        if behind is not None:
+            torch.index_select(behind, 0, parent, out=state_l)
+            if reads is not None:
+                written_l -= reads[level] @ state_l
+        if level + 1 < len(sizes):
+            behind = decay_l * state_l + k_l.transpose(-1, -2) @ written_l
+    return state, written
+
+
+def _scan_backward(
+    w: Tensor | None, k: Tensor, decay: Tensor, dstate: Tensor, dwritten: Tensor, pieces: Pieces
+) -> tuple[Tensor, Tensor]:
+    """(dS' of every chunk, all of dV')."""
+    sizes = pieces.level_pieces
+    dstate, dwritten = dstate.clone(), dwritten.clone()
+    dbehind = torch.zeros_like(dstate)
+    parts = zip(*(x.split(sizes) for x in (k, decay, dstate, dwritten, dbehind)), strict=True)
+    reads = None if w is None else w.split(sizes)
+    parents = pieces.parent.split(sizes)
+    for level, (k_l, decay_l, dstate_l, dwritten_l, dbehind_l) in reversed(list(enumerate(parts))):
+        if level + 1 < len(sizes):
+            # dbehind_l holds what the level below put there
+            dwritten_l += k_l @ dbehind_l
+            dstate_l += decay_l * dbehind_l
+        if level:
+            if reads is not None:
+                dstate_l -= reads[level].transpose(-1, -2) @ dwritten_l
+            dabove = dbehind.narrow(0, sum(sizes[: level - 1]), sizes[level - 1])
+            # not index_add_: on a GPU it adds in any order
+            dabove.index_put_((parents[level],), dstate_l, accumulate=True)
+    return dbehind, dwritten

@@ -30,7 +30,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan import TreePlan
-from . import _DKV, _DQ, _FWD, head, hopper, tile_tensors
+from . import _DKV, _DQ, _FWD, head, hopper, state_scan, tile_tensors
 from .backward import delta_launch, dq_launch
 from .backward_dkv import dkv_launch, new_partials
 from .common import Config, Launch, config, tma_fits
@@ -39,6 +39,8 @@ from .hopper_common import HopperLaunch
 from .split import sum_launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# what the walk from state to state multiplies in, whatever the model's dtype
+SCAN_DTYPE = "tf32x3"
 # opt-in shared memory per block in bytes: CUDA C++ Programming Guide, technical specifications per compute capability
 _KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 SHARED_LIMIT = {arch: kib * 1024 for arch, kib in _KIB.items()}
@@ -70,6 +72,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "cap": {"softcap": 30.0, "sinks": True},
     "sinks": {"sinks": True},
     "window": {"window": 1024},
+    "channels": {"per_channel": True},
 }
 HEAD_KERNELS = {"plain": ("head_score", "head_slope"), "cap": ("head_score", "head_slope")}
 PLAIN_KERNELS = {
@@ -77,6 +80,7 @@ PLAIN_KERNELS = {
     "cap": ("dkv", "dq", "fwd"),
     "window": ("dkv", "dkv_split", "dq", "fwd"),
 }
+SCAN_KERNELS = {"plain": ("scan_fwd", "scan_bwd"), "channels": ("scan_fwd", "scan_bwd")}
 HOPPER_KERNELS = {
     "plain": ("hopper_dkv", "hopper_dkv_split", "hopper_dq", "hopper_fwd"),
     "sinks": ("hopper_fwd",),
@@ -232,7 +236,7 @@ def compile_launch(launch: Launch | HopperLaunch, arch: int) -> Compiled:
 
 def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = None) -> Result:
     """``tiles`` and ``tma`` default to what a launch would choose."""
-    dtype = DTYPES[case.dtype]
+    dtype = DTYPES.get(case.dtype, torch.float32)
     tiles = tiles or config(case.head_dim, case.head_dim, dtype, case.arch)
     options = FEATURES[case.features]
     if tma is None:
@@ -241,6 +245,8 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     launch: Launch | HopperLaunch
     if case.head_dim == 0:
         launch = head.launches(dtype, entropy=case.features == "cap", cap=options.get("softcap", 0.0))[case.kernel]
+    elif case.kernel.startswith("scan"):
+        launch = state_scan.launches(case.head_dim, case.arch, **options)[case.kernel]
     elif specialised:
         launch = hopper_launches(case.head_dim, dtype, **options)[case.kernel]
     else:
@@ -262,7 +268,7 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
     if shared > limit:
         errors.append(f"{shared} bytes of shared memory, limit {limit}")
     # head dims over 128 leave dK/dV too few registers for the 64 key rows that wgmma wants
-    wants_wgmma = case.arch == 90 and case.dtype != "fp32" and case.head_dim <= 128
+    wants_wgmma = case.arch == 90 and case.dtype not in ("fp32", "tf32x3") and case.head_dim <= 128
     if wants_wgmma and case.kernel not in WITHOUT_PRODUCTS and not wgmma:
         errors.append("no wgmma")
     return Result(case, registers, spilled, shared, wgmma, seconds, "; ".join(errors) or None)
@@ -270,8 +276,13 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
 
 def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
     """Every kernel plain; and, for the first dtype, with softcap and sinks (those for Hopper with sinks), and with a
-    window. On Blackwell the first dtype alone."""
+    window. On Blackwell the first dtype alone. The walk from state to state has one dtype."""
     for arch in archs:
+        for head_dim in head_dims:
+            if head_dim <= state_scan.LARGEST_DIM:
+                for features, kernels in SCAN_KERNELS.items():
+                    for kernel in kernels:
+                        yield Case(kernel, arch, head_dim, SCAN_DTYPE, features)
         for dtype, head_dim in product(dtypes[:1] if arch >= 100 else dtypes, (0, *head_dims)):
             families = [PLAIN_KERNELS if head_dim else HEAD_KERNELS]
             if 90 <= arch < 100 and head_dim in hopper.HEAD_DIMS and dtype != "fp32":
