@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import tiny
 import torch
 from test_convert import CHATML, TALK, byte_tokenizer
+from transformers import AutoConfig
 
 from treegrpo import compare, load
 from treegrpo.cli import main
@@ -285,6 +287,15 @@ def test_examples_are_valid_settings(path):
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "models").glob("*.yaml")), ids=lambda path: path.stem)
 def test_example_models_have_known_costs(path):
     assert model_shape(read_model_config(path)).linear_parameters > 0
+
+
+def test_a_stored_config_with_an_infinite_limit_is_read(tmp_path):
+    """JSON has no infinity: transformers writes another value in its place."""
+    config = AutoConfig.for_model("bamba", hidden_size=32, mamba_n_heads=4)
+    if not hasattr(config, "time_step_limit"):
+        pytest.skip("this transformers knows no limits of step sizes")
+    config.save_pretrained(tmp_path)
+    assert read_model_config(tmp_path / "config.json").time_step_limit == config.time_step_limit == (0.0, math.inf)
 
 
 def test_missing_packages_of_the_command_line_are_named(monkeypatch, capsys):

@@ -47,6 +47,15 @@ class ModelShape:
     """Hv * Dk * Dv, all gated-delta layers: multiply-adds of each of a token's three products with their states."""
 
 
+def decode_floats(value: Any) -> Any:
+    """Stored values of a config, with infinities for what transformers writes in their place, as JSON has none."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: decode_floats(item) for name, item in value.items()}
+    return [decode_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def _load_config(config: Any) -> Any:
     """A transformers decoder config from a config object, a dict, or the path of a config.json or its folder."""
     if isinstance(config, (str, os.PathLike)):
@@ -59,7 +68,7 @@ def _load_config(config: Any) -> Any:
         except ValueError as error:
             raise ValueError(f"config: {path} is not JSON ({error})") from error
     if isinstance(config, Mapping):
-        values = dict(config)
+        values = decode_floats(config)
         model_type = values.pop("model_type", None)
         if model_type is None:
             raise ValueError("config: 'model_type' is missing, so the family's formula is not known; add e.g. 'qwen2'")

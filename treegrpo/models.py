@@ -15,6 +15,7 @@ import yaml
 
 from treegrpo.config import TrainConfig
 from treegrpo.dropout import disable_dropout
+from treegrpo.model_shape import decode_floats
 from treegrpo.parallel import Parallel
 from treegrpo.shards import SHARDS
 
@@ -46,7 +47,7 @@ def read_model_config(path: str | Path) -> Any:
             if path.suffix in (".yaml", ".yml")
             else json.loads(path.read_text(encoding="utf-8-sig"))
         )
-        return AutoConfig.for_model(**values)
+        return AutoConfig.for_model(**decode_floats(values))
     except (OSError, TypeError, KeyError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"model {path}: not a model folder or a config with model_type: {error}") from error
     except StrictDataclassError as error:
