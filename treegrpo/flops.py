@@ -1,7 +1,7 @@
 """Honest FLOPs: what training on flattened chains costs, and on the packed tree, from a model's config.
 
-Letters: T forwarded tokens, h hidden size, Hq and Hkv query and key/value heads, D head dim, f MLP width, V vocabulary,
-W window; K taps of a short convolution; Hv value heads of a gated-delta layer, each with a state S of Dk x Dv. One
+Letters: h hidden size, V vocabulary, Hq query heads, Dk and Dv head dims of keys and values, W window, K taps of a
+short convolution; Hv heads of a layer with states, each a state S of Dk x Dv (Mamba-2: state size x head dim). One
 definition (DEFINITION below) is printed with every number; matmuls only, as every MFU convention does. The baseline is
 the best chain: padding-free, LM head on trained tokens only. So the ratio contains no padding gains.
 """
@@ -27,10 +27,12 @@ forward FLOPs = linear + recurrent + attention + head
 training = 3 x forward (model FLOPs: no recompute, no masked tile elements)
   linear     2 x matmul parameters per forwarded token, all layers; no embedding, no norms; MoE: router, active experts;
              the K weights a short convolution has for each channel are parameters too
-  recurrent  6 x Dk x Dv x Hv per forwarded token and gated-delta layer: reading S k, adding k v^T, reading S q, however
-             a kernel chunks them; the decay of S is no product
-  attention  4 x D x Hq per visible (query, key) pair and attention layer, pairs exact: chain sum n(n+1)/2, tree sum of
-             depth+1; in a sliding layer of window W a query sees at most W tokens of its path, itself included
+  recurrent  per forwarded token, however a kernel chunks it: 6 x Dk x Dv x Hv a layer with a delta rule (reading S k,
+             adding k v^T, reading S q), 4 x Dk x Dv x Hv one with a Mamba-2 scan (adding B x^T, reading S C); the decay
+             of S is no product
+  attention  2 x (Dk + Dv) x Hq per visible (query, key) pair and attention layer (latent attention: keys and values as
+             expanded), pairs exact: chain sum n(n+1)/2, tree sum of depth+1; in a sliding layer of window W a query
+             sees at most W tokens of its path, itself included
   head       2 x h x V per projected row; a row is a trained token (of every leaf: chain, or unique: tree)
 chain = every leaf on its own, padding-free, head on trained tokens only"""
 
@@ -141,9 +143,11 @@ def _cost(shape: ModelShape, tokens: int, head_rows: int, pairs_of: dict[int, in
         pairs=pairs_of[0],
         head_rows=head_rows,
         linear=2 * shape.linear_parameters * tokens,
-        attention=sum(4 * shape.pair_width * pairs_of[window] for window in shape.windows),
+        attention=sum(
+            2 * width * pairs_of[window] for width, window in zip(shape.pair_widths, shape.windows, strict=True)
+        ),
         head=2 * shape.head_parameters * head_rows,
-        recurrent=6 * shape.state_elements * tokens,
+        recurrent=2 * shape.state_products * tokens,
     )
 
 
