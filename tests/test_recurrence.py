@@ -180,6 +180,29 @@ def test_two_runs_are_bitwise_equal(kind):
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["delta", "mamba"])
+def test_a_large_layer_keeps_its_inputs_alone(kind, monkeypatch):
+    from treegrpo_kernels import recurrence
+
+    plan = tk.TreePlan.build(torch.as_tensor(cases.trie_subtree_end([[1] * 90 + [2 + i] * 70 for i in range(3)])))
+    tensors, dout = inputs(plan.num_tokens, kind, d=64, dv=64)
+    given = [x for x in tensors if x is not None]
+
+    def kept_and_found(limit):
+        monkeypatch.setattr(recurrence, "RECOMPUTE_FROM", limit)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            rule = tk.tree_gated_delta_rule if kind == "delta" else tk.tree_gated_linear_attention
+            out = rule(*given, plan)
+        return sum(x.nbytes for x in kept), [out, *torch.autograd.grad(out, given, dout)]
+
+    (all_bytes, plain), (few_bytes, again) = kept_and_found(2**40), kept_and_found(0)
+    assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
+    assert few_bytes <= sum(x.nbytes for x in given) < all_bytes
+    # the estimate is of the size of what is kept
+    assert 0.3 < recurrence.kept_bytes(tensors[0], tensors[2], len(pieces_of(plan, 64).length)) / all_bytes < 3
+
+
 def test_pieces_of_the_docstring():
     plan = tk.TreePlan.build(torch.tensor([6, 6, 5, 4, 5, 6]))
     pieces = pieces_of(plan)

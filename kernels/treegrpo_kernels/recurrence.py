@@ -20,10 +20,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import reference
 from .pieces import Pieces, pieces_of
@@ -32,6 +34,8 @@ from .state_chunks import CHUNK, chunked
 
 _log = logging.getLogger("treegrpo_kernels")
 
+RECOMPUTE_FROM = 2**28
+"""Bytes: a layer that would keep more for its backward computes its chunks again there, and keeps its inputs."""
 WAYS = ("auto", "fla", "torch", "reference")
 
 
@@ -152,6 +156,31 @@ def _missing(per_channel: bool, is_hopper: bool) -> str | None:
 
 
 def _in_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor | None,
+    plan: TreePlan,
+    scale: float,
+    normalize: bool,
+    way: str,
+) -> Tensor:
+    in_chunks = way != "reference" and torch.is_grad_enabled()
+    if in_chunks and kept_bytes(q, v, pieces_of(plan, CHUNK).num_pieces) > RECOMPUTE_FROM:
+        compute = partial(_compute, plan=plan, scale=scale, normalize=normalize, way=way)
+        return checkpoint(compute, q, k, v, g, beta, use_reentrant=False, preserve_rng_state=False)
+    return _compute(q, k, v, g, beta, plan, scale, normalize, way)
+
+
+def kept_bytes(q: Tensor, v: Tensor, num_chunks: int) -> int:
+    """What a backward through chunks would have kept, roughly."""
+    dim, value_dim = q.shape[2], v.shape[2]
+    a_chunk = CHUNK * (8 * dim + 5 * value_dim + 5 * CHUNK) + dim * value_dim
+    return num_chunks * v.shape[1] * a_chunk * (8 if q.dtype == torch.float64 else 4)
+
+
+def _compute(
     q: Tensor,
     k: Tensor,
     v: Tensor,
