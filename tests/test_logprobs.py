@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from cases import NAMED
-from models import VOCAB, tiny_model, tree_twin
+from models import HYBRID, VOCAB, tiny_model, tree_twin
 
 import treegrpo
 from treegrpo.head import ChunkedHead, HeadOptions, LogitTransform, Pairs, logit_transform
@@ -332,6 +332,8 @@ def test_transform_reads_the_config():
     assert logit_transform(tiny_model("cohere").config) == LogitTransform(0.5, 0.0)
     assert logit_transform(tiny_model("granite").config) == LogitTransform(1 / 3, 0.0)
     assert logit_transform(tiny_model("qwen3").config) == LogitTransform(1.0, 0.0)
+    if "falcon_h1" in HYBRID:
+        assert logit_transform(tiny_model("falcon_h1").config) == LogitTransform(0.3, 0.0)
 
 
 def test_bad_input(model, batch):

@@ -45,7 +45,7 @@ def logit_transform(config: Any) -> LogitTransform:
     """The transform a transformers config asks for. ``hf.check_model`` compares it with the model's own logits."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
+    scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
 
