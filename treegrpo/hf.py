@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import treegrpo_kernels as tk
 from treegrpo import recurrent
 from treegrpo.dropout import check_dropout
-from treegrpo.logprobs import is_blank, row_logprobs, unwrap
+from treegrpo.logprobs import is_blank, output_head, row_logprobs, unwrap
 from treegrpo.rope import rope_kind, rope_settings
 
 ATTENTION = "treegrpo"
@@ -417,8 +417,9 @@ def _compare_head(model: nn.Module, logits: Tensor, plan: tk.TreePlan, ids: Tens
     ours = row_logprobs(model, ids, plan, rows, ids)
     wide = logits.to(torch.float64)
     theirs = torch.log_softmax(wide, -1)[rows, ids]
-    # logits of a low-precision model carry one rounding each, of the size of the logits
-    bound = float(wide.abs().max()) * 2 * torch.finfo(logits.dtype).eps + 1e-5
+    # logits of a low-precision model carry one rounding each, of the size of the logits, whatever they are cast to
+    dtypes = {logits.dtype, output_head(unwrap(model)).weight.dtype}
+    bound = float(wide.abs().max()) * 2 * max(torch.finfo(dtype).eps for dtype in dtypes) + 1e-5
     error = float((ours.double() - theirs).abs().max())
     if not error <= bound:
         raise ValueError(
