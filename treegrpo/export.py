@@ -10,7 +10,7 @@ import torch
 from treegrpo import checkpoint as checkpoints
 from treegrpo import models
 from treegrpo.config import read_config
-from treegrpo.rollout.weights import checkpoint_weights, save_checkpoint
+from treegrpo.rollout.weights import save_checkpoint
 from treegrpo.shards import SHARDS, load_shards
 
 
@@ -42,14 +42,36 @@ def export(checkpoint: Path, out: Path, *, config: Path | None = None, dtype: to
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
         load_shards(model, None, checkpoint / SHARDS)
     if hasattr(model, "merge_and_unload"):
-        for _ in checkpoint_weights(model):
-            # refuses an adapter on one of two tied weights, which merging in place would put on both
-            pass
+        _check_tied(model)
         # merged in float32, rounded once
         model = model.merge_and_unload()
-    save_checkpoint(model.to(dtype), out)
+    _cast(model, dtype)
+    save_checkpoint(model, out)
     _copy_tokenizer((checkpoint, settings.tokenizer, settings.model), out)
     return out
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """To `dtype`, but for what transformers always reads in float32: a router with rounded biases routes otherwise."""
+    wide = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if wide & set(name.split("."))}
+    model.to(dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in kept:
+            tensor.data = kept[name]
+
+
+def _check_tied(model: torch.nn.Module) -> None:
+    """ValueError where an adapter sits on one of two tied weights: merging in place would put it on both."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for of_one in names.values():
+        if len({".base_layer." in name for name in of_one}) > 1:
+            raise ValueError(
+                f"{' and '.join(of_one)} are one weight, and an adapter changes one of them, which the base checkpoint"
+                " cannot hold: take the embedding and the head out of target_modules, or untie them"
+            )
 
 
 def _copy_tokenizer(folders: tuple[str | Path | None, ...], out: Path) -> None:
