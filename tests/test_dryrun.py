@@ -9,10 +9,11 @@ import pytest
 import tiny
 import torch
 from boxes import online_config, quick_box
+from models import HYBRID
 
 from treegrpo import Trajectory
 from treegrpo.cli import main
-from treegrpo.dryrun import run_plan
+from treegrpo.dryrun import _ranges, _small_copy, run_plan
 from treegrpo.models import read_model_config
 from treegrpo.rollout.order import EpochOrder
 from treegrpo.trainer import Trainer
@@ -105,6 +106,28 @@ def test_a_large_model_is_checked_as_a_small_copy(argv, tmp_path, capsys):
     tiny.write(tmp_path, rows, **large, **experts, model_type="minimax", layer_types=kinds)
     assert main([*argv, "--dry-run"]) == 2
     assert "layers of type linear_attention" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("nemotron_h" not in HYBRID, reason="a family of newer releases of transformers")
+def test_a_large_hybrid_is_checked_in_the_fewest_layers_of_all_kinds(argv, tmp_path, capsys):
+    rows = [Trajectory([1, 2, i], [0, 1, 1], reward=float(i), group="g") for i in (0, 1)]
+    # the size of Nemotron-H-8B, whose first layers of all kinds are eight: more than a check should build
+    shape = {"hidden_size": 4096, "intermediate_size": 21504, "hybrid_override_pattern": "M-M-M-M*-" + "M-" * 4}
+    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "n_groups": 8}
+    shape |= {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "num_hidden_layers": None}
+    _, model = tiny.write(tmp_path, rows, model_type="nemotron_h", **shape)
+    config = read_model_config(model)
+    assert _ranges(config) == [(0, 8), (5, 8)]
+    assert _small_copy(config, 5, 8).layer_types == ["mlp", "linear_attention", "full_attention"]
+    assert main([*argv, "--dry-run", "--lora-r", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "a random copy of few layers" in out and "LoRA rank 2 on down_proj, in_proj, k_proj" in out
+    # one that says where its layers of attention are cannot be cut behind the first
+    shape = {"attn_layer_indices": [9], "num_hidden_layers": 10, "hidden_size": 4096, "intermediate_size": 14336}
+    shape |= {"mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}
+    tiny.write(tmp_path, rows, model_type="bamba", **shape)
+    assert main([*argv, "--dry-run"]) == 0
+    assert "not checked: 10 layers of it have" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_tokenizer_of_another_model_is_refused(box, tmp_path):

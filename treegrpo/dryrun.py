@@ -32,13 +32,13 @@ def run_plan(config: TrainConfig) -> list[tuple[str, str]]:
     startup.find_checkpoint(config)
     startup.check_backend(config.backend)
     startup.schedule(config, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate))
-    structure = _structure(config, model_config)
+    structure, trained = _structure(config, model_config)
     num_parameters = sum(parameter.numel() for parameter in structure.parameters())
     weights = "from the folder" if Path(config.model).is_dir() else f"random, seed {config.seed}"
     rows = [
         ("model", f"{model_config.model_type}, {num_parameters:,} parameters, weights {weights}"),
         ("model family", _check_family(config, model_config, num_parameters)),
-        ("trained", f"LoRA rank {config.lora_r}" if config.lora_r else "all weights"),
+        ("trained", "; ".join(filter(None, (trained, models.left_out(model_config, structure))))),
         # a plan may be made on another machine than the run
         ("rollouts", "; ".join(filter(None, (config.rollouts, build.missing_package(config.rollouts))))),
     ]
@@ -115,8 +115,8 @@ def _epochs(config: TrainConfig, num_groups: int) -> str:
     return f"{config.groups_from(0) / num_groups:.2f} epochs in {config.max_steps:,} steps"
 
 
-def _structure(config: TrainConfig, model_config: Any) -> torch.nn.Module:
-    """The model without weights, with the adapters of the run tried on it."""
+def _structure(config: TrainConfig, model_config: Any) -> tuple[torch.nn.Module, str]:
+    """The model without weights, and what is trained of it, for which the adapters of the run are tried on it."""
     folder = Path(config.model)
     is_read = bool(config.lora_r or config.beta or not config.resume_from_checkpoint)
     if is_read and folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -126,11 +126,14 @@ def _structure(config: TrainConfig, model_config: Any) -> torch.nn.Module:
         if not folder.is_dir():
             raise ValueError(f"load_in_4bit needs a folder with weights, model={config.model!r} is a config file")
     with torch.device("meta"):
-        model = models.from_config(model_config, folder)
+        model, trained = models.from_config(model_config, folder), "all weights"
         if config.lora_r:
             # on a copy: adapters change the modules they go to, and are none of the parameters counted
-            models.with_adapters(copy.deepcopy(model), config, None)
-    return model
+            adapted = models.with_adapters(copy.deepcopy(model), config, None)
+            places = {name.partition(".lora_A.")[0] for name, p in adapted.named_parameters() if ".lora_A." in name}
+            names = sorted({place.removesuffix(".base_layer").rpartition(".")[2] for place in places})
+            trained = f"LoRA rank {config.lora_r} on {', '.join(names)}"
+    return model, trained
 
 
 def _check_family(config: TrainConfig, model_config: Any, num_parameters: int) -> str:
@@ -140,14 +143,18 @@ def _check_family(config: TrainConfig, model_config: Any, num_parameters: int) -
     if num_parameters <= _SMALL:
         small, checked = model_config, "the self-check passes on random weights"
     else:
-        small, checked = _small_copy(model_config), "the self-check passes on a random copy of few layers"
-        try:
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in models.from_config(small, config.model).parameters())
-        except ValueError as error:
-            return f"not checked: no small copy of it can be built ({error})"
-        if size > _LARGEST:
-            return f"not checked: two layers of it have {size:,} parameters; the run checks it at its start"
+        checked = "the self-check passes on a random copy of few layers"
+        for begin, end in _ranges(model_config):
+            small = _small_copy(model_config, begin, end)
+            try:
+                with torch.device("meta"):
+                    size = sum(parameter.numel() for parameter in models.from_config(small, config.model).parameters())
+            except ValueError as error:
+                return f"not checked: no small copy of it can be built ({error})"
+            if size <= _LARGEST:
+                break
+        else:
+            return f"not checked: {end - begin} layers of it have {size:,} parameters; the run checks it at its start"
     with models.seeded(config.seed):
         model = models.from_config(small, config.model, dtype=torch.float32)
     try:
@@ -159,20 +166,30 @@ def _check_family(config: TrainConfig, model_config: Any, num_parameters: int) -
     return checked
 
 
-def _small_copy(model_config: Any) -> Any:
-    """The config with the first layers in which every kind occurs, few experts, all of them narrow, and few tokens."""
+def _ranges(model_config: Any) -> list[tuple[int, int]]:
+    """Layers in which every kind occurs, as `(begin, end)`: the first ones, and, where those are more, the fewest."""
+    text = model_config.get_text_config()
+    num_layers, kinds = text.num_hidden_layers, list(getattr(text, "layer_types", None) or ())
+    first = min(num_layers, max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
+    begins = [begin for begin in range(first - 1) if set(kinds[begin:first]) == set(kinds)]
+    fewest = [(begin, first) for begin in begins[-1:] if begin]
+    # some configs hold no list of kinds, but the places of their layers of attention, which a cut would shift
+    return [(0, first), *(fewest if kinds in vars(text).values() else ())]
+
+
+def _small_copy(model_config: Any, begin: int, end: int) -> Any:
+    """The config with the layers from `begin` to `end` alone, few experts, all of them narrow, and few tokens."""
     small = copy.deepcopy(model_config)
     text = small.get_text_config()
-    num_layers, kinds = text.num_hidden_layers, list(getattr(text, "layer_types", None) or ())
-    num = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
+    num_layers = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == num_layers:
-            setattr(text, name, value[:num])
+            setattr(text, name, value[begin:end])
         elif name.endswith("intermediate_size") and isinstance(value, int):
             setattr(text, name, min(value, 64))
         elif name in ("num_experts", "num_local_experts", "n_routed_experts") and isinstance(value, int):
             setattr(text, name, min(value, 32))
-    text.num_hidden_layers = min(num_layers, num)
+    text.num_hidden_layers = end - begin
     text.vocab_size = min(text.vocab_size, 512)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# families whose Mamba-2 layers may hand the weight of out_proj to a kernel, which would pass an adapter by
+_OUT_PROJ_REFUSED = ("falcon_h1", "nemotron_h")
+
+
 def read_model_config(path: str | Path) -> Any:
     """The transformers config of a model folder, a checkpoint folder, or a .json/.yaml file with `model_type`.
 
@@ -31,7 +35,7 @@ def read_model_config(path: str | Path) -> Any:
         ValueError: nothing readable there, adapters alone, an unknown model_type, or a value of the wrong type.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     path = Path(path)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
@@ -41,22 +45,37 @@ def read_model_config(path: str | Path) -> Any:
         )
     try:
         if path.is_dir():
-            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        values = (
-            yaml.safe_load(path.read_text(encoding="utf-8"))
-            if path.suffix in (".yaml", ".yml")
-            else json.loads(path.read_text(encoding="utf-8-sig"))
-        )
-        return AutoConfig.for_model(**decode_floats(values))
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        else:
+            values = (
+                yaml.safe_load(path.read_text(encoding="utf-8"))
+                if path.suffix in (".yaml", ".yml")
+                else json.loads(path.read_text(encoding="utf-8-sig"))
+            )
+            config = AutoConfig.for_model(**decode_floats(values))
     except (OSError, TypeError, KeyError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"model {path}: not a model folder or a config with model_type: {error}") from error
     except StrictDataclassError as error:
         file = path / "config.json" if path.is_dir() else path
         raise ValueError(f"model {file}: {' '.join(str(error).split())}; mend that value") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"model {path}: transformers makes no causal LM of a {config.model_type}; give the folder of a language"
+            " model"
+        )
+    return config
 
 
 def vocabulary_size(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
+
+
+def left_out(config: Any, model: Any) -> str:
+    """What the published `config` describes beside the language model that `model` is, in words; "" for nothing."""
+    if config.model_type == model.config.model_type:
+        return ""
+    others = " and ".join(sorted(name for name in config.sub_configs if name != "text_config")) or "the rest"
+    return f"the language model alone ({model.config.model_type}) is trained and saved, without what {others} describes"
 
 
 def from_config(config: Any, path: str | Path, **options: Any) -> PreTrainedModel:
@@ -190,12 +209,16 @@ def with_adapters(model: PreTrainedModel, config: TrainConfig, checkpoint: Path 
                 " made with"
             )
         return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-    modules = config.lora_target_modules
+    modules = tuple(config.lora_target_modules)
+    is_all = modules == ("all-linear",)
+    # modules of a name that PEFT refuses there; without any it would warn
+    unfit = ["out_proj"] if is_all and model.config.model_type in _OUT_PROJ_REFUSED else None
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules="all-linear" if modules == ("all-linear",) else list(modules),
+        target_modules="all-linear" if is_all else list(modules),
+        exclude_modules=unfit,
         task_type="CAUSAL_LM",
     )
     with seeded(config.seed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import treegrpo_kernels
@@ -55,9 +56,25 @@ def check_logged(config: TrainConfig, trajectories: list[Trajectory], trees: lis
     if config.old_logprobs == "recorded":
         check_recorded(trajectories)
     check_logprobs(trajectories)
-    check_vocabulary(trajectories, models.vocabulary_size(models.read_model_config(config.model)), config.model)
+    model_config = models.read_model_config(config.model)
+    check_vocabulary(trajectories, models.vocabulary_size(model_config), config.model)
+    _check_text(trajectories, model_config)
     for tree in trees:
         step.check_budget(tree, config)
+
+
+def _check_text(trajectories: list[Trajectory], model_config: Any) -> None:
+    """ValueError naming the first token in whose place a model is given what an encoder made of an image or sound."""
+    for kind in ("image", "video", "audio"):
+        # transformers has both names
+        token = getattr(model_config, f"{kind}_token_id", getattr(model_config, f"{kind}_token_index", None))
+        for index, trajectory in enumerate(trajectories if isinstance(token, int) else ()):
+            found = np.flatnonzero(trajectory.token_ids == token)
+            if found.size:
+                raise ValueError(
+                    f"trajectory {index} (group {trajectory.group!r}): token_ids[{found[0]}] = {token} stands for"
+                    f" {kind} input, but models are trained on text alone; leave such trajectories out"
+                )
 
 
 def check_engine(config: TrainConfig) -> None:

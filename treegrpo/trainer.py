@@ -414,6 +414,8 @@ class Trainer:
             )
 
     def _open_output(self) -> MetricsFile:
+        if note := models.left_out(models.read_model_config(self.config.model), self.policy):
+            print(f"model {self.config.model}: {note}", file=sys.stderr)
         if self.config.overwrite_output_dir:
             checkpoints.remove_run(self.output_dir)
         elif self.checkpoint is None or not checkpoints.is_own(self.checkpoint, self.output_dir):
