@@ -156,13 +156,17 @@ def test_doctor_says_what_recurrent_layers_lack_on_a_gpu(monkeypatch):
     from treegrpo import doctor
     from treegrpo_kernels import recurrence
 
-    assert doctor._recurrence().cure is None or "flash-linear-attention" in doctor._recurrence().cure
+    def found():
+        [finding] = doctor._recurrence()
+        return finding
+
+    assert found().cure is None or "flash-linear-attention" in found().cure
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *device: (9, 0))
     monkeypatch.setattr(recurrence, "_missing", lambda *kind: "pip install it")
-    assert doctor._recurrence().cure == "pip install it"
+    assert found().cure == "pip install it"
     monkeypatch.setattr(recurrence, "_missing", lambda *kind: None)
-    assert doctor._recurrence().cure is None
+    assert found().cure is None
 
 
 def test_doctor_prints_extras_whole(monkeypatch, capsys):

@@ -43,7 +43,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding, in the order they are printed."""
-    return [_python(), *_packages(), *_compilers(), *_devices(), *_backends(), _recurrence(), _engines()]
+    return [_python(), *_packages(), *_compilers(), *_devices(), *_backends(), *_recurrence(), _engines()]
 
 
 def print_report(console) -> None:
@@ -176,17 +176,19 @@ def _backends() -> list[Finding]:
     return findings
 
 
-def _recurrence() -> Finding:
-    """What recurrent layers of hybrid models are computed with."""
-    import torch
+def _recurrence() -> list[Finding]:
+    """What recurrent layers of hybrid models are computed with; nothing where the backends' finding says what is wrong."""
+    try:
+        import torch
 
-    from treegrpo_kernels.recurrence import fla_reason
-
+        from treegrpo_kernels.recurrence import fla_reason
+    except ImportError:
+        return []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = fla_reason(device, torch.bfloat16)
     if reason is None:
-        return Finding("recurrent layers", "flash-linear-attention, else torch")
-    return Finding("recurrent layers", f"torch ({reason})", reason if device.type == "cuda" else None)
+        return [Finding("recurrent layers", "flash-linear-attention, else torch")]
+    return [Finding("recurrent layers", f"torch ({reason})", reason if device.type == "cuda" else None)]
 
 
 def _usable(name: str) -> str:
