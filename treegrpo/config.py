@@ -26,7 +26,7 @@ class TrainConfig(RolloutConfig):
     convert`), or an engine that samples trees: hf (in this process), vllm, or server:URL (vLLM, SGLang)."""
     model: str = ""
     """A local folder that from_pretrained reads, or a .json/.yaml model config (a dict with model_type) for random
-    weights."""
+    weights. Of a folder with a vision model beside it (Qwen3.5) the language model alone is trained and saved."""
     config: Path | None = None
     """A YAML file with any of these settings; flags on the command line win."""
     dry_run: bool = False
@@ -122,7 +122,8 @@ class TrainConfig(RolloutConfig):
     lora_alpha: int = 16
     """LoRA scale numerator."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Names of the modules that get adapters, or all-linear."""
+    """Names of the modules that get adapters, or all-linear: all but the head (and, in Falcon-H1 and Nemotron-H, but
+    out_proj, which PEFT refuses)."""
     load_in_4bit: bool = False
     """Hold the frozen base in 4 bits (nf4, by bitsandbytes) under its adapters: QLoRA. Needs lora_r."""
 
