@@ -177,7 +177,7 @@ def _backends() -> list[Finding]:
 
 
 def _recurrence() -> list[Finding]:
-    """What recurrent layers of hybrid models are computed with; nothing where the backends' finding says what is wrong."""
+    """What recurrent layers of hybrid models are computed with; nothing where the backends' finding says why."""
     try:
         import torch
 

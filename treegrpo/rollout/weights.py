@@ -30,6 +30,8 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
         # taken before merging: a merged copy may be freed before the next one, and its address used again
         key, has_adapter = (tensor.data_ptr(), tensor.shape), False
         owner, _, rest = name.partition(".base_layer.")
+        # stacked experts have an adapter a parameter, one inside the other
+        rest = rest.replace("base_layer.", "")
         if is_adapted:
             if "original_module" in name or any(part.startswith(prefix) for part in name.split(".")):
                 continue
@@ -37,7 +39,8 @@ def checkpoint_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tens
                 if not any(key.startswith(f"{owner}.") for key in merged):
                     merged = {f"{owner}.{key}": value for key, value in _merge(layers[owner]).items()}
                 tensor, has_adapter = merged[f"{owner}.{rest}"], True
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            name = f"{owner}.{rest}" if rest else name
+            name = name.removeprefix("base_model.model.")
             name = name.replace("modules_to_save.default.", "")
         if tensor.numel() and key in seen:
             if has_adapter or seen[key]:
@@ -78,14 +81,19 @@ def _is_adapter_layer(module: torch.nn.Module) -> bool:
 
 
 def _merge(layer: Any) -> dict[str, torch.Tensor]:
-    base = layer.get_base_layer()
-    if layer.merged:
-        return {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    base, wrappers = layer.get_base_layer(), [layer]
+    # stacked experts have an adapter a parameter, one inside the other
+    while _is_adapter_layer(wrappers[-1].base_layer):
+        wrappers.append(wrappers[-1].base_layer)
+    open_ones = [wrapper for wrapper in wrappers if not wrapper.merged]
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    layer.merge()
+    for wrapper in open_ones:
+        wrapper.merge()
     try:
         return {name: tensor.clone() for name, tensor in base.state_dict().items()}
     finally:
-        layer.unmerge()
-        for name, tensor in base.state_dict().items():
-            tensor.copy_(before[name])
+        for wrapper in open_ones:
+            wrapper.unmerge()
+        if open_ones:
+            for name, tensor in base.state_dict().items():
+                tensor.copy_(before[name])
