@@ -3,6 +3,8 @@
 import copy
 import inspect
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -10,9 +12,10 @@ import torch
 import transformers
 from cases import NAMED, ancestor_mask, random_subtree_end, trie_subtree_end
 from models import EXACT, HYBRID, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
+from packaging.version import Version
 
 import treegrpo_kernels as tk
-from treegrpo import Trajectory, build_forest, hf, pack, token_logprobs
+from treegrpo import Trajectory, build_forest, hf, pack, recurrent, token_logprobs
 from treegrpo.dropout import disable_dropout
 from treegrpo.logprobs import chain_logprobs
 from treegrpo_kernels import native
@@ -69,7 +72,7 @@ def test_the_wide_heads_that_gemma4_has_by_default_are_refused():
         hf.use_tree_attention(tiny_model("gemma4_text", global_head_dim=None))
 
 
-REFUSED = r"take another model|take a model|newer transformers"
+REFUSED = r"take another model|take a model|newer transformers|take transformers 5.17 or newer"
 
 
 @pytest.mark.parametrize("family", WRONG)
@@ -92,6 +95,56 @@ def test_wrong_families_are_refused_when_the_config_names_the_attention(family):
     model = tiny_model(family, attention="treegrpo")
     with pytest.raises(ValueError, match=REFUSED):
         hf.check_model(model)
+
+
+def test_layers_that_a_newer_transformers_hands_the_tree(monkeypatch):
+    monkeypatch.setattr(recurrent, "SINCE", Version("99"))
+    with pytest.raises(ValueError, match=rf"take transformers 99 or newer.*this is {transformers.__version__}"):
+        hf.use_tree_attention(tiny_model("minimax"))
+
+
+hybrids = pytest.mark.skipif(not set(HYBRID) <= set(EXACT), reason="transformers hands them the tree since 5.17")
+
+
+@hybrids
+def test_a_forward_that_keeps_the_tree_to_itself_is_found(monkeypatch):
+    """As verl puts in the place of Qwen3.5's."""
+    model = tiny_model("qwen3_5_text")
+    layer = type(model.model.layers[0])
+    forward = layer.forward
+
+    def kept(self, *args, **keywords):
+        if self.block_type == "linear_attention":
+            keywords = {name: value for name, value in keywords.items() if not name.startswith("tree")}
+        return forward(self, *args, **keywords)
+
+    monkeypatch.setattr(layer, "forward", kept)
+    with pytest.raises(ValueError, match=r"0 of Qwen3_5ForCausalLM's 1 layers .* replaces their forward"):
+        hf.use_tree_attention(model)
+
+
+@hybrids
+def test_hybrids_are_taught_the_tree_where_they_are_not_checked(monkeypatch):
+    """verl's processes that hold no weights yet, for one."""
+    model = tiny_model("lfm2")
+    inputs, _ = packed_inputs(trie_subtree_end(FOREST))
+    want = tree_twin(model)(**inputs).logits
+    file = sys.modules[type(model).__module__]
+    monkeypatch.setattr(file, "causal_conv1d_fn", file.causal_conv1d_fn.__wrapped__)
+    assert torch.equal(hf.use_tree_attention(model, check=False)(**inputs).logits, want)
+
+
+def test_taught_functions_are_called_as_they_were_without_a_tree(monkeypatch):
+    """Packages name their arguments as they like, and the layers of an older transformers call them by these."""
+    older = types.ModuleType("older")
+    for name in recurrent._FUNCTIONS:
+        setattr(older, name, lambda *args, **keywords: (args, keywords))
+    monkeypatch.setitem(sys.modules, "older", older)
+    recurrent.teach(type("Older", (torch.nn.Module,), {"__module__": "older"})())
+    for name in recurrent._FUNCTIONS:
+        function = getattr(older, name)
+        assert recurrent._knows_trees(function)
+        assert function(1, x=2, seq_idx=None) == ((1,), dict(x=2, seq_idx=None))
 
 
 def test_check_names_what_is_missing():

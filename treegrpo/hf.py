@@ -268,6 +268,7 @@ def use_tree_attention(model: nn.Module, *, check: bool = True) -> nn.Module:
             f"{type(base).__name__} keeps attention {base.config._attn_implementation!r}: its layers do not go through"
             " transformers' AttentionInterface; take another model"
         )
+    recurrent.teach(base)
     if check:
         try:
             check_model(model)
@@ -300,7 +301,7 @@ def check_model(model: nn.Module, *, numeric: bool = True) -> None:
     if foreign:
         raise ValueError(
             f"{name} has layers of type {', '.join(foreign)}, which read the packed row as one sequence and would"
-            " mix siblings (and chains packed in one row, too): take a model whose layers are all attention"
+            f" mix siblings (and chains packed in one row, too): {recurrent.cure(set(foreign))}"
         )
     if getattr(config, "attn_temperature_tuning", False):
         raise ValueError(
@@ -357,7 +358,7 @@ def _dry_forward(model: nn.Module, base: PreTrainedModel, config: Any) -> tuple[
         if expected and calls.count(mark) < expected:
             raise ValueError(
                 f"{calls.count(mark)} of {name}'s {expected} layers with a {mark} were given the tree: the others would"
-                " mix siblings; take a newer transformers (5.17) or another model"
+                f" mix siblings; {recurrent.cure(set(kinds), 'leave out what replaces their forward, or take ')}"
             )
     layers = config.num_hidden_layers - sum(kind not in (*LAYER_TYPES, "hybrid") for kind in kinds)
     attended = [call for call in calls if isinstance(call, nn.Module)]

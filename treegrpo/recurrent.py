@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -26,6 +28,12 @@ MARKS = CONV, RECURRENCE = ("convolution", "recurrence")
 SEES_BY = {"linear_attention": RECURRENCE, "hybrid": RECURRENCE, "conv": CONV}
 """Layer types that can be taught, and what of theirs sees other tokens last; "hybrid": attention and a recurrence."""
 
+SINCE = Version("5.17")
+"""The transformers that hands such layers the keywords of ``model(...)``."""
+
+STATEFUL = frozenset({*SEES_BY, "mamba"})
+"""What such layers are called; "mamba" before that transformers."""
+
 
 def teach(model: nn.Module) -> None:
     """Teaches the tree to the functions of the files that define the model's modules; harmless twice."""
@@ -33,7 +41,7 @@ def teach(model: nn.Module) -> None:
         for name, (_, make) in _FUNCTIONS.items():
             function = getattr(file, name, None)
             if callable(function) and not _knows_trees(function):
-                taught = functools.wraps(function)(make(function))
+                taught = functools.wraps(function)(_where_there_is_a_tree(make(function), function))
                 taught._treegrpo = True  # type: ignore[attr-defined]
                 setattr(file, name, taught)
 
@@ -57,12 +65,43 @@ def check_taught(module: nn.Module) -> None:
             )
 
 
+def kinds_of(config: Any) -> frozenset[str]:
+    """The layer types of a model's configuration that carry a state along the path."""
+    return STATEFUL & set(getattr(config, "layer_types", None) or ())
+
+
+def cure(kinds: set[str], otherwise: str = "") -> str:
+    """What helps where layers of these types are not given the tree, as the end of a sentence."""
+    if Version(transformers.__version__) < SINCE and kinds & STATEFUL:
+        otherwise = (
+            f"take transformers {SINCE} or newer, which hands most of them the tree (this is"
+            f" {transformers.__version__}), or "
+        )
+    return f"{otherwise or 'take '}a model whose layers are all attention"
+
+
 def _files(model: nn.Module) -> set[ModuleType]:
     return {sys.modules[type(module).__module__] for module in model.modules()}
 
 
 def _knows_trees(function: Callable[..., Any]) -> bool:
     return getattr(function, "_treegrpo", False)
+
+
+def _where_there_is_a_tree(packed: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def function(
+        *args: Any,
+        tree_plan: tk.TreePlan | None = None,
+        tree_backend: str = "auto",
+        tree_trace: list[Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        # as it was called: packages behind such a function, which older models keep, name their arguments otherwise
+        if tree_plan is None:
+            return plain(*args, **kwargs)
+        return packed(*args, tree_plan=tree_plan, tree_backend=tree_backend, tree_trace=tree_trace, **kwargs)
+
+    return function
 
 
 def _enter(mark: str, plan: tk.TreePlan, shape: tuple[int, int], state: Tensor | None, trace: list[Any] | None) -> None:
@@ -89,13 +128,11 @@ def _conv(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         bias: Tensor | None = None,
         activation: str | None = None,
         *,
-        tree_plan: tk.TreePlan | None = None,
-        tree_trace: list[Any] | None = None,
+        tree_plan: tk.TreePlan,
+        tree_trace: list[Any] | None,
         **kwargs: Any,
     ) -> Tensor:
         """hidden_states [1, C, T], weight [C, K] -> [1, C, T]."""
-        if tree_plan is None:
-            return plain(hidden_states, weight, bias, activation=activation, **kwargs)
         _enter(CONV, tree_plan, (hidden_states.shape[0], hidden_states.shape[2]), None, tree_trace)
         out = tk.tree_conv1d(
             hidden_states[0].T,
@@ -120,16 +157,13 @@ def _delta_rule(plain: Callable[..., Any]) -> Callable[..., Any]:
         *,
         initial_state: Tensor | None = None,
         use_qk_l2norm_in_kernel: bool = False,
-        tree_plan: tk.TreePlan | None = None,
-        tree_backend: str = "auto",
-        tree_trace: list[Any] | None = None,
+        tree_plan: tk.TreePlan,
+        tree_backend: str,
+        tree_trace: list[Any] | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """query and key [1, T, Hk, D], value [1, T, Hv, Dv], g [1, T, Hv] or [1, T, Hv, D], beta [1, T, Hv] ->
         ([1, T, Hv, Dv], no state)."""
-        if tree_plan is None:
-            kwargs.update(initial_state=initial_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
-            return plain(query, key, value, g=g, beta=beta, **kwargs)
         _enter(RECURRENCE, tree_plan, (query.shape[0], query.shape[1]), initial_state, tree_trace)
         q, k, v, g, beta = (x[0] for x in (query, key, value, g, beta))
         normalize, way = use_qk_l2norm_in_kernel, _way(tree_backend)
@@ -146,14 +180,12 @@ def _mamba_scan(plain: Callable[..., Any]) -> Callable[..., Any]:
         B: Tensor,
         C: Tensor,
         *args: Any,
-        tree_plan: tk.TreePlan | None = None,
-        tree_backend: str = "auto",
-        tree_trace: list[Any] | None = None,
+        tree_plan: tk.TreePlan,
+        tree_backend: str,
+        tree_trace: list[Any] | None,
         **kwargs: Any,
     ) -> Any:
         """hidden_states [1, T, H, P], dt [1, T, H], A [H], B and C [1, T, G, N] -> [1, T, H, P]."""
-        if tree_plan is None:
-            return plain(hidden_states, dt, A, B, C, *args, **kwargs)
         _enter(RECURRENCE, tree_plan, (dt.shape[0], dt.shape[1]), kwargs.get("initial_states"), tree_trace)
         bias, bounds = kwargs.get("dt_bias"), kwargs.get("dt_limit", (0.0, float("inf")))
         # as mamba-ssm's kernels have it: all in float32 where the model is in low precision
@@ -172,9 +204,8 @@ def _mamba_scan(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused_mamba(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def fused(*args: Any, tree_plan: tk.TreePlan | None = None, **kwargs: Any) -> Any:
-        """None with a tree, as where the fused kernel is missing: the layer goes on with convolution and scan."""
-        return plain(*args, **kwargs) if tree_plan is None else None
+    def fused(*args: Any, **kwargs: Any) -> None:
+        """None, as where the fused kernel is missing: the layer goes on with convolution and scan."""
 
     return fused
 
