@@ -6,14 +6,16 @@ from functools import cache
 import tokenizers
 import torch
 from datasets import Dataset
+from models import HYBRID, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3MoeConfig
 from trl import GRPOConfig
 
 VOCAB, GROUP = 60, 4
 
 
-def save_tiny(path, kind="dense"):
-    """A tiny model and a tokenizer of words, saved: with beta TRL loads the reference from the folder."""
+def save_tiny(path, kind="dense", **changes):
+    """A tiny model ("dense", "moe", a hybrid family of models.py) and a tokenizer of words, saved: with beta TRL loads
+    the reference from the folder."""
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -29,6 +31,10 @@ def save_tiny(path, kind="dense"):
         eos_token_id=1,
         initializer_range=0.2,
     )
+    if kind in HYBRID:
+        numbers = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+        tiny_model(kind, dtype=torch.float32, **numbers | changes).save_pretrained(path)
+        return path
     if kind == "moe":
         config = Qwen3MoeConfig(
             **common, head_dim=8, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 import treegrpo_kernels as tk
 from treegrpo.hf import attend
+from treegrpo.recurrent import kinds_of
 
 
 def use_tree_op() -> None:
@@ -52,10 +53,21 @@ def async_tree_attention(
     """
     plan = getattr(tree_cu_seqlens_q, "treegrpo_plan", None)
     if plan is None:
+        _check_layers(module)
         # kept on the tensor, which every layer of a forward and its recomputation is given
         plan = plan_of_row(tree_cu_seqlens_q, tree_cu_seqlens_k)
         tree_cu_seqlens_q.treegrpo_plan = plan  # type: ignore[attr-defined]
     return attend(query, key, value, plan, scale=scaling, window=sliding_window, softcap=softcap, sinks=s_aux), None
+
+
+def _check_layers(module: torch.nn.Module) -> None:
+    """Refuses models whose other layers would read the row as one sequence, as AsyncGRPOTrainer's constructor does."""
+    if kinds := kinds_of(getattr(module, "config", None)):
+        raise ValueError(
+            f"{type(module).__name__}'s model has layers of type {', '.join(sorted(kinds))}, which are not told of the"
+            " row's samples and would mix them: train it with TreeGRPOTrainer, or take a model whose layers are all"
+            " attention"
+        )
 
 
 def plan_of_row(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tk.TreePlan:

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from treegrpo.logprobs import unwrap
 from treegrpo.packing import TreeBatch, cut_tree, pack
 from treegrpo.tree import Trajectory, build_tree
+
+EXPERTS = ("num_experts", "num_experts_per_tok")
 
 
 def packed(input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int) -> TreeBatch:
@@ -97,9 +100,7 @@ def recorded_router_logits(model: torch.nn.Module) -> Iterator[list[tuple[Tensor
 def check_router_loss(model: torch.nn.Module) -> None:
     """ValueError unless ``router_loss`` can be computed for the model."""
     base = unwrap(model)
-    missing = [name for name in ("num_experts", "num_experts_per_tok") if not hasattr(base, name)]
-    if not hasattr(sys.modules[type(base).__module__], "load_balancing_loss_func"):
-        missing.append("load_balancing_loss_func")
+    missing = [name for name in EXPERTS if _number(base, name) is None]
     if missing:
         raise ValueError(
             f"router_aux_loss_coef: {type(base).__name__} has no {missing[0]}, from which its load-balancing loss could"
@@ -107,13 +108,20 @@ def check_router_loss(model: torch.nn.Module) -> None:
         )
 
 
+def _number(base: Any, name: str) -> int | None:
+    """Of the model, or where it computes no router loss itself, of its configuration, as TRL takes it."""
+    return getattr(base, name, None) or getattr(base.config.get_text_config(), name, None)
+
+
 def router_loss(model: torch.nn.Module, router_logits: list[tuple[Tensor, ...]], batches: list[TreeBatch]) -> Tensor:
     """The load-balancing loss of the flattened rows from the router logits of their packed rows: 0-d.
 
-    The model's own function takes a mask that weighs tokens; here a token weighs as many as the rows that hold it.
+    The model's own function (without one Mixtral's, as in TRL) takes a mask that weighs tokens; here a token weighs as
+    many as the rows that hold it.
     """
     base = unwrap(model)
-    loss = sys.modules[type(base).__module__].load_balancing_loss_func
+    loss = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", load_balancing_loss_func)
     layers = tuple(torch.cat(layer) for layer in zip(*router_logits, strict=True))
     counts = torch.cat([batch.token_offsets.diff() for batch in batches])
-    return loss(layers, base.num_experts, base.num_experts_per_tok, counts[None].to(layers[0].device, torch.float32))
+    numbers = [_number(base, name) for name in EXPERTS]
+    return loss(layers, *numbers, counts[None].to(layers[0].device, torch.float32))
