@@ -12,7 +12,9 @@ import pytest
 pytest.importorskip("verl")
 import numpy as np
 import torch
+import transformers
 import verl_tiny as tiny
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
@@ -20,6 +22,7 @@ from verl.workers.utils.losses import ppo_loss, sft_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 from treegrpo.integrations.verl import engine, micro_batches
+from treegrpo.recurrent import SINCE
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 HERE = Path(__file__).resolve().parent
@@ -129,6 +132,27 @@ def test_reference(strategy, folder):
         found.append(no_padding_2_padding(output["log_probs"], data))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
     assert float(found[0].abs().max()) > 1 and len(with_grad) > 2 and not any(with_grad)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "falcon_h1"])
+def test_hybrids(family, folder, tmp_path):
+    """Layers that carry a state are handed the tree since transformers 5.17, which verl 0.9.1 does not ask for yet."""
+    tiny.write_model(tmp_path, family)
+    if Version(transformers.__version__) < SINCE:
+        with pytest.raises(ValueError, match=r"take transformers 5\.17 or newer"):
+            tiny.engine(tmp_path, tree=True)
+        return
+    found = []
+    for tree in (False, True):
+        made = tiny.engine(tmp_path, tree=tree)
+        with made.train_mode():
+            made.optimizer_zero_grad()
+            loss = functools.partial(ppo_loss, tiny.actor_config())
+            loss = sum(made.forward_backward_batch(tiny.batch(tiny.rows()), loss)["loss"])
+            grads = tiny.parameters(made, grad=True)
+            made.optimizer_step()
+        found.append(dict(loss=float(loss), grads=grads, parameters=tiny.parameters(made)))
+    tiny.assert_same_step(found[1], found[0])
 
 
 def test_a_saved_config_names_no_attention(folder, tmp_path):

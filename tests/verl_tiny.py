@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 import torch
 import verl_cpu  # noqa: F401
+from models import HYBRID, tiny_config
 from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
@@ -27,14 +28,14 @@ from verl.workers.engine.base import EngineRegistry
 VOCAB, GROUP = 61, 4
 
 
-def write_model(folder: Any, **changes: Any) -> None:
+def write_model(folder: Any, family: str | None = None, **changes: Any) -> None:
+    """Qwen2, or a hybrid ``family`` of models.py."""
     words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, initializer_range=0.2)
-    config = Qwen2Config(
-        **shape, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=1, **changes
-    )
+    options = dict(**shape, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=1, **changes)
+    config = Qwen2Config(**options) if family is None else tiny_config(family, **HYBRID[family], **options)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
 
