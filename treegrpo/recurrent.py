@@ -38,10 +38,10 @@ STATEFUL = frozenset({*SEES_BY, "mamba"})
 def teach(model: nn.Module) -> None:
     """Teaches the tree to the functions of the files that define the model's modules; harmless twice."""
     for file in _files(model):
-        for name, (_, make) in _FUNCTIONS.items():
+        for name, (_, packed) in _FUNCTIONS.items():
             function = getattr(file, name, None)
             if callable(function) and not _knows_trees(function):
-                taught = functools.wraps(function)(_where_there_is_a_tree(make(function), function))
+                taught = functools.wraps(function)(_where_there_is_a_tree(packed, function))
                 taught._treegrpo = True  # type: ignore[attr-defined]
                 setattr(file, name, taught)
 
@@ -99,7 +99,8 @@ def _where_there_is_a_tree(packed: Callable[..., Any], plain: Callable[..., Any]
         # as it was called: packages behind such a function, which older models keep, name their arguments otherwise
         if tree_plan is None:
             return plain(*args, **kwargs)
-        return packed(*args, tree_plan=tree_plan, tree_backend=tree_backend, tree_trace=tree_trace, **kwargs)
+        tree = dict(tree_plan=tree_plan, tree_backend=tree_backend, tree_trace=tree_trace)
+        return packed(*args, plain=plain, **tree, **kwargs)
 
     return function
 
@@ -121,97 +122,86 @@ def _way(tree_backend: str) -> str:
     return "reference" if tree_backend == "reference" else "auto"
 
 
-def _conv(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def conv(
-        hidden_states: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        activation: str | None = None,
-        *,
-        tree_plan: tk.TreePlan,
-        tree_trace: list[Any] | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """hidden_states [1, C, T], weight [C, K] -> [1, C, T]."""
-        _enter(CONV, tree_plan, (hidden_states.shape[0], hidden_states.shape[2]), None, tree_trace)
-        out = tk.tree_conv1d(
-            hidden_states[0].T,
-            weight,
-            bias,
-            tree_plan,
-            activation=None if activation is None else ACT2FN[activation],
-            row_conv=lambda row: plain(row, weight, bias, activation=activation),
-        )
-        return out.T[None]
-
-    return conv
+def _conv(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    plain: Callable[..., Tensor],
+    tree_plan: tk.TreePlan,
+    tree_trace: list[Any] | None,
+    **kwargs: Any,
+) -> Tensor:
+    """hidden_states [1, C, T], weight [C, K] -> [1, C, T]."""
+    _enter(CONV, tree_plan, (hidden_states.shape[0], hidden_states.shape[2]), None, tree_trace)
+    out = tk.tree_conv1d(
+        hidden_states[0].T,
+        weight,
+        bias,
+        tree_plan,
+        activation=None if activation is None else ACT2FN[activation],
+        row_conv=lambda row: plain(row, weight, bias, activation=activation),
+    )
+    return out.T[None]
 
 
-def _delta_rule(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def rule(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        *,
-        initial_state: Tensor | None = None,
-        use_qk_l2norm_in_kernel: bool = False,
-        tree_plan: tk.TreePlan,
-        tree_backend: str,
-        tree_trace: list[Any] | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """query and key [1, T, Hk, D], value [1, T, Hv, Dv], g [1, T, Hv] or [1, T, Hv, D], beta [1, T, Hv] ->
-        ([1, T, Hv, Dv], no state)."""
-        _enter(RECURRENCE, tree_plan, (query.shape[0], query.shape[1]), initial_state, tree_trace)
-        q, k, v, g, beta = (x[0] for x in (query, key, value, g, beta))
-        normalize, way = use_qk_l2norm_in_kernel, _way(tree_backend)
-        return tk.tree_gated_delta_rule(q, k, v, g, beta, tree_plan, normalize=normalize, way=way)[None], None
-
-    return rule
+def _delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    tree_plan: tk.TreePlan,
+    tree_backend: str,
+    tree_trace: list[Any] | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query and key [1, T, Hk, D], value [1, T, Hv, Dv], g [1, T, Hv] or [1, T, Hv, D], beta [1, T, Hv] ->
+    ([1, T, Hv, Dv], no state)."""
+    _enter(RECURRENCE, tree_plan, (query.shape[0], query.shape[1]), initial_state, tree_trace)
+    q, k, v, g, beta = (x[0] for x in (query, key, value, g, beta))
+    normalize, way = use_qk_l2norm_in_kernel, _way(tree_backend)
+    return tk.tree_gated_delta_rule(q, k, v, g, beta, tree_plan, normalize=normalize, way=way)[None], None
 
 
-def _mamba_scan(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def scan(
-        hidden_states: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        *args: Any,
-        tree_plan: tk.TreePlan,
-        tree_backend: str,
-        tree_trace: list[Any] | None,
-        **kwargs: Any,
-    ) -> Any:
-        """hidden_states [1, T, H, P], dt [1, T, H], A [H], B and C [1, T, G, N] -> [1, T, H, P]."""
-        _enter(RECURRENCE, tree_plan, (dt.shape[0], dt.shape[1]), kwargs.get("initial_states"), tree_trace)
-        bias, bounds = kwargs.get("dt_bias"), kwargs.get("dt_limit", (0.0, float("inf")))
-        # as mamba-ssm's kernels have it: all in float32 where the model is in low precision
-        wide = tk.reference.compute_dtype(hidden_states.dtype)
-        x, q, k, step = (y[0].to(wide) for y in (hidden_states, C, B, dt))
-        step = step if bias is None else step + bias.to(wide)
-        step = (F.softplus(step) if kwargs.get("dt_softplus") else step).clamp(*bounds)
-        out = tk.tree_gated_linear_attention(
-            q, k, x * step[..., None], A.to(wide) * step, tree_plan, scale=1.0, way=_way(tree_backend)
-        )
-        if kwargs.get("D") is not None:
-            out = out + kwargs["D"].to(wide)[:, None] * x
-        return out[None]
-
-    return scan
+def _mamba_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *args: Any,
+    tree_plan: tk.TreePlan,
+    tree_backend: str,
+    tree_trace: list[Any] | None,
+    **kwargs: Any,
+) -> Any:
+    """hidden_states [1, T, H, P], dt [1, T, H], A [H], B and C [1, T, G, N] -> [1, T, H, P]."""
+    _enter(RECURRENCE, tree_plan, (dt.shape[0], dt.shape[1]), kwargs.get("initial_states"), tree_trace)
+    bias, bounds = kwargs.get("dt_bias"), kwargs.get("dt_limit", (0.0, float("inf")))
+    # as mamba-ssm's kernels have it: all in float32 where the model is in low precision
+    wide = tk.reference.compute_dtype(hidden_states.dtype)
+    x, q, k, step = (y[0].to(wide) for y in (hidden_states, C, B, dt))
+    step = step if bias is None else step + bias.to(wide)
+    step = (F.softplus(step) if kwargs.get("dt_softplus") else step).clamp(*bounds)
+    out = tk.tree_gated_linear_attention(
+        q, k, x * step[..., None], A.to(wide) * step, tree_plan, scale=1.0, way=_way(tree_backend)
+    )
+    if kwargs.get("D") is not None:
+        out = out + kwargs["D"].to(wide)[:, None] * x
+    return out[None]
 
 
-def _fused_mamba(plain: Callable[..., Any]) -> Callable[..., Any]:
-    def fused(*args: Any, **kwargs: Any) -> None:
-        """None, as where the fused kernel is missing: the layer goes on with convolution and scan."""
-
-    return fused
+def _fused_mamba(*args: Any, **kwargs: Any) -> None:
+    """None, as where the fused kernel is missing: the layer goes on with convolution and scan."""
 
 
 # every function of transformers through which such layers see other tokens
-_FUNCTIONS: dict[str, tuple[str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+_FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "causal_conv1d_fn": (CONV, _conv),
     "torch_chunk_gated_delta_rule": (RECURRENCE, _delta_rule),
     "chunk_kimi_delta_attention": (RECURRENCE, _delta_rule),
