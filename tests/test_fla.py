@@ -156,7 +156,7 @@ def test_a_missing_package_is_named(monkeypatch):
     recurrence._missing.cache_clear()
     monkeypatch.setitem(sys.modules, "fla.ops.kda", None)
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
-    assert "pip install 'flash-linear-attention" in recurrence._missing(False, False)
+    assert "pip install 'treegrpo[hybrid]'" in recurrence._missing(False, False)
     recurrence._missing.cache_clear()
 
 

@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from models import HYBRID, VOCAB, tiny_model, tree_twin
+from models import EXACT, HYBRID, VOCAB, tiny_model, tree_twin
 from test_equivalence import (
     TWO_GROUPS,
     assert_equal_to_leaves_alone,
@@ -24,6 +26,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(not HYBRID, reason="transformers hands recurrent layers no keywords before 5.17"),
 ]
+ROOT = Path(__file__).resolve().parent.parent
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 
 
@@ -103,3 +106,12 @@ def test_what_a_tree_cannot_mean_is_refused(family):
     cache = twin(input_ids=inputs["input_ids"][:, :3], use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"use_cache=False"):
         twin(**{**inputs, "use_cache": True}, past_key_values=cache)
+
+
+def test_the_docs_name_every_family():
+    """Those of the pinned transformers, as README counts them."""
+    docs = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", docs))
+    assert [family for family in EXACT if family.removesuffix("_text") not in named] == []
+    if "lfm3" in EXACT and "gptj" not in EXACT:
+        assert f"- {len(EXACT)} families of transformers" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -141,7 +141,7 @@ def _missing(per_channel: bool, is_hopper: bool) -> str | None:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            return f"flash-linear-attention does not import ({error}): pip install 'flash-linear-attention>=0.6'"
+            return f"flash-linear-attention does not import ({error}): pip install 'treegrpo[hybrid]'"
     if per_channel or not is_hopper or importlib.util.find_spec("tilelang") is not None:
         return None
     version = importlib.metadata.version("triton")
