@@ -166,12 +166,11 @@ HYBRID: dict[str, dict[str, Any]] = {
     "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
 }
-# families of newer releases, and qwen3_next, which 4.57 has but hands no keywords
-HYBRID = {name: options for name, options in HYBRID.items() if name in CONFIG_MAPPING}
-if Version(transformers.__version__) >= Version("5.17"):
-    EXACT |= HYBRID
-else:
-    WRONG |= {name: HYBRID[name] for name in ("qwen3_next",)}
+if Version(transformers.__version__) < Version("5.17"):
+    WRONG["qwen3_next"], HYBRID = HYBRID["qwen3_next"], {}
+# not those of newer releases
+HYBRID, WRONG = ({name: x for name, x in kind.items() if name in CONFIG_MAPPING} for kind in (HYBRID, WRONG))
+EXACT |= HYBRID
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
