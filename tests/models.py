@@ -166,11 +166,12 @@ HYBRID: dict[str, dict[str, Any]] = {
     "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
 }
-if Version(transformers.__version__) < Version("5.17"):
-    WRONG["qwen3_next"], HYBRID = HYBRID["qwen3_next"], {}
 # not those of newer releases
 HYBRID, WRONG = ({name: x for name, x in kind.items() if name in CONFIG_MAPPING} for kind in (HYBRID, WRONG))
-EXACT |= HYBRID
+TAUGHT = tuple(HYBRID) if Version(transformers.__version__) >= Version("5.17") else ()
+EXACT |= {name: HYBRID[name] for name in TAUGHT}
+if not TAUGHT and "qwen3_next" in HYBRID:
+    WRONG["qwen3_next"] = HYBRID["qwen3_next"]
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:

@@ -15,7 +15,7 @@ import torch
 from cases import NAMED, ancestor_mask, random_subtree_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import HYBRID, VOCAB, tiny_model, tree_twin
+from models import TAUGHT, VOCAB, tiny_model, tree_twin
 
 import treegrpo
 import treegrpo_kernels as tk
@@ -252,7 +252,7 @@ def test_random_forests_to_1e_10(exact, first, second, seed, loss_type):
     assert_equal_to_leaves_alone(*exact, leaves, 1e-10, loss_type=loss_type, level=level, beta=0.1, entropy_coef=0.02)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3", "gemma2", "deepseek_v3", *HYBRID])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3", "gemma2", "deepseek_v3", *TAUGHT])
 @pytest.mark.parametrize("loss_type", ["grpo", "cispo"])
 def test_families_with_sinks_windows_softcap_experts_recurrences(family, loss_type):
     model = tiny_model(family)
@@ -285,7 +285,7 @@ def test_float32_model_to_1e_6(family, loss_type):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
-    "family", ["qwen3", "gpt_oss", "gemma2", *(name for name in ("qwen3_5_text",) if name in HYBRID)]
+    "family", ["qwen3", "gpt_oss", "gemma2", *(name for name in ("qwen3_5_text",) if name in TAUGHT)]
 )
 def test_float32_tree_on_a_device_against_float64_leaves_on_the_cpu(family, device):
     """A whole model through the kernels of the device; matrix products there may round otherwise than on the CPU."""

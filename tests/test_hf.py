@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from cases import NAMED, ancestor_mask, random_subtree_end, trie_subtree_end
-from models import EXACT, HYBRID, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
+from models import EXACT, TAUGHT, VOCAB, WRONG, tiny_config, tiny_model, tree_twin
 from packaging.version import Version
 
 import treegrpo_kernels as tk
@@ -53,7 +53,7 @@ def test_packed_tree_equals_each_leaf_alone_in_eager(family):
     twin = tree_twin(model)
     difference, scale = largest_difference(twin, model, inputs, paths)
     # hybrids: recurrences run in float32 in transformers, deltas are taken of sums
-    assert difference <= (3e-6 if family in HYBRID else 1e-6) and scale > 5
+    assert difference <= (3e-6 if family in TAUGHT else 1e-6) and scale > 5
     # the comparison can fail: siblings made visible
     causal = tk.TreePlan.build(torch.full_like(inputs["tree_plan"].subtree_end, len(inputs["input_ids"][0])))
     assert largest_difference(twin, model, {**inputs, "tree_plan": causal}, paths)[0] > 1e-2
@@ -103,7 +103,7 @@ def test_layers_that_a_newer_transformers_hands_the_tree(monkeypatch):
         hf.use_tree_attention(tiny_model("minimax"))
 
 
-hybrids = pytest.mark.skipif(not set(HYBRID) <= set(EXACT), reason="transformers hands them the tree since 5.17")
+hybrids = pytest.mark.skipif(not TAUGHT, reason="transformers hands them the tree since 5.17")
 
 
 @hybrids

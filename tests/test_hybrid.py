@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import EXACT, HYBRID, VOCAB, tiny_model, tree_twin
+from models import EXACT, TAUGHT, VOCAB, tiny_model, tree_twin
 from test_equivalence import (
     TWO_GROUPS,
     assert_equal_to_leaves_alone,
@@ -24,7 +24,7 @@ from treegrpo_kernels import reference
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(not HYBRID, reason="transformers hands recurrent layers no keywords before 5.17"),
+    pytest.mark.skipif(not TAUGHT, reason="transformers hands recurrent layers no keywords before 5.17"),
 ]
 ROOT = Path(__file__).resolve().parent.parent
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
@@ -45,7 +45,7 @@ def in_float64(taught):
     return rule
 
 
-@pytest.mark.parametrize("family", HYBRID)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_states_carried_over_many_chunks(family, monkeypatch):
     """Forks within and at the end of chunks of 64 tokens, the tree and the flattened baseline."""
     trunk = [1] + [5, 6, 7] * 30
@@ -64,7 +64,7 @@ def test_states_carried_over_many_chunks(family, monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(
-    "family", [name for name in ("qwen3_5_text", "nemotron_h", "lfm2", "kimi_linear") if name in HYBRID]
+    "family", [name for name in ("qwen3_5_text", "nemotron_h", "lfm2", "kimi_linear") if name in TAUGHT]
 )
 def test_checkpointing_sees_the_tree_again(family, reentrant):
     model = tree_twin(tiny_model(family))
@@ -79,7 +79,7 @@ def test_checkpointing_sees_the_tree_again(family, reentrant):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", HYBRID)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_without_a_tree_it_is_the_model_bit_for_bit(family):
     plain = tiny_model(family, dtype=torch.float32, attention="sdpa")
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -95,7 +95,7 @@ def test_without_a_tree_it_is_the_model_bit_for_bit(family):
         assert all(torch.equal(a, b) for a, b in zip(ours.logits, their.logits, strict=True))
 
 
-@pytest.mark.parametrize("family", [name for name in ("qwen3_5_text", "falcon_h1") if name in HYBRID])
+@pytest.mark.parametrize("family", [name for name in ("qwen3_5_text", "falcon_h1") if name in TAUGHT])
 def test_what_a_tree_cannot_mean_is_refused(family):
     twin = tree_twin(tiny_model(family))
     leaves = make_leaves(twin, TWO_GROUPS)

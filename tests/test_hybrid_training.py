@@ -33,7 +33,7 @@ FULL = {"gradient_checkpointing": True, "samples": "call", "num_iterations": 2, 
 # (family, settings): gated delta rules, Kimi's, Mamba-2's scan, short convolutions; experts beside them
 RUNS = [("qwen3_5_text", FULL), ("qwen3_next", LORA), ("kimi_linear", FULL), ("lfm2", FULL)]
 RUNS += [("nemotron_h", LORA), ("granitemoehybrid", FULL), ("falcon_h1", LORA)]
-RUNS = [(family, changes) for family, changes in RUNS if family in zoo.HYBRID]
+RUNS = [(family, changes) for family, changes in RUNS if family in zoo.TAUGHT]
 
 
 def files(folder: Path, family: str, **model) -> tuple[Path, Path]:
@@ -112,7 +112,7 @@ def test_two_processes_train_as_one(shared, name):
     assert [row["loss"] for row in found[0]] == pytest.approx([row["loss"] for row in history], rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", zoo.HYBRID)
+@pytest.mark.parametrize("family", zoo.TAUGHT)
 def test_models_in_low_precision_pass_the_check(family):
     """Their logits may be cast to float32 behind a head in bfloat16."""
     use_tree_attention(zoo.tiny_model(family, dtype=torch.bfloat16))

@@ -4,7 +4,7 @@ import pytest
 
 trl = pytest.importorskip("trl")
 import torch  # noqa: E402
-from models import HYBRID, tiny_config, tiny_model  # noqa: E402
+from models import HYBRID, TAUGHT, tiny_config, tiny_model  # noqa: E402
 from test_trl import assert_same_run, train, tree_row  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from trl import GRPOTrainer  # noqa: E402
@@ -51,7 +51,7 @@ def same_run(folder, out, **changes):
     assert_same_run(chain, tree, dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()))
 
 
-@pytest.mark.parametrize("family", HYBRID)
+@pytest.mark.parametrize("family", TAUGHT)
 def test_five_updates_are_those_of_grpo_trainer(family, folder_of, tmp_path):
     # also of families that compute no router loss themselves, where TRL takes Mixtral's
     routed = dict(router_aux_loss_coef=0.1, loss_type="grpo") if "num_experts" in HYBRID[family] else {}
