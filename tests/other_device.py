@@ -74,7 +74,10 @@ class OtherTensor(Tensor):
 
 
 # what a GPU is waited for: its values come to the CPU, or say how long the result is
-WAITS = ("_local_scalar_dense", "equal", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select")
+WAITS = (
+    *("_local_scalar_dense", "equal", "nonzero", "bincount", "masked_select"),
+    *("_unique2", "unique_dim", "unique_consecutive"),
+)
 _watchers: list[list[str]] = []
 
 
@@ -116,7 +119,8 @@ def run(func, args: tuple, kwargs: dict) -> Any:
     device = kwargs.get("device")
     leaves = device is not None and torch.device(device).type != NAME
     masks = [x for x in tree_flatten(args[1:2])[0] if isinstance(x, Tensor) and x.dtype == torch.bool]
-    if name in WAITS or (leaves and tensors) or (name == "index" and masks):
+    unknown = name == "repeat_interleave" and kwargs.get("output_size") is None
+    if name in WAITS or unknown or (leaves and tensors) or (name == "index" and masks):
         _waited()
     if device is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}

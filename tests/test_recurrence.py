@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import treegrpo_kernels as tk
 from treegrpo_kernels import reference
 from treegrpo_kernels.conv import seams_of
-from treegrpo_kernels.pieces import pieces_of
+from treegrpo_kernels.pieces import pieces_of, slots_of
 from treegrpo_kernels.recurrence import fla_reason
 from treegrpo_kernels.state_chunks import chunked
 
@@ -212,6 +212,8 @@ def test_pieces_of_the_docstring():
     single = pieces_of(plan, 1)
     assert single.token.tolist() == [0, 1, 2, 5, 3, 4] and single.level_pieces == (1, 1, 2, 2)
     assert pieces_of(plan) is pieces and pieces_of(plan, 1) is single
+    slots = slots_of(plan, 4)
+    assert slots.piece.tolist() == [0, 0, 1, 3, 4, 2] and slots.row.tolist() == [0, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("longest", [None, 1, 3])

@@ -77,13 +77,43 @@ def _build(plan: TreePlan, longest: int | None) -> Pieces:
     parent = torch.where(level > 0, before - first[(level - 1).clamp(min=0)], -1)[order]
 
     start, length, level = start[order], length[order], level[order]
-    rows = torch.repeat_interleave(piece, length)
+    rows = torch.repeat_interleave(piece, length, output_size=num_tokens)
     token = start[rows] + index - (length.cumsum(0) - length)[rows]
     place = torch.empty_like(token)
     place[token] = index
     level_tokens = torch.zeros_like(level_pieces).index_add_(0, level, length)
     counts = torch.stack([level_pieces, level_tokens]).tolist() if num_tokens else [[], []]
     return Pieces(token, place, length, parent, tuple(counts[0]), tuple(counts[1]))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the tokens of ``pieces_of(plan, longest)`` stand among N x ``longest``, in the order they are packed.
+
+    Example: subtree_end = [6 6 5 4 5 6] has the pieces [0 1] | [2] [5] | [3] [4]: piece = [0 0 1 3 4 2],
+    row = [0 1 0 0 0 0].
+    """
+
+    piece: Tensor  # int64 [T]
+    row: Tensor  # int64 [T] within the piece
+    num_pieces: int
+    longest: int
+
+
+def slots_of(plan: TreePlan, longest: int) -> Slots:
+    """The slots of the plan's pieces of at most ``longest`` tokens, built once per plan."""
+    return plan.made_once(("slots", longest), partial(_build_slots, plan, longest))
+
+
+# kept for calls that save it for their backward, whoever comes first
+@torch.inference_mode(False)
+@torch.no_grad()
+def _build_slots(plan: TreePlan, longest: int) -> Slots:
+    pieces = pieces_of(plan, longest)
+    piece = torch.arange(pieces.num_pieces, device=plan.device)
+    piece = torch.repeat_interleave(piece, pieces.length, output_size=plan.num_tokens)[pieces.place]
+    first = pieces.length.cumsum(0) - pieces.length
+    return Slots(piece, pieces.place - first[piece], pieces.num_pieces, longest)
 
 
 @dataclass(frozen=True)
@@ -113,7 +143,7 @@ def _build_runs(plan: TreePlan, longest: int) -> Runs:
     whole, cut = pieces_of(plan), pieces_of(plan, longest)
     run = torch.arange(whole.num_pieces, device=plan.device)
     first = cut.token[cut.length.cumsum(0) - cut.length]
-    run_of_piece = torch.repeat_interleave(run, whole.length)[whole.place[first]]
+    run_of_piece = torch.repeat_interleave(run, whole.length, output_size=plan.num_tokens)[whole.place[first]]
     order = torch.argsort(run_of_piece * plan.num_tokens + first)
     offsets = torch.nn.functional.pad(torch.bincount(run_of_piece, minlength=whole.num_pieces).cumsum(0), (1, 0))
     before = torch.tensor([0, 0, *whole.level_pieces], device=plan.device).cumsum(0)[: len(whole.level_pieces)]

@@ -15,13 +15,14 @@ Rows beyond a chunk's end are zero and leave S as it is.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .pieces import Pieces, Runs, pieces_of, runs_of
+from .pieces import Pieces, Runs, Slots, pieces_of, runs_of, slots_of
 from .plan import TreePlan
 
 CHUNK = 64
@@ -46,20 +47,9 @@ def chunked(
     if not plan.num_tokens:
         # keeps the graph, so that backward gives empty gradients and no error
         return v + 0 * sum(x.sum() for x in (q, k, g, beta) if x is not None)
-    pieces = pieces_of(plan, chunk)
     kernels = _kernels_serve(q) if kernels is None else kernels
-    walk = runs_of(plan, chunk) if kernels else pieces
-    # slot of every token among N x C, and the token of every slot (T where there is none)
-    first = pieces.length.cumsum(0) - pieces.length
-    piece = torch.repeat_interleave(torch.arange(pieces.num_pieces, device=q.device), pieces.length)
-    slot = piece * chunk + torch.arange(plan.num_tokens, device=q.device) - first[piece]
-    token = torch.full((pieces.num_pieces * chunk,), plan.num_tokens, device=q.device)
-    token[slot] = pieces.token
-
-    def cut(x: Tensor) -> Tensor:
-        padded = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-        return padded.index_select(0, token).unflatten(0, (-1, chunk)).transpose(1, 2)
-
+    walk = runs_of(plan, chunk) if kernels else pieces_of(plan, chunk)
+    cut = partial(_Cut.apply, slots_of(plan, chunk))
     group = v.shape[1] // k.shape[1]
     # [N,H,C,D], [N,H,C,Dv], and [N,H,C,1] or [N,H,C,D]
     q, k = (cut(x.repeat_interleave(group, 1)) for x in (q, k))
@@ -70,14 +60,43 @@ def chunked(
         (scores,) = _scores(k, within, q)
         state, written = _Scan.apply(v, None, k * to_end, at_end, walk)
     else:
-        rate = cut(beta)[..., None]
+        rate = cut(beta[..., None])
         scores, system = _scores(k, within, q, k)
         columns = rate * torch.cat([v, k * since], -1)
         solved = torch.linalg.solve_triangular(rate * system, columns, upper=False, unitriangular=True)
         u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
         state, written = _Scan.apply(u, w, k * to_end, at_end, walk)
     out = (q * since) @ state + scores @ written
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, slot[pieces.place])
+    return _Join.apply(slots_of(plan, chunk), out)
+
+
+class _Cut(torch.autograd.Function):
+    """x [T,H,D] -> [N,H,C,D], zero where a chunk has no more tokens. Its gradient is a gather, :class:`_Join`: that of
+    index_select would add up all that stands in empty slots."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Slots, x: Tensor) -> Tensor:
+        ctx.slots = slots
+        out = x.new_zeros(slots.num_pieces, x.shape[1], slots.longest, x.shape[2])
+        out.transpose(1, 2)[slots.piece, slots.row] = x
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor]:
+        return None, _Join.apply(ctx.slots, dout)
+
+
+class _Join(torch.autograd.Function):
+    """x [N,H,C,D] -> [T,H,D]."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Slots, x: Tensor) -> Tensor:
+        ctx.slots = slots
+        return x.transpose(1, 2)[slots.piece, slots.row]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor]:
+        return None, _Cut.apply(ctx.slots, dout)
 
 
 def _scores(k: Tensor, within: Tensor, *rows: Tensor) -> list[Tensor]:
