@@ -180,6 +180,16 @@ def test_two_runs_are_bitwise_equal(kind):
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+def test_a_second_derivative_is_refused_not_wrong():
+    plan = tk.TreePlan.build(torch.as_tensor(FORESTS["random_2"]))
+    tensors, dout = inputs(plan.num_tokens, "delta")
+    out = tk.tree_gated_delta_rule(*tensors, plan)
+    with pytest.raises(RuntimeError, match="no second derivative.*take way='reference'"):
+        torch.autograd.grad(out, tensors[2], dout, create_graph=True)
+    out = tk.tree_gated_delta_rule(*tensors, plan, way="reference")
+    assert torch.autograd.grad(out, tensors[2], dout, create_graph=True)[0].requires_grad
+
+
 @pytest.mark.parametrize("kind", ["delta", "mamba"])
 def test_a_large_layer_keeps_its_inputs_alone(kind, monkeypatch):
     from treegrpo_kernels import recurrence

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .pieces import Pieces, Runs, Slots, pieces_of, runs_of, slots_of
 from .plan import TreePlan
@@ -155,9 +154,14 @@ class _Scan(torch.autograd.Function):
         return state, written
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dstate: Tensor, dwritten: Tensor) -> tuple[Tensor | None, ...]:
         """dU = dV', dW = -dV' S^T, dk = V' dS'^T, d(decay) = <S, dS'>, where dS' sums the children's dS."""
+        # once_differentiable would leave the part that goes other ways, where gradients of some inputs are asked for
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "recurrences on trees have no second derivative (a gradient penalty would need one): take"
+                " way='reference'"
+            )
         w, k, decay, state, written = ctx.saved_tensors
         if isinstance(ctx.walk, Runs):
             from .triton.state_scan import scan_backward
