@@ -116,6 +116,20 @@ def test_decays_beyond_what_exp_can_hold(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("least", [-1e6, -1e30, float("-inf")])
+def test_a_token_that_forgets_all_leaves_the_others_exact(least, kind):
+    subtree_end = cases.random_subtree_end(120, 5, branch=0.04)
+    tensors, dout = inputs(len(subtree_end), kind, decay=0.05)
+    with torch.no_grad():
+        tensors[3][[7, 60]] = least
+    for dtype, bound in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        narrow = [None if x is None else x.detach().to(dtype).requires_grad_() for x in tensors]
+        got = by_chunks(subtree_end, narrow, dout.to(dtype), 64)
+        assert all(bool(x.isfinite().all()) for x in got)
+        assert_close([x.double() for x in got], oracle(subtree_end, tensors, dout), bound)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32_is_as_exact_as_each_leaf_alone(kind):
     subtree_end = cases.trie_subtree_end([[1] * 150 + [2 + i] * (40 + 9 * i) for i in range(4)])
     tensors, dout = inputs(len(subtree_end), kind, decay=0.05, d=16, dv=16)

@@ -52,6 +52,8 @@ def chunked(
     group = v.shape[1] // k.shape[1]
     # [N,H,C,D], [N,H,C,Dv], and [N,H,C,1] or [N,H,C,D]
     q, k = (cut(x.repeat_interleave(group, 1)) for x in (q, k))
+    # below this exp is 0; sums with larger ones would forget the others, and those with -inf be none
+    g = g.clamp(min=-746.0 if g.dtype == torch.float64 else -104.0)
     v, within = cut(v), cut(g if g.dim() == 3 else g[..., None]).cumsum(-2)
     since, to_end = within.exp(), (within[..., -1:, :] - within).exp()
     at_end = since[..., -1:, :].transpose(-1, -2)
