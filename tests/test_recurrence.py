@@ -318,6 +318,20 @@ def test_a_faster_row_convolution_is_taken():
 
     assert torch.equal(tk.tree_conv1d(x, weight, None, plan, row_conv=row_conv), tk.tree_conv1d(x, weight, None, plan))
     assert rows == [(1, 3, plan.num_tokens)]
+    # what autocast makes of it is cast back
+    low = tk.tree_conv1d(x, weight, None, plan, row_conv=lambda row: row_conv(row).bfloat16())
+    assert low.dtype == torch.float32
+
+
+def test_what_stands_in_another_tree_does_not_reach_a_root():
+    subtree_end = torch.as_tensor(FORESTS["two_trees"])
+    plan = tk.TreePlan.build(subtree_end)
+    second = int(subtree_end[0])
+    for bad in (slice(0, second), slice(second, None)):
+        x = torch.randn(plan.num_tokens, 3)
+        x[bad] = float("nan")
+        fine = ~x.isnan()
+        assert torch.equal(tk.tree_conv1d(x, torch.randn(3, 4), None, plan).isfinite(), fine)
 
 
 def test_no_tokens():

@@ -77,12 +77,13 @@ def tree_conv1d(
         out = F.conv1d(F.pad(row.to(weight.dtype), (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=x.shape[1])
         out = (out if activation is None else activation(out)).to(x.dtype)
     else:
-        out = row_conv(row)
+        out = row_conv(row).to(x.dtype)
     seams = seams_of(plan, weight.shape[1])
     if not seams.token.shape[0]:
         return out[0].T
     # with brackets, not index_select: its gradient adds up what branches share in a fixed order
-    rows = F.pad(x, (0, 0, 0, 1))[seams.ancestor].to(compute_dtype(x.dtype))
+    rows = x[seams.ancestor.clamp(max=plan.num_tokens - 1)].to(compute_dtype(x.dtype))
+    rows = rows.masked_fill((seams.ancestor == plan.num_tokens)[..., None], 0)
     anew = torch.einsum("mkc,ck->mc", rows, weight.to(rows.dtype))
     if bias is not None:
         anew = anew + bias.to(rows.dtype)
