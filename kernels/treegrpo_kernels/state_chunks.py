@@ -49,9 +49,8 @@ def chunked(
     kernels = _kernels_serve(q) if kernels is None else kernels
     walk = runs_of(plan, chunk) if kernels else pieces_of(plan, chunk)
     cut = partial(_Cut.apply, slots_of(plan, chunk))
-    group = v.shape[1] // k.shape[1]
-    # [N,H,C,D], [N,H,C,Dv], and [N,H,C,1] or [N,H,C,D]
-    q, k = (cut(x.repeat_interleave(group, 1)) for x in (q, k))
+    # [N,Hk,C,D], [N,H,C,Dv], and [N,H,C,1] or [N,H,C,D]
+    q, k = cut(q), cut(k)
     # below this exp is 0; sums with larger ones would forget the others, and those with -inf be none
     g = g.clamp(min=-746.0 if g.dtype == torch.float64 else -104.0)
     v, within = cut(v), cut(g if g.dim() == 3 else g[..., None]).cumsum(-2)
@@ -59,15 +58,15 @@ def chunked(
     at_end = since[..., -1:, :].transpose(-1, -2)
     if beta is None:
         (scores,) = _scores(k, within, q)
-        state, written = _Scan.apply(v, None, k * to_end, at_end, walk)
+        state, written = _Scan.apply(v, None, _each(k, to_end), at_end, walk)
     else:
         rate = cut(beta[..., None])
         scores, system = _scores(k, within, q, k)
-        columns = rate * torch.cat([v, k * since], -1)
+        columns = rate * torch.cat([v, _each(k, since)], -1)
         solved = torch.linalg.solve_triangular(rate * system, columns, upper=False, unitriangular=True)
         u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
-        state, written = _Scan.apply(u, w, k * to_end, at_end, walk)
-    out = (q * since) @ state + scores @ written
+        state, written = _Scan.apply(u, w, _each(k, to_end), at_end, walk)
+    out = _each(q, since) @ state + scores @ written
     return _Join.apply(slots_of(plan, chunk), out)
 
 
@@ -100,27 +99,32 @@ class _Join(torch.autograd.Function):
         return None, _Cut.apply(ctx.slots, dout)
 
 
+def _each(x: Tensor, factor: Tensor) -> Tensor:
+    """x [N,Hk,...] times factor [N,H,...] -> [N,H,...]: what a key head has, for each of its value heads."""
+    return (x.unsqueeze(2) * factor.unflatten(1, (x.shape[1], -1))).flatten(1, 2)
+
+
 def _scores(k: Tensor, within: Tensor, *rows: Tensor) -> list[Tensor]:
-    """For each of ``rows`` [N,H,C,D]: [N,H,C,C], row_i . (exp(within_i - within_j) k_j) for j <= i, else 0."""
+    """For each of ``rows`` [N,Hk,C,D]: [N,H,C,C], row_i . (exp(within_i - within_j) k_j) for j <= i, else 0."""
     size = k.shape[-2]
     above = torch.ones(size, size, dtype=torch.bool, device=k.device).triu(1)
     if within.shape[-1] == 1:
         # masked before exp: above the diagonal it would overflow
         decay = (within - within.transpose(-1, -2)).masked_fill(above, float("-inf")).exp()
-        return [(x @ k.transpose(-1, -2)) * decay for x in rows]
+        return [_each(x @ k.transpose(-1, -2), decay) for x in rows]
     parts: list[list[Tensor]] = [[] for _ in rows]
     for begin in range(0, size, BLOCK):
         block = slice(begin, min(begin + BLOCK, size))
         mine = within[..., block, :]
         # what lies before the block decays to its beginning and from there: two factors of at most 1
         border = within[..., begin - 1 : begin, :] if begin else torch.zeros_like(mine[..., :1, :])
-        before = (k[..., :begin, :] * (border - within[..., :begin, :]).exp()).transpose(-1, -2)
+        before = _each(k[..., :begin, :], (border - within[..., :begin, :]).exp()).transpose(-1, -2)
         hidden = above[block, block][..., None]
         decay = (mine.unsqueeze(-2) - mine.unsqueeze(-3)).masked_fill(hidden, float("-inf")).exp()
-        decayed = k[..., block, :].unsqueeze(-3) * decay
+        decayed = _each(k[..., block, :].unsqueeze(-3), decay).unflatten(1, (k.shape[1], -1))
         for x, found in zip(rows, parts, strict=True):
-            own = torch.einsum("nhid,nhijd->nhij", x[..., block, :], decayed)
-            far = (x[..., block, :] * (mine - border).exp()) @ before
+            own = torch.einsum("nhid,nhgijd->nhgij", x[..., block, :], decayed).flatten(1, 2)
+            far = _each(x[..., block, :], (mine - border).exp()) @ before
             found.append(torch.nn.functional.pad(torch.cat([far, own], -1), (0, size - block.stop)))
     return [torch.cat(found, -2) for found in parts]
 
