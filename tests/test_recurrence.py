@@ -204,7 +204,7 @@ def test_a_second_derivative_is_refused_not_wrong():
     assert torch.autograd.grad(out, tensors[2], dout, create_graph=True)[0].requires_grad
 
 
-@pytest.mark.parametrize("kind", ["delta", "mamba"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_large_layer_keeps_its_inputs_alone(kind, monkeypatch):
     from treegrpo_kernels import recurrence
 
@@ -216,15 +216,16 @@ def test_a_large_layer_keeps_its_inputs_alone(kind, monkeypatch):
         monkeypatch.setattr(recurrence, "RECOMPUTE_FROM", limit)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            rule = tk.tree_gated_delta_rule if kind == "delta" else tk.tree_gated_linear_attention
+            rule = tk.tree_gated_linear_attention if tensors[4] is None else tk.tree_gated_delta_rule
             out = rule(*given, plan)
-        return sum(x.nbytes for x in kept), [out, *torch.autograd.grad(out, given, dout)]
+        # what is kept for several operations counts once
+        return sum(size for _, size in {(x.data_ptr(), x.nbytes) for x in kept}), [out, *torch.autograd.grad(out, given, dout)]
 
     (all_bytes, plain), (few_bytes, again) = kept_and_found(2**40), kept_and_found(0)
     assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
     assert few_bytes <= sum(x.nbytes for x in given) < all_bytes
     # the estimate is of the size of what is kept
-    assert 0.3 < recurrence.kept_bytes(tensors[0], tensors[2], len(pieces_of(plan, 64).length)) / all_bytes < 3
+    assert 0.5 < recurrence.kept_bytes(tensors[0], *tensors[2:], plan) / all_bytes < 2
 
 
 def test_pieces_of_the_docstring():

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from . import reference
 from .pieces import Pieces, pieces_of
 from .plan import TreePlan
-from .state_chunks import CHUNK, chunked
+from .state_chunks import BLOCK, CHUNK, chunked
 
 _log = logging.getLogger("treegrpo_kernels")
 
@@ -167,17 +167,20 @@ def _in_torch(
     way: str,
 ) -> Tensor:
     in_chunks = way != "reference" and torch.is_grad_enabled()
-    if in_chunks and kept_bytes(q, v, pieces_of(plan, CHUNK).num_pieces) > RECOMPUTE_FROM:
+    if in_chunks and kept_bytes(q, v, g, beta, plan) > RECOMPUTE_FROM:
         compute = partial(_compute, plan=plan, scale=scale, normalize=normalize, way=way)
         return checkpoint(compute, q, k, v, g, beta, use_reentrant=False, preserve_rng_state=False)
     return _compute(q, k, v, g, beta, plan, scale, normalize, way)
 
 
-def kept_bytes(q: Tensor, v: Tensor, num_chunks: int) -> int:
+def kept_bytes(q: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, plan: TreePlan) -> int:
     """What a backward through chunks would have kept, roughly."""
     dim, value_dim = q.shape[2], v.shape[2]
     a_chunk = CHUNK * (8 * dim + 5 * value_dim + 5 * CHUNK) + dim * value_dim
-    return num_chunks * v.shape[1] * a_chunk * (8 if q.dtype == torch.float64 else 4)
+    a_chunk = a_chunk // 2 if beta is None else a_chunk
+    if g.dim() == 3:
+        a_chunk += 2 * CHUNK * BLOCK * dim
+    return pieces_of(plan, CHUNK).num_pieces * v.shape[1] * a_chunk * (8 if q.dtype == torch.float64 else 4)
 
 
 def _compute(
