@@ -205,18 +205,17 @@ def _scan_backward(
     sizes = pieces.level_pieces
     dstate, dwritten = dstate.clone(), dwritten.clone()
     dbehind = torch.zeros_like(dstate)
-    parts = zip(*(x.split(sizes) for x in (k, decay, dstate, dwritten, dbehind)), strict=True)
+    parts = zip(*(x.split(sizes) for x in (k, decay, dstate, dwritten)), strict=True)
     reads = None if w is None else w.split(sizes)
-    parents = pieces.parent.split(sizes)
-    for level, (k_l, decay_l, dstate_l, dwritten_l, dbehind_l) in reversed(list(enumerate(parts))):
+    parents, dbehinds = pieces.parent.split(sizes), dbehind.split(sizes)
+    for level, (k_l, decay_l, dstate_l, dwritten_l) in reversed(list(enumerate(parts))):
         if level + 1 < len(sizes):
-            # dbehind_l holds what the level below put there
-            dwritten_l += k_l @ dbehind_l
-            dstate_l += decay_l * dbehind_l
+            # which holds what the level below put there
+            dwritten_l += k_l @ dbehinds[level]
+            dstate_l += decay_l * dbehinds[level]
         if level:
             if reads is not None:
                 dstate_l -= reads[level].transpose(-1, -2) @ dwritten_l
-            dabove = dbehind.narrow(0, sum(sizes[: level - 1]), sizes[level - 1])
             # not index_add_: on a GPU it adds in any order
-            dabove.index_put_((parents[level],), dstate_l, accumulate=True)
+            dbehinds[level - 1].index_put_((parents[level],), dstate_l, accumulate=True)
     return dbehind, dwritten
