@@ -140,13 +140,15 @@ def test_levels_from_the_states_of_their_parents(stand_in, name, kind, normalize
         ("3.6.0", False, False, False, True),
         ("3.7.1", True, False, False, True),
         ("3.7.0+git12", True, False, False, False),
+        ("3.7.0rc1", True, False, False, False),
+        ("3.10.0", True, False, False, True),
         ("3.3.1", True, False, False, True),
     ],
 )
 def test_where_its_backward_is_wrong_it_is_not_taken(
     stand_in, monkeypatch, triton, hopper, per_channel, tilelang, runs
 ):
-    monkeypatch.setattr(recurrence.importlib.metadata, "version", lambda name: triton)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
     monkeypatch.setattr(recurrence.importlib.util, "find_spec", lambda name: tilelang or None)
     reason = recurrence._missing(per_channel, hopper)
     assert (reason is None) == runs and (runs or "Triton 3.7.1 or newer" in reason)

@@ -198,7 +198,7 @@ def test_a_second_derivative_is_refused_not_wrong():
     plan = tk.TreePlan.build(torch.as_tensor(FORESTS["random_2"]))
     tensors, dout = inputs(plan.num_tokens, "delta")
     out = tk.tree_gated_delta_rule(*tensors, plan)
-    with pytest.raises(RuntimeError, match="no second derivative.*take way='reference'"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*take way='reference'"):
         torch.autograd.grad(out, tensors[2], dout, create_graph=True)
     out = tk.tree_gated_delta_rule(*tensors, plan, way="reference")
     assert torch.autograd.grad(out, tensors[2], dout, create_graph=True)[0].requires_grad
@@ -219,7 +219,10 @@ def test_a_large_layer_keeps_its_inputs_alone(kind, monkeypatch):
             rule = tk.tree_gated_linear_attention if tensors[4] is None else tk.tree_gated_delta_rule
             out = rule(*given, plan)
         # what is kept for several operations counts once
-        return sum(size for _, size in {(x.data_ptr(), x.nbytes) for x in kept}), [out, *torch.autograd.grad(out, given, dout)]
+        return sum(size for _, size in {(x.data_ptr(), x.nbytes) for x in kept}), [
+            out,
+            *torch.autograd.grad(out, given, dout),
+        ]
 
     (all_bytes, plain), (few_bytes, again) = kept_and_found(2**40), kept_and_found(0)
     assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
@@ -365,6 +368,7 @@ def test_bad_calls_name_the_field():
         tk.tree_gated_linear_attention(q, k, v, g, plan, way="fla")
     assert "need a GPU" in fla_reason(q.device, torch.bfloat16)
     assert "not torch.float32" in fla_reason(torch.device("cuda"), torch.float32)
+    assert "at most 256" in fla_reason(torch.device("cuda"), torch.bfloat16, head_dim=512)
     for bad, match in [
         ((torch.zeros(3, 2), torch.zeros(2, 4), None), "x has shape"),
         ((torch.zeros(plan.num_tokens, 2), torch.zeros(3, 4), None), "weight has shape"),

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
+import re
 from functools import partial
 
 import torch
@@ -75,7 +75,7 @@ def tree_gated_delta_rule(
         raise ValueError(f"beta has shape {tuple(beta.shape)}: give [T, Hv] = {tuple(v.shape[:2])}")
     if way not in WAYS:
         raise ValueError(f"way={way!r} is not known: take one of {', '.join(WAYS)}")
-    reason = fla_reason(q.device, q.dtype, g.dim() == 3) if way in ("auto", "fla") else None
+    reason = fla_reason(q.device, q.dtype, g.dim() == 3, q.shape[2]) if way in ("auto", "fla") else None
     if way == "fla" and reason is not None:
         raise ValueError(f"way='fla' cannot run here: {reason}")
     scale = q.shape[2] ** -0.5 if scale is None else scale
@@ -126,12 +126,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, plan: TreePlan) -> None:
         raise ValueError(f"plan is on {plan.device}, q on {q.device}: build it with TreePlan.build(..., device=...)")
 
 
-def fla_reason(device: torch.device, dtype: torch.dtype, per_channel: bool = False) -> str | None:
+def fla_reason(device: torch.device, dtype: torch.dtype, per_channel: bool = False, head_dim: int = 0) -> str | None:
     """None where flash-linear-attention's kernels serve, with decays per head or per channel; else why not."""
     if device.type != "cuda":
         return f"flash-linear-attention's kernels need a GPU, not {device.type!r}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-linear-attention's kernels take bfloat16 and float16, not {dtype}"
+    if head_dim > 256:
+        return f"flash-linear-attention's kernels take keys of at most 256, not {head_dim}"
     return _missing(per_channel, torch.cuda.get_device_capability(device)[0] == 9)
 
 
@@ -144,8 +146,9 @@ def _missing(per_channel: bool, is_hopper: bool) -> str | None:
             return f"flash-linear-attention does not import ({error}): pip install 'treegrpo[hybrid]'"
     if per_channel or not is_hopper or importlib.util.find_spec("tilelang") is not None:
         return None
-    version = importlib.metadata.version("triton")
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+    # the package has other names where torch brings it, and versions like 3.7.0rc1
+    version = importlib.import_module("triton").__version__
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:3]))
     if (3, 4, 0) <= numbers < (3, 7, 1):
         # fla raises in backward; its issue 640
         return (
@@ -243,7 +246,10 @@ def _fla_by_levels(
 @torch.inference_mode(False)
 @torch.no_grad()
 def _offsets(pieces: Pieces) -> list[dict[str, Tensor]]:
-    """Where the pieces of each level begin, and fla's list of their chunks, which it would wait for in every call."""
+    """Where the pieces of each level begin, and fla's list of their chunks, which it would wait for in every call.
+
+    chunk_kda takes no such list (0.6): it waits for its own, where there are more levels than the four of its cache.
+    """
     from fla.ops.utils import prepare_chunk_indices
 
     made = []
