@@ -95,7 +95,9 @@ def test_without_a_tree_it_is_the_model_bit_for_bit(family):
         assert all(torch.equal(a, b) for a, b in zip(ours.logits, their.logits, strict=True))
 
 
-@pytest.mark.parametrize("family", [name for name in ("qwen3_5_text", "falcon_h1") if name in TAUGHT])
+@pytest.mark.parametrize(
+    "family", [name for name in ("qwen3_5_text", "falcon_h1", "kimi_linear", "nemotron_h") if name in TAUGHT]
+)
 def test_what_a_tree_cannot_mean_is_refused(family):
     twin = tree_twin(tiny_model(family))
     leaves = make_leaves(twin, TWO_GROUPS)
@@ -103,6 +105,9 @@ def test_what_a_tree_cannot_mean_is_refused(family):
     rows = {name: x.expand(2, -1) if isinstance(x, torch.Tensor) and x.dim() == 2 else x for name, x in inputs.items()}
     with pytest.raises(ValueError, match=r"pack all trees into one row"):
         twin(**rows)
+    # a cache that is still empty, as models make one by default
+    with pytest.raises(ValueError, match=r"use_cache=False"):
+        twin(**{**inputs, "use_cache": True})
     cache = twin(input_ids=inputs["input_ids"][:, :3], use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"use_cache=False"):
         twin(**{**inputs, "use_cache": True}, past_key_values=cache)

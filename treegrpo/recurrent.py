@@ -105,14 +105,15 @@ def _where_there_is_a_tree(packed: Callable[..., Any], plain: Callable[..., Any]
     return function
 
 
-def _enter(mark: str, plan: tk.TreePlan, shape: tuple[int, int], state: Tensor | None, trace: list[Any] | None) -> None:
-    """Refuses what a packed tree cannot mean, and leaves a trace; ``shape``: rows and tokens."""
+def _enter(mark: str, plan: tk.TreePlan, shape: tuple[int, int], cached: bool, trace: list[Any] | None) -> None:
+    """Refuses what a packed tree cannot mean, and leaves a trace; ``shape``: rows and tokens, ``cached``: whether it
+    begins with a state, or is to return one."""
     if shape[0] != 1:
         raise ValueError(f"a {mark} was given {shape[0]} rows: pack all trees into one row [1, T]")
-    if state is not None or shape[1] != plan.num_tokens:
+    if cached or shape[1] != plan.num_tokens:
         raise ValueError(
-            f"a {mark} sees {shape[1]} tokens, or what is cached, for the plan's {plan.num_tokens}: pass"
-            " use_cache=False with a tree"
+            f"a {mark} is given a cache, or {shape[1]} tokens for the plan's {plan.num_tokens}: pass use_cache=False"
+            " with a tree"
         )
     if trace is not None:
         trace.append(mark)
@@ -134,7 +135,7 @@ def _conv(
     **kwargs: Any,
 ) -> Tensor:
     """hidden_states [1, C, T], weight [C, K] -> [1, C, T]."""
-    _enter(CONV, tree_plan, (hidden_states.shape[0], hidden_states.shape[2]), None, tree_trace)
+    _enter(CONV, tree_plan, (hidden_states.shape[0], hidden_states.shape[2]), False, tree_trace)
     out = tk.tree_conv1d(
         hidden_states[0].T,
         weight,
@@ -154,6 +155,7 @@ def _delta_rule(
     beta: Tensor,
     *,
     initial_state: Tensor | None = None,
+    output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     tree_plan: tk.TreePlan,
     tree_backend: str,
@@ -162,7 +164,8 @@ def _delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """query and key [1, T, Hk, D], value [1, T, Hv, Dv], g [1, T, Hv] or [1, T, Hv, D], beta [1, T, Hv] ->
     ([1, T, Hv, Dv], no state)."""
-    _enter(RECURRENCE, tree_plan, (query.shape[0], query.shape[1]), initial_state, tree_trace)
+    cached = initial_state is not None or output_final_state
+    _enter(RECURRENCE, tree_plan, (query.shape[0], query.shape[1]), cached, tree_trace)
     q, k, v, g, beta = (x[0] for x in (query, key, value, g, beta))
     normalize, way = use_qk_l2norm_in_kernel, _way(tree_backend)
     return tk.tree_gated_delta_rule(q, k, v, g, beta, tree_plan, normalize=normalize, way=way)[None], None
@@ -181,7 +184,8 @@ def _mamba_scan(
     **kwargs: Any,
 ) -> Any:
     """hidden_states [1, T, H, P], dt [1, T, H], A [H], B and C [1, T, G, N] -> [1, T, H, P]."""
-    _enter(RECURRENCE, tree_plan, (dt.shape[0], dt.shape[1]), kwargs.get("initial_states"), tree_trace)
+    cached = kwargs.get("initial_states") is not None or kwargs.get("return_final_states", False)
+    _enter(RECURRENCE, tree_plan, (dt.shape[0], dt.shape[1]), cached, tree_trace)
     bias, bounds = kwargs.get("dt_bias"), kwargs.get("dt_limit", (0.0, float("inf")))
     # as mamba-ssm's kernels have it: all in float32 where the model is in low precision
     wide = tk.reference.compute_dtype(hidden_states.dtype)
