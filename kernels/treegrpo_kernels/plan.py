@@ -158,7 +158,7 @@ class TreePlan:
         else:
             return
         raise ValueError(
-            f"lists of a plan cannot be built {within}, for their length depends on the tree: call tree_attention once"
+            f"lists of a plan cannot be built {within}, for their length depends on the tree: call the operation once"
             f" with this plan and these shapes before {before}"
         )
 
