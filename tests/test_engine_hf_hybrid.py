@@ -13,6 +13,7 @@ import transformers
 from packaging.version import Version
 from tiny import VOCAB
 from tiny_engine import greedy, make_model, together
+from transformers import CONFIG_MAPPING
 
 from treegrpo.rollout import hf, hybrid, layers
 from treegrpo.rollout.engine import SamplingParams
@@ -36,6 +37,34 @@ DELTA = {
 # with a bias, padding is no zero to the convolution
 CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA = {
+    "num_hidden_layers": 3,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 64,
+}
+# keys and values of latents, which differ in size
+KIMI = {
+    **EXPERTS,
+    "num_hidden_layers": 3,
+    "layer_types": DELTA["layer_types"],
+    "linear_num_heads": 4,
+    "linear_head_dim": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_local_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 FAMILIES = {
     "qwen3_next": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_5_text": DELTA,
@@ -43,10 +72,32 @@ FAMILIES = {
     "olmo_hybrid": {**DELTA, "linear_allow_neg_eigval": True},
     "lfm2": CONV,
     "lfm2_moe": {**CONV, **EXPERTS, "num_dense_layers": 1, "use_expert_bias": False},
+    "lfm3": CONV,
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": DELTA["layer_types"],
+        **EXPERTS,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 16,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "ssm_multipliers": [0.9, 0.8, 0.7, 1.5, 0.6]},
+    "kimi_linear": KIMI,
+    "bailing_hybrid": KIMI,
+    # two layers that cache nothing, one of them where a cache looks first
+    "nemotron_h": {
+        "layers_block_type": ["mlp", "linear_attention", "full_attention", "moe", "linear_attention"],
+        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 64},
+        **{"n_routed_experts": 4, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
+    },
 }
+# of newer releases
+FAMILIES = {name: options for name, options in FAMILIES.items() if name in CONFIG_MAPPING}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 # seen: 1.1e-5, of a recurrence by tokens here and by chunks there, both in float32; with a wrong state 2e-2 and more
 BOUND = 3e-5
+# seen: 1.2e-4; a whole forward is 6e-5 from one in float64
+BOUNDS = {"bailing_hybrid": 3e-4}
 
 
 def make_hybrid(family: str = "qwen3_5_text", seed: int = 0):
@@ -57,6 +108,10 @@ def make_hybrid(family: str = "qwen3_5_text", seed: int = 0):
         for name, parameter in model.named_parameters():
             noise = torch.rand(parameter.shape, generator=generator).to(parameter)
             parameter.copy_(4 * noise - 5 if name.endswith("A_log") else parameter + 0.15 * (noise - 0.5))
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            # nemotron_h has one of its own, for which it is refused
+            module.time_step_limit = (0.0, float("inf"))
     return model
 
 
@@ -69,7 +124,9 @@ def check(model, prompt, sampling, result) -> None:
     uniform = torch.from_numpy(np.random.default_rng(sampling.seed).random(len(sampled))).to(model.device)
     ids, logprobs = sample(logits, Draw.of([sampling] * len(sampled), model.device), uniform)
     assert sampled == ids.tolist()
-    torch.testing.assert_close(torch.tensor(result.logprobs), logprobs.cpu(), atol=BOUND, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(result.logprobs), logprobs.cpu(), atol=BOUNDS.get(model.config.model_type, BOUND), rtol=0
+    )
 
 
 def ask(engine, calls, session: str = ""):
@@ -84,8 +141,9 @@ def states_of(tree: PrefixTree) -> list[torch.Tensor]:
     return [*(tree.state or ()), *(x for child in tree.children.values() for x in states_of(child))]
 
 
-@each_family
-@pytest.mark.parametrize("session", ["", "s"])
+@pytest.mark.parametrize(
+    ("family", "session"), [*((family, "s") for family in FAMILIES), ("qwen3_5_text", ""), ("falcon_h1", "")]
+)
 def test_requests_of_unlike_lengths_together(family, session, make_engine):
     engine = make_engine(make_hybrid(family), ends=False)
     random = np.random.default_rng(0)
@@ -191,7 +249,7 @@ def test_kept_states_are_never_written_to(family, make_engine):
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in states_of(engine._sessions["s"]))
 
 
-@each_family
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "lfm2", "falcon_h1"])
 def test_new_tokens_are_never_padded_and_the_forwards_stay_few(family, make_engine, monkeypatch):
     engine = make_engine(make_hybrid(family), ends=False)
     forward, calls = engine._forward, []
@@ -278,7 +336,9 @@ def test_a_tree_continues_only_where_a_state_was_kept():
 
 def test_batch_rows_keep_their_states_through_joins_drops_and_moves():
     states = (((3,), torch.float64), ((1, 1), torch.float32))
-    shape = KVShape(1, (1, 1), (1, 1), torch.float32, torch.device("cpu"), (True, False, True), states)
+    shape = KVShape(
+        1, (1, 1), (1, 1), torch.float32, torch.device("cpu"), ((False, True), (True, False), (False, True)), states
+    )
     generator = torch.Generator().manual_seed(0)
     batch, rows = KVBatch(shape), []
     for step in range(300):
@@ -328,6 +388,9 @@ def test_strides_compute_every_length_in_few_forwards():
         ({"model_type": "minimax", "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ({"model_type": "jamba", "num_experts": 2, "mamba_d_state": 4}, "linear_attention"),
         ({"model_type": "lfm2", "layer_types": ["conv", "conv"]}, "no attention layer"),
+        # a step of one token does not bound them: seen, 2e-3 between what is sampled and what is trained
+        ({"model_type": "nemotron_h", **FAMILIES["nemotron_h"]}, r"bounds the time steps.*\(0\.001, inf\)"),
+        ({"model_type": "falcon_h1", **FAMILIES["falcon_h1"], "time_step_limit": (0.0, 0.5)}, "bounds the time steps"),
     ],
 )
 def test_other_models_with_states_are_refused(changes, message, make_engine):

@@ -99,9 +99,9 @@ class HFEngine:
     Of hybrid models (`layers.HYBRIDS`, with transformers 5.17 and newer) a prefix is continued where a state was kept:
     before the last token of each prompt, and of each prompt with its completion. A branch from between is computed from
     the nearest such place before it; every request decodes the last token of its prompt itself. A kept state stays on
-    the model's device until `release`. It takes, however long the prefix, 4 Hv Dk Dv bytes and a little for each linear
-    attention layer (75 MB for Qwen3-Next 80B: as much as keys and values of 3,000 tokens), and so does each row of the
-    batch.
+    the model's device until `release`. It takes, however long the prefix, 4 Hv Dk Dv bytes and a little for each layer
+    of linear attention (75 MB for Qwen3-Next 80B: as much as keys and values of 3,000 tokens), and so does each row of
+    the batch.
 
     Args:
         model: a causal decoder with plain keys and values in every layer, or a hybrid one; wrapped (PEFT, compile) or
@@ -114,7 +114,8 @@ class HFEngine:
 
     Raises:
         ValueError: a model that caches something else than plain keys and values, or in a hybrid something else than
-            one state a layer; or one whose sliding window is shorter than the context.
+            one state a layer beside them; one whose sliding window is shorter than the context, or whose Mamba layers
+            bound their time steps.
     """
 
     def __init__(

@@ -1,15 +1,17 @@
 """Keys and values of the `hf` engine: what a session has computed, each token once, and the batch that is decoded.
 
-Hybrid models keep a state per sequence in their other layers, of a convolution and perhaps of a recurrence. It holds
-for one length alone, so it is kept at the ends of prefixes, and only there can they be continued.
+Hybrid models keep a state per sequence, of a convolution and perhaps of a recurrence, in layers without keys and values
+or beside them. It holds for one length alone, so it is kept at the ends of prefixes, and only there can they be
+continued.
 
-Shape legend: L attention layers, M layers with a state, B rows, H key/value heads, C columns (one per cached token), D
-head dim; keys and values may differ in D. A prefix is [L, H, n, D] and its state [M, ...], a batch [L, B, H, C, D] and
-[M, B, ...].
+Shape legend: L layers with keys and values, M layers with a state, B rows, H key/value heads, C columns (one per cached
+token), D head dim; keys and values may differ in D. A prefix is [L, H, n, D] and its state [M, ...], a batch [L, B, H,
+C, D] and [M, B, ...].
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +118,7 @@ def _common_length(a: list[int], b: list[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token's keys and values are, in every attention layer, and what states the other layers have."""
+    """What one token's keys and values are, in every layer that has them, and what states layers have."""
 
     num_layers: int
     key: tuple[int, int]
@@ -124,8 +126,8 @@ class KVShape:
     value: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
-    is_state: tuple[bool, ...] = ()
-    """For each layer of a hybrid model, whether it has a state instead of keys and values."""
+    layers: tuple[tuple[bool, bool], ...] = ()
+    """For each layer of a hybrid model, whether it has keys and values, and whether it has a state."""
     states: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     """Shape and dtype of one layer's states of one sequence."""
 
@@ -139,7 +141,7 @@ class KVShape:
 
     def zero_states(self, num_rows: int) -> State:
         """What rows without tokens begin with."""
-        count = sum(self.is_state)
+        count = sum(has_state for _, has_state in self.layers)
         return tuple(
             torch.zeros(count, num_rows, *size, dtype=dtype, device=self.device) for size, dtype in self.states
         )
@@ -163,12 +165,26 @@ class _BatchLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _state_layer(states: Sequence[Tensor]) -> Any:
-    """One layer of a `KVBatch` with states [B, ...]: what the model's calls update is these tensors themselves."""
+@functools.cache
+def _hybrid_layers() -> tuple[Any, Any]:
+    """Classes of a layer without keys and values, and of one with both them and a state."""
     # not there in older versions, whose hybrid models are refused
     from transformers.cache_utils import LinearAttentionLayer
 
-    layer = LinearAttentionLayer()
+    class Both(LinearAttentionLayer, _BatchLayer):
+        def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+            LinearAttentionLayer.__init__(self)
+            _BatchLayer.__init__(self, keys, values, length)
+
+    return LinearAttentionLayer, Both
+
+
+def _hybrid_layer(attention: tuple[Tensor, Tensor, int] | None, states: Sequence[Tensor]) -> Any:
+    """One layer of a hybrid `KVBatch`, with states [B, ...] or none: calls of the model update these tensors."""
+    without, both = _hybrid_layers()
+    if not states:
+        return without() if attention is None else _BatchLayer(*attention)
+    layer = without() if attention is None else both(*attention)
     layer.dtype, layer.device = states[0].dtype, states[0].device
     layer.conv_states[0], layer.conv_kernel_size[0] = states[0], states[0].shape[-1]
     # a row without tokens has zeros, which is what a sequence begins with
@@ -202,13 +218,12 @@ class KVBatch:
         if self._cache is None:
             num_rows = len(self.starts)
             self._cache = DynamicCache()
-            attention = (
-                _BatchLayer(keys[:num_rows], values[:num_rows], self.length)
-                for keys, values in zip(self.keys, self.values, strict=True)
-            )
-            others = (_state_layer([x[:num_rows] for x in states]) for states in zip(*self.states, strict=True))
-            order = self.shape.is_state or (False,) * self.shape.num_layers
-            self._cache.layers = [next(others if is_state else attention) for is_state in order]
+            attention = ((k[:num_rows], v[:num_rows], self.length) for k, v in zip(self.keys, self.values, strict=True))
+            states = ([x[:num_rows] for x in layer] for layer in zip(*self.states, strict=True))
+            self._cache.layers = [
+                _hybrid_layer(next(attention) if has_keys else None, next(states) if has_state else ())
+                for has_keys, has_state in self.shape.layers
+            ] or [_BatchLayer(*layer) for layer in attention]
         return self._cache
 
     def row(self, index: int) -> Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ import transformers
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from treegrpo.rollout.kv import KVShape
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-STATE_LAYER_TYPES = ("linear_attention", "conv")
-HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "lfm2", "lfm2_moe")
+HYBRIDS = (
+    *("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "lfm2", "lfm2_moe", "lfm3", "granitemoehybrid"),
+    *("bamba", "falcon_h1", "nemotron_h", "kimi_linear", "bailing_hybrid"),
+)
 """Families whose layers go on from a state with several tokens at once. Others call their layers the same, but take one
 token at a time, keep several states or a cache of their own."""
 HYBRIDS_SINCE = "5.17"
@@ -43,8 +47,8 @@ def check_layers(model: nn.Module, max_context_length: int) -> int | None:
     name, config = type(model).__name__, _text_config(model)
     types = getattr(config, "layer_types", None)
     is_hybrid = _is_hybrid(model)
-    known = LAYER_TYPES + STATE_LAYER_TYPES if is_hybrid else LAYER_TYPES
-    foreign = sorted(set(types or ()) - set(known))
+    # a hybrid's layers are seen in what they cache
+    foreign = [] if is_hybrid else sorted(set(types or ()) - set(LAYER_TYPES))
     is_stateful = getattr(model, "_is_stateful", False) and not is_hybrid
     if foreign or is_stateful or getattr(config, "is_encoder_decoder", False):
         what = f"has layers of type {', '.join(foreign)}" if foreign else "is not a plain attention decoder"
@@ -57,8 +61,13 @@ def check_layers(model: nn.Module, max_context_length: int) -> int | None:
             f"{name} is a hybrid model, whose layers cannot go on from a kept state in transformers"
             f" {transformers.__version__}: install {HYBRIDS_SINCE} or newer, or use another engine"
         )
-    if is_hybrid and not set(types or LAYER_TYPES) & set(LAYER_TYPES):
-        raise ValueError(f"{name} has no attention layer, by which its cache counts tokens: use another engine")
+    limits = [limit for module in model.modules() if (limit := getattr(module, "time_step_limit", None))]
+    if is_hybrid and any((low, high) != (0.0, math.inf) for low, high in limits):
+        raise ValueError(
+            f"{name} bounds the time steps of its Mamba layers ({limits[0]}), which transformers"
+            f" {transformers.__version__} does in forwards of several tokens, but not in those of one: what is sampled"
+            " would not have the log-probs it is trained with; use another engine"
+        )
     window = getattr(config, "sliding_window", None)
     if window is None or (types is not None and "sliding_attention" not in types):
         return None
@@ -85,12 +94,15 @@ def keywords(model: nn.Module) -> tuple[dict[str, int], str]:
 
 
 def probe_shape(model: PreTrainedModel) -> KVShape:
-    """Computes one token to see what the model caches; ValueError where that is not equal keys and values per attention
-    layer, and equal states in the other layers of a hybrid model."""
+    """Computes one token to see what the model caches; ValueError where that is not equal keys and values in every
+    layer, or in a hybrid model equal ones and equal states in the layers that have them."""
     name, config = type(model).__name__, _text_config(model)
     device = model.get_input_embeddings().weight.device
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    cache = DynamicCache(config=model.config) if _is_hybrid(model) else DynamicCache()
+    is_hybrid = _is_hybrid(model)
+    cache = DynamicCache(config=model.config) if is_hybrid else DynamicCache()
+    if is_hybrid and not any(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise ValueError(f"{name} has no attention layer, by which its cache counts tokens: use another engine")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -99,24 +111,26 @@ def probe_shape(model: PreTrainedModel) -> KVShape:
     finally:
         for module in training:
             module.training = True
-    is_state = tuple(hasattr(layer, "conv_states") for layer in cache.layers)
-    states = {_states(layer) for layer, has_state in zip(cache.layers, is_state, strict=True) if has_state}
-    attention = [layer for layer, has_state in zip(cache.layers, is_state, strict=True) if not has_state]
-    pairs = [(layer.keys, layer.values) for layer in attention]
+    has_keys = [getattr(layer, "keys", None) is not None for layer in cache.layers]
+    pairs = [(layer.keys, layer.values) for layer, has in zip(cache.layers, has_keys, strict=True) if has]
+    states = [_states(layer) for layer in cache.layers]
     plain = all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] == 1 for pair in pairs for x in pair)
     kinds = {(k.shape, v.shape, k.dtype, v.dtype, k.device, v.device) for k, v in pairs} if plain else set()
-    if len(is_state) != config.num_hidden_layers or len(kinds) != 1 or pairs[0][0].dtype != pairs[0][1].dtype:
+    is_whole = len(cache.layers) == config.num_hidden_layers and (is_hybrid or all(has_keys))
+    if not is_whole or len(kinds) != 1 or pairs[0][0].dtype != pairs[0][1].dtype:
         raise ValueError(
             f"{name} does not cache keys and values of one shape on one device in each of its"
-            f" {len(attention) if any(is_state) else config.num_hidden_layers} attention layers: use another model or"
-            " another engine"
+            f" {len(pairs) if is_hybrid else config.num_hidden_layers} attention layers: use another model or another"
+            " engine"
         )
     keys, values = pairs[0]
-    if len(states) > 1 or any(place != keys.device for kind in states for *_, place in kind):
+    distinct = set(states) - {()}
+    if len(distinct) > 1 or any(place != keys.device for kind in distinct for *_, place in kind):
         raise ValueError(f"{name} does not keep states of one shape on one device: use another engine")
     key, value = ((x.shape[1], x.shape[3]) for x in (keys, values))
-    sizes = tuple((size, dtype) for kind in states for size, dtype, _ in kind)
-    return KVShape(len(pairs), key, value, keys.dtype, keys.device, is_state if states else (), sizes)
+    sizes = tuple((size, dtype) for kind in distinct for size, dtype, _ in kind)
+    caches = tuple(zip(has_keys, map(bool, states), strict=True)) if is_hybrid else ()
+    return KVShape(len(pairs), key, value, keys.dtype, keys.device, caches, sizes)
 
 
 def _is_hybrid(model: nn.Module) -> bool:
@@ -126,5 +140,5 @@ def _is_hybrid(model: nn.Module) -> bool:
 
 def _states(layer: Any) -> tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]:
     """Shape of one sequence, dtype and device of each state of a cache's layer."""
-    states = [*layer.conv_states.values(), *(x for x in layer.recurrent_states.values() if x is not None)]
-    return tuple((tuple(x.shape[1:]), x.dtype, x.device) for x in states)
+    kinds = (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {}))
+    return tuple((tuple(x.shape[1:]), x.dtype, x.device) for kept in kinds for x in kept.values() if x is not None)
