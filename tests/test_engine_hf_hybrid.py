@@ -249,6 +249,29 @@ def test_kept_states_are_never_written_to(family, make_engine):
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in states_of(engine._sessions["s"]))
 
 
+@pytest.mark.parametrize(
+    ("room", "prefilled"),
+    [(None, [20, 3, 2, 1]), (3, [20, 3, 2, 20]), (1, [20, 3, 27, 20]), (0, [20, 28, 27, 20])],
+)
+def test_states_used_longest_ago_are_dropped_and_computed_again(room, prefilled, make_engine):
+    # two layers, 32 channels and the 3 tokens the convolution looks at; a byte less than one more
+    size = None if room is None else 4 * 2 * 32 * 3 * (room + 1) - 1
+    engine = make_engine(make_hybrid("lfm2"), ends=False, max_state_bytes=size)
+    prompt = list(range(10, 30))
+    [first] = ask(engine, [(prompt, greedy(6))], "s")
+    # one state per prompt and per completion; the second is used again in between, the first is not
+    end = prompt + first.token_ids
+    calls = [(ids, greedy(6)) for ids in ([*end, 31, 32], [*end, 33], prompt)]
+    results = [first, *(ask(engine, [call], "s")[0] for call in calls)]
+    assert [result.num_prefilled for result in results] == prefilled
+    kept = engine._kept._nodes
+    assert len(states_of(engine._sessions["s"])) == len(kept) == (6 if room is None else room)
+    asyncio.run(engine.release("s"))
+    # the worker may still be letting go of the last request
+    engine._executor.submit(int).result()
+    assert not kept
+
+
 @pytest.mark.parametrize("family", ["qwen3_5_moe_text", "lfm2", "falcon_h1"])
 def test_new_tokens_are_never_padded_and_the_forwards_stay_few(family, make_engine, monkeypatch):
     engine = make_engine(make_hybrid(family), ends=False)

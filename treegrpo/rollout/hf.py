@@ -99,9 +99,9 @@ class HFEngine:
     Of hybrid models (`layers.HYBRIDS`, with transformers 5.17 and newer) a prefix is continued where a state was kept:
     before the last token of each prompt, and of each prompt with its completion. A branch from between is computed from
     the nearest such place before it; every request decodes the last token of its prompt itself. A kept state stays on
-    the model's device until `release`. It takes, however long the prefix, 4 Hv Dk Dv bytes and a little for each layer
-    of linear attention (75 MB for Qwen3-Next 80B: as much as keys and values of 3,000 tokens), and so does each row of
-    the batch.
+    the model's device until `release`, or `max_state_bytes` are full. It takes, however long the prefix, 4 Hv Dk Dv
+    bytes and a little for each layer of linear attention (75 MB for Qwen3-Next 80B: as much as keys and values of 3,000
+    tokens), and so does each row of the batch.
 
     Args:
         model: a causal decoder with plain keys and values in every layer, or a hybrid one; wrapped (PEFT, compile) or
@@ -111,6 +111,8 @@ class HFEngine:
         max_batch: rows decoded at once; further requests wait.
         copy_weights: sample from a copy (wrappers taken off, adapters inside kept), which `sync_weights` fills from a
             model of the same structure: one thread may then train while another samples. False samples from `model`.
+        max_state_bytes: what kept states of a hybrid model may take, those used longest ago are then computed again; by
+            default a quarter of what is free on a GPU now, and on a CPU what they need.
 
     Raises:
         ValueError: a model that caches something else than plain keys and values, or in a hybrid something else than
@@ -126,6 +128,7 @@ class HFEngine:
         max_context_length: int | None = None,
         max_batch: int = 256,
         copy_weights: bool = False,
+        max_state_bytes: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch}: decode at least one row at once")
@@ -141,6 +144,9 @@ class HFEngine:
         self._window = layers.check_layers(self._model, self.max_context_length)
         self._shape = layers.probe_shape(self._model)
         self._keep, self._cache_name = layers.keywords(self._model)
+        if max_state_bytes is None and self._shape.device.type == "cuda":
+            max_state_bytes = torch.cuda.mem_get_info(self._shape.device)[0] // 4
+        self._kept = kv.KeptStates(math.inf if max_state_bytes is None else max_state_bytes)
         self._end_ids = _end_ids(self._model, tokenizer)
         self._stop_text = StopText(tokenizer)
         self._sessions: dict[str, kv.PrefixTree] = {}
@@ -164,7 +170,7 @@ class HFEngine:
         ids, room = checked_prompt(prompt_ids, self.max_context_length, vocab_size)
         limit = min(sampling.max_tokens, room)
         future = asyncio.get_running_loop().create_future()
-        tree = self._sessions.setdefault(session, kv.PrefixTree()) if session else None
+        tree = self._sessions.setdefault(session, kv.PrefixTree(kept=self._kept)) if session else None
         watched = self._stop_text.watched(sampling, self._end_ids)
         random = np.random.default_rng(sampling.seed % 2**64)
         request = _Request(ids, sampling, limit, tree, future, watched, random)

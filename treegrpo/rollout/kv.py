@@ -12,6 +12,8 @@ C, D] and [M, B, ...].
 from __future__ import annotations
 
 import functools
+import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +29,33 @@ State = tuple[Tensor, ...]
 """Of the convolutions [M, ...] and, in models that have them, of the recurrences [M, ...], behind one token."""
 
 
-@dataclass(slots=True, eq=False)
+class KeptStates:
+    """Which nodes of all sessions hold a state: beyond `max_bytes`, those used longest ago lose theirs."""
+
+    def __init__(self, max_bytes: float = math.inf) -> None:
+        self.max_bytes = max_bytes
+        # used last comes last; what a released session had leaves by itself
+        self._nodes: weakref.WeakKeyDictionary[PrefixTree, None] = weakref.WeakKeyDictionary()
+
+    def use(self, node: PrefixTree) -> None:
+        """Counts a node with a state as the one used last."""
+        self.forget(node)
+        self._nodes[node] = None
+        assert node.state is not None
+        # a model's states are all of one size
+        size = sum(x.nbytes for x in node.state)
+        while len(self._nodes) * size > self.max_bytes:
+            oldest = next(iter(self._nodes))
+            oldest.state = None
+            self.forget(oldest)
+
+    def forget(self, node: PrefixTree) -> None:
+        """Does not count a node that has no state any more."""
+        self._nodes.pop(node, None)
+
+
+# without slots, which are no weak references' before Python 3.11
+@dataclass(eq=False)
 class PrefixTree:
     """A session's keys and values as a radix tree: a sequence is a path, what sequences share is stored once."""
 
@@ -37,6 +65,8 @@ class PrefixTree:
     children: dict[int, PrefixTree] = field(default_factory=dict)
     state: State | None = None
     """Behind its last token, where one was kept; never written to."""
+    kept: KeptStates = field(default_factory=KeptStates)
+    """Of all nodes together."""
 
     def _walk(self, ids: list[int]) -> Iterator[tuple[PrefixTree, int]]:
         """The nodes on the way of `ids` and how many tokens of each match, at least one."""
@@ -59,12 +89,14 @@ class PrefixTree:
     def resume(self, ids: list[int]) -> tuple[int, list[Piece], State | None]:
         """The longest prefix of `ids` at whose end a state is stored: its length, keys and values in order, state."""
         best: tuple[int, list[Piece], State | None] = (0, [], None)
-        total, pieces = 0, []
+        total, pieces, found = 0, [], None
         for node, length in self._walk(ids):
             pieces.append(node._part(0, length))
             total += length
             if node.state is not None and length == len(node.tokens):
-                best = (total, list(pieces), node.state)
+                best, found = (total, list(pieces), node.state), node
+        if found is not None:
+            self.kept.use(found)
         return best
 
     def insert(
@@ -82,13 +114,19 @@ class PrefixTree:
         if at < len(ids):
             # a copy in its own memory: a view would keep the whole batch alive
             piece = (keys[:, :, at - num_known :].clone(), values[:, :, at - num_known :].clone())
-            child = PrefixTree(list(ids[at:]), piece)
+            child = PrefixTree(list(ids[at:]), piece, kept=self.kept)
             node.children[ids[at]] = node = child
         if state is not None and node.state is None:
             node.state = tuple(x.clone() for x in state)
+            self.kept.use(node)
 
     def _split(self, length: int) -> None:
-        rest = PrefixTree(self.tokens[length:], self._part(length, len(self.tokens)), self.children, self.state)
+        rest = PrefixTree(
+            self.tokens[length:], self._part(length, len(self.tokens)), self.children, self.state, self.kept
+        )
+        if rest.state is not None:
+            self.kept.forget(self)
+            self.kept.use(rest)
         self.children = {rest.tokens[0]: rest}
         # the state behind its first part was not kept
         self.tokens, self.piece, self.state = self.tokens[:length], self._part(0, length), None
