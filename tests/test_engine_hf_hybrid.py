@@ -192,10 +192,10 @@ def test_random_trees_of_many_prompts_grown_at_once(family, make_engine):
         await engine.release(str(number))
 
     async def run():
-        await asyncio.gather(*(grow(number) for number in range(6)))
+        await asyncio.gather(*(grow(number) for number in range(4)))
 
     asyncio.run(run())
-    assert len(done) > 50 and not engine._sessions
+    assert len(done) > 35 and not engine._sessions
     assert sum(result.num_prefilled for _, _, result in done) < 0.7 * sum(len(prompt) for prompt, _, _ in done)
     for prompt, sampling, result in done:
         check(engine._model, prompt, sampling, result)
