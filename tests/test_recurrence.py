@@ -1,6 +1,9 @@
 """Recurrences and convolutions along the paths of a tree: oracle, chunks, pieces, seams, refusals."""
 
+from functools import partial
+
 import cases
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +67,40 @@ def leaf_paths(subtree_end):
     return [mask[t].nonzero()[0] for t in range(len(mask)) if subtree_end[t] == t + 1]
 
 
+def without_states(q, k, v, g, beta, subtree_end):
+    """The same by matrices [H, T, T] over pairs of a token and its ancestors, many times faster than token by token:
+    out = M(q) (I + beta M(k) below the diagonal)^-1 (beta v), where M(x)_ij = x_i . exp(c_i - c_j) k_j and c sums g
+    along the path."""
+    mask = torch.from_numpy(cases.ancestor_mask(np.asarray(subtree_end)))
+    q, k = (x.repeat_interleave(v.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (q, k))
+    v, g = v.transpose(0, 1), (g if g.dim() == 3 else g[..., None]).transpose(0, 1).to(v.dtype)
+    along = mask.to(g.dtype) @ g
+    decay = (along[:, :, None] - along[:, None]).masked_fill(~mask[..., None], float("-inf")).exp()
+    # one decay for all channels, or one for each
+    decayed = decay * k[:, None]
+    scores = (decayed @ q[..., None])[..., 0]
+    if beta is not None:
+        rate = beta.T[..., None].to(v.dtype)
+        system = rate * (decayed @ k[..., None])[..., 0]
+        v = torch.linalg.solve_triangular(system, rate * v, upper=False, unitriangular=True)
+    return (scores @ v).transpose(0, 1)
+
+
+def assert_a_row_equals_each_forest(forests, kind, chunks, seed=0):
+    """All forests in one row, so that a chunk size is one pass; held against each forest by itself."""
+    sizes = [len(x) for x in forests]
+    starts = np.cumsum([0, *sizes[:-1]])
+    row = np.concatenate([x + start for x, start in zip(forests, starts, strict=True)])
+    tensors, dout = inputs(len(row), kind, seed=seed)
+    found = [by_chunks(row, tensors, dout, chunk) for chunk in chunks]
+    for subtree_end, start in zip(forests, starts, strict=True):
+        own = slice(start, start + len(subtree_end))
+        mine = [None if x is None else x[own].detach().requires_grad_() for x in tensors]
+        want = with_gradients(partial(without_states, subtree_end=subtree_end), mine, dout[own])
+        for got in found:
+            assert_close([x[own] for x in got], want)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORESTS)
 def test_the_oracle_is_every_leaf_alone(name, kind):
@@ -73,36 +110,43 @@ def test_the_oracle_is_every_leaf_alone(name, kind):
         packed = reference.gated_delta_rule(q, k, v, g, beta, torch.as_tensor(subtree_end))
         decay = g.exp() if g.dim() == 3 else g.exp()[..., None]
         keys, queries = k.repeat_interleave(2, 1), q.repeat_interleave(2, 1)
-        for path in leaf_paths(subtree_end):
-            # all heads at once: with D = diag(decay), S <- (I - beta k k^T) D S + beta k v^T
-            state = torch.zeros(4, q.shape[2], v.shape[2], dtype=torch.float64)
-            for t in path:
-                rate = torch.zeros(4) if beta is None else beta[t]
-                forget = torch.eye(q.shape[2]) - rate[:, None, None] * keys[t, :, :, None] * keys[t, :, None, :]
-                written = v[t] if beta is None else rate[:, None] * v[t]
-                state = forget @ (decay[t][..., None] * state) + keys[t, :, :, None] * written[:, None, :]
-                assert torch.allclose(packed[t], (queries[t, :, None, :] @ state)[:, 0], atol=1e-12)
+        paths = sorted(leaf_paths(subtree_end), key=len, reverse=True)
+        # all leaves and heads at once: with D = diag(decay), S <- (I - beta k k^T) D S + beta k v^T
+        state = torch.zeros(len(paths), 4, q.shape[2], v.shape[2], dtype=torch.float64)
+        for i in range(len(paths[0])):
+            t = torch.as_tensor([path[i] for path in paths if len(path) > i])
+            rate = torch.zeros(len(t), 4) if beta is None else beta[t]
+            forget = torch.eye(q.shape[2]) - rate[..., None, None] * keys[t, :, :, None] * keys[t, :, None, :]
+            written = v[t] if beta is None else rate[..., None] * v[t]
+            state = forget @ (decay[t][..., None] * state[: len(t)]) + keys[t, :, :, None] * written[:, :, None, :]
+            assert torch.allclose(packed[t], (queries[t, :, None, :] @ state)[:, :, 0], atol=1e-12)
+        assert_close([without_states(q, k, v, g, beta, subtree_end)], [packed])
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_chunks_equal_the_oracle(kind):
+    assert_a_row_equals_each_forest(list(FORESTS.values()), kind, (1, 4))
+    # where runs are long enough to fill them: others would be padding alone
+    long = ("two_trees", "ragged_turns", "random_0", "random_1")
+    assert_a_row_equals_each_forest([FORESTS[name] for name in long], kind, (20, 64))
+
+
 @pytest.mark.parametrize("name", FORESTS)
-def test_chunks_equal_the_oracle(name, kind):
-    tensors, dout = inputs(len(FORESTS[name]), kind)
-    want = oracle(FORESTS[name], tensors, dout)
-    for chunk in (1, 4, 20, 64):
-        assert_close(by_chunks(FORESTS[name], tensors, dout, chunk), want)
+def test_each_forest_alone_equals_the_oracle(name):
+    tensors, dout = inputs(len(FORESTS[name]), "kimi")
+    assert_close(by_chunks(FORESTS[name], tensors, dout, 4), oracle(FORESTS[name], tensors, dout))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_branches_at_every_residue_of_a_chunk(kind):
+    forests = []
     for prefix in range(1, 20):
         # a trunk, three branches of unlike lengths behind each other, one of which forks again
         trunk = list(range(1, prefix + 1))
         leaves = [trunk + [100] * a for a in (1, prefix, 9)] + [trunk + [200] * 8 + [300 + i] * i for i in (1, 8, 17)]
         leaves[2] = trunk + [150] * 9
-        subtree_end = cases.trie_subtree_end(leaves)
-        tensors, dout = inputs(len(subtree_end), kind, seed=prefix)
-        assert_close(by_chunks(subtree_end, tensors, dout, 8), oracle(subtree_end, tensors, dout))
+        forests.append(cases.trie_subtree_end(leaves))
+    assert_a_row_equals_each_forest(forests, kind, (8,), seed=1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -288,17 +332,18 @@ def test_convolution_along_every_path(name, taps):
     )
     for b in (bias, None):
         tensors = [x, weight] + ([] if b is None else [b])
+        plain = reference.causal_conv1d(x, weight, b, subtree_end)
         for activation in (None, F.silu):
             got = tk.tree_conv1d(x, weight, b, plan, activation=activation)
-            want = reference.causal_conv1d(x, weight, b, subtree_end)
-            want = want if activation is None else activation(want)
-            assert_close(
-                [got, *torch.autograd.grad(got, tensors, dout)], [want, *torch.autograd.grad(want, tensors, dout)]
-            )
+            want = plain if activation is None else activation(plain)
+            expected = torch.autograd.grad(want, tensors, dout, retain_graph=True)
+            assert_close([got, *torch.autograd.grad(got, tensors, dout)], [want, *expected])
     # each leaf alone
-    for path in leaf_paths(FORESTS[name]):
-        alone = F.conv1d(F.pad(x[path].T[None], (taps - 1, 0)), weight[:, None], bias, groups=5)[0].T
-        assert_close([tk.tree_conv1d(x, weight, bias, plan)[path]], [alone])
+    with torch.no_grad():
+        packed = tk.tree_conv1d(x, weight, bias, plan)
+        for path in leaf_paths(FORESTS[name]):
+            alone = F.conv1d(F.pad(x[path].T[None], (taps - 1, 0)), weight[:, None], bias, groups=5)[0].T
+            assert_close([packed[path]], [alone])
 
 
 def test_seams_of_the_docstring():

@@ -1,6 +1,7 @@
 """Triton's walk from state to state, in the interpreter or on a GPU, against the levels of chunks in torch."""
 
 import cases
+import numpy as np
 import pytest
 import torch
 from test_recurrence import KINDS, inputs, with_gradients
@@ -35,28 +36,38 @@ def results(subtree_end, tensors, dout, kernels, chunk):
     return [x.cpu() for x in found]
 
 
-def assert_as_exact(subtree_end, tensors, dout, chunk):
-    """At most twice the error of torch's levels, against those in float64."""
+def assert_as_exact(subtree_end, tensors, dout, chunk, sizes=None):
+    """At most twice the error of torch's levels, against those in float64; of each part of the row by itself."""
     wide = [None if x is None else x.double() for x in tensors]
     exact = results(subtree_end, wide, dout.double(), False, chunk)
     walked, levels = (results(subtree_end, tensors, dout, kernels, chunk) for kernels in (True, False))
-    for x, y, z in zip(walked, levels, exact, strict=True):
-        assert bool(x.isfinite().all())
-        assert (x - z).norm() <= 2 * (y - z).norm() + 1e-6 * z.norm()
+    for whole in zip(walked, levels, exact, strict=True):
+        for x, y, z in zip(*(x.split(sizes or len(x)) for x in whole), strict=True):
+            assert bool(x.isfinite().all())
+            assert (x - z).norm() <= 2 * (y - z).norm() + 1e-6 * z.norm()
     return walked
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FORESTS)
-def test_the_walk_equals_the_levels(name, kind, poisoned_empty):
-    tensors, dout = inputs(len(FORESTS[name]), kind, dtype=torch.float32)
-    for chunk in (4, 8):
-        assert_as_exact(FORESTS[name], tensors, dout, chunk)
+# all kernels at chunks of 4 tokens; chunks of 8 end with the run where it forks, with and without each option
+@pytest.mark.parametrize(
+    ("kind", "chunk", "names"),
+    [
+        *((kind, 4, tuple(FORESTS)) for kind in KINDS),
+        *((kind, 8, ("long", "ragged_turns")) for kind in ("kimi", "mamba")),
+    ],
+    ids=lambda x: str(x) if isinstance(x, (str, int)) else "",
+)
+def test_the_walk_equals_the_levels(kind, chunk, names, poisoned_empty):
+    # in one row: the interpreter takes its time for every program, whatever it walks
+    sizes = [len(FORESTS[name]) for name in names]
+    row = np.concatenate([FORESTS[name] + sum(sizes[:i]) for i, name in enumerate(names)])
+    tensors, dout = inputs(len(row), kind, dtype=torch.float32, hk=1, hv=2)
+    assert_as_exact(row, tensors, dout, chunk, sizes)
 
 
 @pytest.mark.parametrize(("d", "dv"), [(16, 16), (17, 33), (40, 6)])
 def test_any_head_dims(d, dv, poisoned_empty):
-    tensors, dout = inputs(len(FORESTS["long"]), "delta", dtype=torch.float32, d=d, dv=dv)
+    tensors, dout = inputs(len(FORESTS["long"]), "delta", dtype=torch.float32, hk=1, hv=2, d=d, dv=dv)
     first = assert_as_exact(FORESTS["long"], tensors, dout, 20)
     again = results(FORESTS["long"], tensors, dout, True, 20)
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
