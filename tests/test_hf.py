@@ -59,7 +59,11 @@ def test_packed_tree_equals_each_leaf_alone_in_eager(family):
     assert largest_difference(twin, model, {**inputs, "tree_plan": causal}, paths)[0] > 1e-2
 
 
-@pytest.mark.parametrize("family", EXACT)
+# of the hybrids one or two for each kind of layer
+IN_FLOAT32 = set(EXACT) - set(HYBRID) | {"qwen3_next", "qwen3_5_text", "kimi_linear", "nemotron_h", "falcon_h1", "lfm2"}
+
+
+@pytest.mark.parametrize("family", [name for name in EXACT if name in IN_FLOAT32])
 def test_packed_tree_in_float32(family):
     model = tiny_model(family, dtype=torch.float32)
     inputs, paths = packed_inputs(random_subtree_end(60, seed=4))
