@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import models as zoo
 import pytest
 import tiny
 import torch
@@ -41,6 +42,15 @@ RUNS = {
     "lora_at_once": (dict(groups_per_step=3, lora_r=3, beta=0.05), KEEP | {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, {}),
     "clipped": (dict(groups_per_step=3, max_grad_norm=1e-2), RESHARD, {}),
 }
+# layers with states: (family, environment, settings)
+HYBRIDS = {
+    "hybrid_ddp": ("qwen3_5_text", DDP, dict(gradient_checkpointing=True)),
+    # one process without a group: its blank rows of one token go through every layer
+    "hybrid_empty": ("nemotron_h", DDP, dict(groups_per_step=1)),
+    "hybrid": ("qwen3_5_text", RESHARD, dict(gradient_checkpointing=True)),
+    "hybrid_lora": ("nemotron_h", RESHARD, dict(lora_r=3)),
+}
+HYBRIDS = {name: given for name, given in HYBRIDS.items() if given[0] in zoo.EXACT}
 BF16 = dict(groups_per_step=3, bf16=True, beta=0.05, max_steps=1)
 # cut after step 3, the first of the two updates on its groups
 CUT = dict(groups_per_step=3, num_iterations=2, max_steps=5, lr_scheduler_type="cosine", warmup_steps=2, beta=0.05)
@@ -98,6 +108,7 @@ def shared(folder, whole, box):
     """All runs of two processes, in one launch."""
     full = FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     runs = {name: (settings(folder, f"two-{name}", s, model), FSDP2 | e) for name, (s, e, model) in RUNS.items()}
+    runs |= {name: (hybrid_settings(folder, "two", name), FSDP2 | e) for name, (_, e, _) in HYBRIDS.items()}
     runs["two_sharded"] = settings(folder, "two_sharded", CUT | SAVING), FSDP2 | KEEP
     runs["two_full"] = settings(folder, "two_full", CUT | SAVING), full
     runs["two_lora"] = settings(folder, "two_lora", CUT | LORA | SAVING), FSDP2
@@ -155,6 +166,25 @@ def test_two_processes_train_as_one(folder, shared, name):
         got, want = ([row.get(key) for row in every] for every in (rows, history))
         if want != [None] * len(want):
             assert got == pytest.approx(want, rel=1e-4, abs=1e-6, nan_ok=True), key
+
+
+def hybrid_settings(folder, processes, name):
+    family, _, changes = HYBRIDS[name]
+    base = dict(groups_per_step=3, beta=0.05, learning_rate=2e-3, adam_epsilon=1e-3)
+    model = zoo.COMMON | zoo.HYBRID[family] | dict(attention_dropout=0.0, vocab_size=tiny.VOCAB, model_type=family)
+    place = folder / family
+    place.mkdir(exist_ok=True)
+    return tiny.settings(tiny.write(place, **model), folder / f"{processes}-{name}", **base | changes).to_dict()
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_train_as_one(folder, shared, name):
+    found = shared[name]
+    assert not isinstance(found, str), found
+    history, parameters, gradients, _ = run(hybrid_settings(folder, "one", name))
+    assert tiny.largest_difference(found[2], gradients) < 1e-6
+    assert tiny.largest_difference(found[1], parameters) < 1e-6
+    assert [row["loss"] for row in found[0]] == pytest.approx([row["loss"] for row in history], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tied_kept", "lora", "everything"])

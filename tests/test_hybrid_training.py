@@ -1,9 +1,11 @@
-"""Hybrid models (short convolutions, recurrences) through the whole trainer: trees against chains, one process against
-two, cut against uncut, and the folders that come out of it."""
+"""Hybrid models (short convolutions, recurrences) through the whole trainer: trees against chains, resumed against
+uncut, and the folders that come out of it. Two processes against one: test_fsdp.py."""
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -13,16 +15,16 @@ import pytest
 import tiny
 import torch
 from tiny import largest_difference, run, settings
-from two_processes import DDP, FSDP2, RESHARD, run_command, two_processes
 
 transformers = pytest.importorskip("transformers", "5.17")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from treegrpo import checkpoint, export, models  # noqa: E402
+import treegrpo_kernels as tk  # noqa: E402
+from treegrpo import checkpoint, export, models, recurrent  # noqa: E402
 from treegrpo.cli import main  # noqa: E402
 from treegrpo.dryrun import run_plan  # noqa: E402
 from treegrpo.evaluate import evaluate  # noqa: E402
-from treegrpo.hf import use_tree_attention  # noqa: E402
+from treegrpo.hf import CHECK_SUBTREE_END, check_model, use_tree_attention  # noqa: E402
 from treegrpo.trainer import Trainer  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,37 +81,6 @@ def test_resume_is_bit_exact(tmp_path, family):
     assert largest_difference(whole, resumed) == 0.0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-4")
     assert largest_difference(whole, dict(loaded.named_parameters())) == 0.0
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """`(settings of one process, what two gave)` by name, all in one launch."""
-    folder = tmp_path_factory.mktemp("two")
-    runs = {
-        "ddp": ("qwen3_5_text", DDP, {"gradient_checkpointing": True}),
-        # one process without a group: its blank rows of one token go through every layer
-        "empty": ("nemotron_h", DDP, {"groups_per_step": 1}),
-        "fsdp2": ("qwen3_5_text", FSDP2 | RESHARD, {"gradient_checkpointing": True}),
-        "lora": ("nemotron_h", FSDP2 | RESHARD, {"lora_r": 3}),
-    }
-    base = {"groups_per_step": 3, "beta": 0.05, "learning_rate": 2e-3, "adam_epsilon": 1e-3}
-    given = {
-        name: settings(files(folder / family, family), folder / name, **base | changes).to_dict()
-        for name, (family, _, changes) in runs.items()
-    }
-    found = two_processes(folder, {name: dict(settings=s, environment=runs[name][1]) for name, s in given.items()})
-    return {name: (given[name], found[name]) for name in runs}
-
-
-@pytest.mark.parametrize("name", ["ddp", "empty", "fsdp2", "lora"])
-def test_two_processes_train_as_one(shared, name):
-    from distributed_worker import run as run_here
-
-    given, found = shared[name]
-    assert not isinstance(found, str), found
-    history, parameters, gradients, _ = run_here(given | {"output_dir": given["output_dir"] + "-one"})
-    assert largest_difference(found[2], gradients) < 1e-6 and largest_difference(found[1], parameters) < 1e-6
-    assert [row["loss"] for row in found[0]] == pytest.approx([row["loss"] for row in history], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", zoo.TAUGHT)
@@ -229,29 +200,26 @@ def test_an_adapter_on_one_of_two_tied_weights_is_not_merged(tmp_path):
         export.export(tmp_path / "run" / "checkpoint-1", tmp_path / "out")
 
 
-def test_a_model_that_was_not_taught_is_refused_and_copies_of_a_taught_one_know_the_tree():
-    code = """
-import copy, pickle, torch
-import models as zoo, treegrpo_kernels as tk
-from treegrpo.hf import CHECK_SUBTREE_END, check_model
+@pytest.mark.parametrize("family", ["qwen3_5_text", "nemotron_h", "lfm2"])
+def test_a_model_that_was_not_taught_is_refused_and_copies_of_a_taught_one_know_the_tree(family, monkeypatch):
+    plan = tk.TreePlan.build(torch.tensor(CHECK_SUBTREE_END))
+    inputs = dict(input_ids=torch.arange(1, 11)[None], position_ids=plan.position[None].long(), attention_mask=None)
 
-plan = tk.TreePlan.build(torch.tensor(CHECK_SUBTREE_END))
-inputs = dict(input_ids=torch.arange(1, 11)[None], position_ids=plan.position[None].long(), attention_mask=None)
-logits = lambda model: model(**inputs, use_cache=False, tree_plan=plan).logits
-for family in ("qwen3_5_text", "nemotron_h", "lfm2"):
+    def logits(model):
+        return model(**inputs, use_cache=False, tree_plan=plan).logits
+
     model = zoo.tiny_model(family, attention="treegrpo")
-    try:
+    file = sys.modules[type(model).__module__]
+    for name in recurrent._FUNCTIONS:
+        # as in a process that has taught no model of this file yet
+        if recurrent._knows_trees(getattr(file, name, None)):
+            monkeypatch.setattr(file, name, getattr(file, name).__wrapped__)
+    with pytest.raises(ValueError, match=r"mix siblings: call treegrpo\.hf\.check_model\(model\)"):
         logits(model.train())
-    except ValueError as error:
-        assert "call treegrpo.hf.check_model(model)" in str(error), error
-    else:
-        raise AssertionError(f"{family} mixed siblings")
     check_model(model)
     found, other = logits(model), zoo.tiny_model(family, attention="treegrpo", seed=1)
     # one process, one family, taught twice
     check_model(other)
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(same), found), family
+        assert torch.equal(logits(same), found)
     assert not torch.equal(logits(other), found)
-"""
-    run_command([sys.executable, "-c", code])
