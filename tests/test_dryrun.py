@@ -11,7 +11,7 @@ import torch
 from boxes import online_config, quick_box
 from models import HYBRID
 
-from treegrpo import Trajectory
+from treegrpo import Trajectory, dryrun
 from treegrpo.cli import main
 from treegrpo.dryrun import _ranges, _small_copy, run_plan
 from treegrpo.models import read_model_config
@@ -109,12 +109,15 @@ def test_a_large_model_is_checked_as_a_small_copy(argv, tmp_path, capsys):
 
 
 @pytest.mark.skipif("nemotron_h" not in HYBRID, reason="a family of newer releases of transformers")
-def test_a_large_hybrid_is_checked_in_the_fewest_layers_of_all_kinds(argv, tmp_path, capsys):
+def test_a_large_hybrid_is_checked_in_the_fewest_layers_of_all_kinds(argv, tmp_path, capsys, monkeypatch):
+    # a quarter of Nemotron-H-8B's width, a sixteenth of its weights
+    monkeypatch.setattr(dryrun, "_SMALL", dryrun._SMALL // 16)
+    monkeypatch.setattr(dryrun, "_LARGEST", dryrun._LARGEST // 16)
     rows = [Trajectory([1, 2, i], [0, 1, 1], reward=float(i), group="g") for i in (0, 1)]
-    # the size of Nemotron-H-8B, whose first layers of all kinds are eight: more than a check should build
-    shape = {"hidden_size": 4096, "intermediate_size": 21504, "hybrid_override_pattern": "M-M-M-M*-" + "M-" * 4}
-    shape |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "n_groups": 8}
-    shape |= {"mamba_num_heads": 128, "mamba_head_dim": 64, "ssm_state_size": 128, "num_hidden_layers": None}
+    # its first layers of all kinds are eight: more than a check should build
+    shape = {"hidden_size": 1024, "intermediate_size": 5376, "hybrid_override_pattern": "M-M-M-M*-" + "M-" * 4}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "n_groups": 8}
+    shape |= {"mamba_num_heads": 32, "mamba_head_dim": 64, "ssm_state_size": 128, "num_hidden_layers": None}
     _, model = tiny.write(tmp_path, rows, model_type="nemotron_h", **shape)
     config = read_model_config(model)
     assert _ranges(config) == [(0, 8), (5, 8)]
@@ -123,8 +126,8 @@ def test_a_large_hybrid_is_checked_in_the_fewest_layers_of_all_kinds(argv, tmp_p
     out = " ".join(capsys.readouterr().out.split())
     assert "a random copy of few layers" in out and "LoRA rank 2 on down_proj, in_proj, k_proj" in out
     # one that says where its layers of attention are cannot be cut behind the first
-    shape = {"attn_layer_indices": [9], "num_hidden_layers": 10, "hidden_size": 4096, "intermediate_size": 14336}
-    shape |= {"mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}
+    shape = {"attn_layer_indices": [9], "num_hidden_layers": 10, "hidden_size": 1024, "intermediate_size": 3584}
+    shape |= {"mamba_n_heads": 32, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}
     tiny.write(tmp_path, rows, model_type="bamba", **shape)
     assert main([*argv, "--dry-run"]) == 0
     assert "not checked: 10 layers of it have" in " ".join(capsys.readouterr().out.split())

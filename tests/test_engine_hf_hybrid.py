@@ -94,6 +94,8 @@ FAMILIES = {
 # of newer releases
 FAMILIES = {name: options for name, options in FAMILIES.items() if name in CONFIG_MAPPING}
 each_family = pytest.mark.parametrize("family", FAMILIES)
+# the engine sees states: of a convolution and a recurrence, and of a convolution alone
+of_each_kind = pytest.mark.parametrize("family", ["olmo_hybrid", "lfm2"])
 # seen: 1.1e-5, of a recurrence by tokens here and by chunks there, both in float32; with a wrong state 2e-2 and more
 BOUND = 3e-5
 # seen: 1.2e-4; a whole forward is 6e-5 from one in float64
@@ -162,7 +164,7 @@ def test_requests_of_unlike_lengths_together(family, session, make_engine):
     assert len({token for result in results for token in result.token_ids}) > 10
 
 
-@each_family
+@pytest.mark.parametrize("family", ["qwen3_next", "olmo_hybrid", "lfm2"])
 def test_random_trees_of_many_prompts_grown_at_once(family, make_engine):
     """Branches from the middle and from the end of what others sampled, rows that join, leave and give up."""
     engine = make_engine(make_hybrid(family), max_batch=5)
@@ -201,7 +203,7 @@ def test_random_trees_of_many_prompts_grown_at_once(family, make_engine):
         check(engine._model, prompt, sampling, result)
 
 
-@pytest.mark.parametrize("family", ["olmo_hybrid", "lfm2"])
+@of_each_kind
 def test_a_prompt_is_computed_from_the_deepest_state_before_its_last_token(family, make_engine):
     engine = make_engine(make_hybrid(family), ends=False)
     prompt = list(range(10, 30))
