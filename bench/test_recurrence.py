@@ -70,7 +70,9 @@ def passes_of_transformers(x: list[torch.Tensor], forest: workloads.Forest) -> N
         torch.autograd.grad(out, own, dout[None, begin:end])
 
 
-def check(name: str, quick: bool, forest: workloads.Forest, device: torch.device) -> float:
+@cache
+def check(name: str, quick: bool, device: torch.device) -> float:
+    forest = workloads.forest(name, quick)
     x = inputs(name, quick, device)
     tree = passes(moved(x, torch.device("cpu"), torch.float64), tk.TreePlan.build(forest.subtree_end))
     chains = moved(on_leaves(x, forest), torch.device("cpu"), torch.float64)
@@ -101,7 +103,7 @@ def test_recurrence(workload, baseline, meter, device, quick):
     }
     meter.measure(
         lambda: passes(tree, plan),
-        check=lambda: check(workload, quick, forest, device),
+        check=lambda: check(workload, quick, device),
         baseline=theirs[baseline],
         baseline_name=baseline,
         suite="recurrence",
