@@ -276,13 +276,15 @@ def compile_case(case: Case, tiles: Config | None = None, tma: bool | None = Non
 
 def cases(archs: list[int], head_dims: list[int], dtypes: list[str]) -> Iterator[Case]:
     """Every kernel plain; and, for the first dtype, with softcap and sinks (those for Hopper with sinks), and with a
-    window. On Blackwell the first dtype alone. The walk from state to state has one dtype."""
+    window. On Blackwell the first dtype alone. The walk from state to state has one dtype; on Hopper it comes
+    with all head dims, elsewhere with the largest, which leaves the fewest registers, and on sm_100, whose tiles are
+    Hopper's, plain alone."""
     for arch in archs:
-        for head_dim in head_dims:
-            if head_dim <= state_scan.LARGEST_DIM:
-                for features, kernels in SCAN_KERNELS.items():
-                    for kernel in kernels:
-                        yield Case(kernel, arch, head_dim, SCAN_DTYPE, features)
+        walked = sorted(head_dim for head_dim in head_dims if head_dim <= state_scan.LARGEST_DIM)
+        for head_dim in walked if 90 <= arch < 100 else walked[-1:]:
+            for features, kernels in SCAN_KERNELS.items():
+                if features == "plain" or not 100 <= arch < 120:
+                    yield from (Case(kernel, arch, head_dim, SCAN_DTYPE, features) for kernel in kernels)
         for dtype, head_dim in product(dtypes[:1] if arch >= 100 else dtypes, (0, *head_dims)):
             families = [PLAIN_KERNELS if head_dim else HEAD_KERNELS]
             if 90 <= arch < 100 and head_dim in hopper.HEAD_DIMS and dtype != "fp32":
