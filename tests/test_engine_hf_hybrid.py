@@ -93,7 +93,6 @@ FAMILIES = {
 }
 # of newer releases
 FAMILIES = {name: options for name, options in FAMILIES.items() if name in CONFIG_MAPPING}
-each_family = pytest.mark.parametrize("family", FAMILIES)
 # the engine sees states: of a convolution and a recurrence, and of a convolution alone
 of_each_kind = pytest.mark.parametrize("family", ["olmo_hybrid", "lfm2"])
 # seen: 1.1e-5, of a recurrence by tokens here and by chunks there, both in float32; with a wrong state 2e-2 and more

@@ -60,7 +60,7 @@ def test_packed_tree_equals_each_leaf_alone_in_eager(family):
 
 
 # of the hybrids one or two for each kind of layer
-IN_FLOAT32 = set(EXACT) - set(HYBRID) | {"qwen3_next", "qwen3_5_text", "kimi_linear", "nemotron_h", "falcon_h1", "lfm2"}
+IN_FLOAT32 = set(EXACT) - set(TAUGHT) | {"qwen3_next", "qwen3_5_text", "kimi_linear", "nemotron_h", "falcon_h1", "lfm2"}
 
 
 @pytest.mark.parametrize("family", [name for name in EXACT if name in IN_FLOAT32])
