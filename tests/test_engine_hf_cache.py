@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
-import numpy as np
 import pytest
 import tiny_engine
 import torch
-from tiny import VOCAB
-from tiny_engine import FAMILIES, alone, forward_logprobs, greedy, make_model, together
+from tiny_engine import FAMILIES, alone, forward_logprobs, greedy, grow_trees, make_model, together
 
 from treegrpo.rollout.engine import SamplingParams, checked_prompt
 from treegrpo.rollout.kv import KVBatch, KVShape, PrefixTree
@@ -83,33 +81,11 @@ def test_random_trees_of_many_prompts_grown_at_once(family, make_engine):
     """Branches join and leave a batch too small for them, some give up; every log-prob is that of a plain forward."""
     model = make_model(**FAMILIES[family])
     engine = make_engine(model, max_batch=5)
-    done = []
 
-    async def grow(number):
-        random = np.random.default_rng(number)
-        nodes = [random.integers(3, VOCAB, random.integers(1, 30)).tolist()]
+    def sampling(limit, seed):
+        return SamplingParams(max_tokens=limit, temperature=0.8, seed=seed)
 
-        async def branch(seed):
-            parent = nodes[random.integers(len(nodes))]
-            cut = random.integers(1, len(parent) + 1)
-            prompt = parent[:cut] + random.integers(3, VOCAB, random.integers(0, 12)).tolist()
-            sampling = SamplingParams(max_tokens=int(random.integers(1, 14)), temperature=0.8, seed=seed)
-            call = asyncio.ensure_future(engine.generate(prompt, sampling, session=str(number)))
-            if seed % 7 == 6:
-                await asyncio.sleep(0.005)
-                call.cancel()
-                return
-            result = await call
-            done.append((prompt, sampling, result))
-            nodes.append(prompt + result.token_ids)
-
-        for turn in range(4):
-            await asyncio.gather(*(branch(10 * turn + i) for i in range(3)), return_exceptions=True)
-
-    async def run():
-        await asyncio.gather(*(grow(number) for number in range(6)))
-
-    asyncio.run(run())
+    done = grow_trees(engine, 6, sampling, ends_only=lambda seed: False)
     assert len(done) > 50
     assert sum(result.num_prefilled for _, _, result in done) < 0.7 * sum(len(prompt) for prompt, _, _ in done)
     for prompt, sampling, result in done:

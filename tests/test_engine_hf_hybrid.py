@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import asyncio
 
+import models
 import numpy as np
 import pytest
 import tiny_engine
 import torch
 import transformers
+from models import EXPERTS
 from packaging.version import Version
 from tiny import VOCAB
-from tiny_engine import greedy, make_model, together
+from tiny_engine import greedy, grow_trees, make_model, together
 from transformers import CONFIG_MAPPING
 
 from treegrpo.rollout import hf, hybrid, layers
@@ -26,45 +28,13 @@ pytestmark = [
 ]
 tokenizer, make_engine = tiny_engine.tokenizer, tiny_engine.make_engine
 
-DELTA = {
-    "num_hidden_layers": 3,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 6,
-}
+LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+DELTA = {**models.DELTA_NET, **LAYERS, "linear_value_head_dim": 6}
 # with a bias, padding is no zero to the convolution
 CONV = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MAMBA = {
-    "num_hidden_layers": 3,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 2,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 64,
-}
+MAMBA = {**models.MAMBA, "num_hidden_layers": 3, "mamba_chunk_size": 64}
 # keys and values of latents, which differ in size
-KIMI = {
-    **EXPERTS,
-    "num_hidden_layers": 3,
-    "layer_types": DELTA["layer_types"],
-    "linear_num_heads": 4,
-    "linear_head_dim": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "num_local_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
+KIMI = {**models.KIMI, **LAYERS}
 FAMILIES = {
     "qwen3_next": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_5_text": DELTA,
@@ -75,13 +45,12 @@ FAMILIES = {
     "lfm3": CONV,
     "granitemoehybrid": {
         **MAMBA,
-        "layer_types": DELTA["layer_types"],
+        **LAYERS,
         **EXPERTS,
-        "num_local_experts": 4,
         "shared_intermediate_size": 16,
     },
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "ssm_multipliers": [0.9, 0.8, 0.7, 1.5, 0.6]},
+    "falcon_h1": {**MAMBA, "ssm_multipliers": [0.9, 0.8, 0.7, 1.5, 0.6]},
     "kimi_linear": KIMI,
     "bailing_hybrid": KIMI,
     # two layers that cache nothing, one of them where a cache looks first
@@ -167,35 +136,11 @@ def test_requests_of_unlike_lengths_together(family, session, make_engine):
 def test_random_trees_of_many_prompts_grown_at_once(family, make_engine):
     """Branches from the middle and from the end of what others sampled, rows that join, leave and give up."""
     engine = make_engine(make_hybrid(family), max_batch=5)
-    done = []
 
-    async def grow(number):
-        random = np.random.default_rng(number)
-        nodes = [random.integers(3, VOCAB, random.integers(1, 30)).tolist()]
+    def sampling(limit, seed):
+        return SamplingParams(max_tokens=limit, temperature=0.8 * (seed % 3 > 0), seed=seed)
 
-        async def branch(seed):
-            parent = nodes[random.integers(len(nodes))]
-            cut = len(parent) if seed % 2 else random.integers(1, len(parent) + 1)
-            prompt = parent[:cut] + random.integers(3, VOCAB, random.integers(0, 12)).tolist()
-            temperature = 0.8 * (seed % 3 > 0)
-            sampling = SamplingParams(max_tokens=int(random.integers(1, 14)), temperature=temperature, seed=seed)
-            call = asyncio.ensure_future(engine.generate(prompt, sampling, session=str(number)))
-            if seed % 7 == 6:
-                await asyncio.sleep(0.005)
-                call.cancel()
-                return
-            result = await call
-            done.append((prompt, sampling, result))
-            nodes.append(prompt + result.token_ids)
-
-        for turn in range(4):
-            await asyncio.gather(*(branch(10 * turn + i) for i in range(3)), return_exceptions=True)
-        await engine.release(str(number))
-
-    async def run():
-        await asyncio.gather(*(grow(number) for number in range(4)))
-
-    asyncio.run(run())
+    done = grow_trees(engine, 4, sampling, ends_only=lambda seed: seed % 2)
     assert len(done) > 35 and not engine._sessions
     assert sum(result.num_prefilled for _, _, result in done) < 0.7 * sum(len(prompt) for prompt, _, _ in done)
     for prompt, sampling, result in done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 import torch
 from tiny import MODEL, VOCAB
@@ -91,3 +92,37 @@ def forward_logprobs(model, prompt, sampled, temperature: float = 1.0) -> torch.
         ids = torch.tensor([[*prompt, *sampled]], device=model.device)
         logits = model(ids).logits[0, len(prompt) - 1 : -1].cpu()
     return torch.log_softmax(logits.float() / temperature, -1).gather(-1, torch.tensor(sampled)[:, None])[:, 0]
+
+
+def grow_trees(engine: HFEngine, num_trees: int, sampling_of, *, ends_only) -> list:
+    """(prompt, sampling, completion) of branches of random trees, all grown at once: from the middle of what others
+    sampled (from its end where ``ends_only(seed)``), rows join, leave, and every seventh gives up."""
+    done: list = []
+
+    async def grow(number: int) -> None:
+        random = np.random.default_rng(number)
+        nodes = [random.integers(3, VOCAB, random.integers(1, 30)).tolist()]
+
+        async def branch(seed: int) -> None:
+            parent = nodes[random.integers(len(nodes))]
+            cut = len(parent) if ends_only(seed) else random.integers(1, len(parent) + 1)
+            prompt = parent[:cut] + random.integers(3, VOCAB, random.integers(0, 12)).tolist()
+            sampling = sampling_of(int(random.integers(1, 14)), seed)
+            call = asyncio.ensure_future(engine.generate(prompt, sampling, session=str(number)))
+            if seed % 7 == 6:
+                await asyncio.sleep(0.005)
+                call.cancel()
+                return
+            result = await call
+            done.append((prompt, sampling, result))
+            nodes.append(prompt + result.token_ids)
+
+        for turn in range(4):
+            await asyncio.gather(*(branch(10 * turn + i) for i in range(3)), return_exceptions=True)
+        await engine.release(str(number))
+
+    async def run() -> None:
+        await asyncio.gather(*(grow(number) for number in range(num_trees)))
+
+    asyncio.run(run())
+    return done

@@ -20,7 +20,6 @@ import importlib
 import importlib.util
 import logging
 import re
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -169,11 +168,22 @@ def _in_torch(
     normalize: bool,
     way: str,
 ) -> Tensor:
+    def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            dtype, wide = q.dtype, reference.compute_dtype(q.dtype)
+            q, k, v, g = (x.to(wide) for x in (q, k, v, g))
+            beta = None if beta is None else beta.to(wide)
+            if normalize:
+                q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+            q = q * scale
+            if way == "reference":
+                return reference.gated_delta_rule(q, k, v, g, beta, plan.subtree_end).to(dtype)
+            return chunked(q, k, v, g, beta, plan).to(dtype)
+
     in_chunks = way != "reference" and torch.is_grad_enabled()
     if in_chunks and kept_bytes(q, v, g, beta, plan) > RECOMPUTE_FROM:
-        compute = partial(_compute, plan=plan, scale=scale, normalize=normalize, way=way)
         return checkpoint(compute, q, k, v, g, beta, use_reentrant=False, preserve_rng_state=False)
-    return _compute(q, k, v, g, beta, plan, scale, normalize, way)
+    return compute(q, k, v, g, beta)
 
 
 def kept_bytes(q: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, plan: TreePlan) -> int:
@@ -184,29 +194,6 @@ def kept_bytes(q: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, plan: TreeP
     if g.dim() == 3:
         a_chunk += 2 * CHUNK * BLOCK * dim
     return pieces_of(plan, CHUNK).num_pieces * v.shape[1] * a_chunk * (8 if q.dtype == torch.float64 else 4)
-
-
-def _compute(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor | None,
-    plan: TreePlan,
-    scale: float,
-    normalize: bool,
-    way: str,
-) -> Tensor:
-    with torch.autocast(q.device.type, enabled=False):
-        dtype, compute = q.dtype, reference.compute_dtype(q.dtype)
-        q, k, v, g = (x.to(compute) for x in (q, k, v, g))
-        beta = None if beta is None else beta.to(compute)
-        if normalize:
-            q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-        q = q * scale
-        if way == "reference":
-            return reference.gated_delta_rule(q, k, v, g, beta, plan.subtree_end).to(dtype)
-        return chunked(q, k, v, g, beta, plan).to(dtype)
 
 
 def _fla_by_levels(
