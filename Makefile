@@ -18,7 +18,7 @@ endif
 BUILT   := $(STAMPS)/built-$(notdir $(DEPS))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup programs test test-trl test-fla test-verl test-tritons demo bench bench-smoke lint format aot ctest cuda docs doctor clean
+.PHONY: help setup programs test test-trl test-fla test-verl test-tritons demo bench bench-smoke lint format aot aot-newer ctest cuda docs doctor clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -5
@@ -113,8 +113,12 @@ format: $(BUILT)
 
 aot: $(BUILT)
 	@echo "== Triton kernels compiled ahead of time for sm_80, sm_90, sm_100 and sm_120: no spills, shared memory within limits"
-	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot
+	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot $(AOT_FLAGS)
 	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot --arch 90 --head-dim 256 --dtype bf16
+
+# a part of what `make aot` compiles without flags
+aot-newer: $(BUILT)
+	TRITON_INTERPRET= $(PY) -m treegrpo_kernels.triton.aot --arch 100 120 --head-dim 128
 
 # the kernels and their launches with other releases of Triton, each before the environment's own
 TRITONS := 3.7.1 3.8.0 3.9.0

@@ -118,7 +118,7 @@ def test_requests_of_unlike_lengths_together(family, session, make_engine):
     engine = make_engine(make_hybrid(family), ends=False)
     random = np.random.default_rng(0)
     # the shortest are shorter than the kernel of the convolution, some longer than a chunk of the recurrence
-    lengths = [1, 2, 3, 4, 5, 8, 13, 30, 63, 64, 65, 130]
+    lengths = [1, 2, 3, 5, 13, 63, 65, 130]
     prompts = [random.integers(3, VOCAB, n).tolist() for n in lengths]
     for temperature in (0.0, 0.9):
         calls = [
@@ -126,9 +126,9 @@ def test_requests_of_unlike_lengths_together(family, session, make_engine):
             for i, prompt in enumerate(prompts)
         ]
         results = ask(engine, calls, session)
-        assert [len(result.token_ids) for result in results] == [1 + 3 * i for i in range(12)]
+        assert [len(result.token_ids) for result in results] == [1 + 3 * i for i in range(8)]
         again = session and temperature > 0
-        assert [result.num_prefilled for result in results] == ([1] * 12 if again else lengths)
+        assert [result.num_prefilled for result in results] == ([1] * 8 if again else lengths)
     assert len({token for result in results for token in result.token_ids}) > 10
 
 

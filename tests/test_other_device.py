@@ -20,7 +20,7 @@ FILES = {
     "trl": ["test_trl.py", "test_trl_tree.py"],
 }
 CHOSEN = {
-    "training": "waits or seen or same_curves or written_out or resume_is or loads_anywhere",
+    "training": "waits or seen or same_curves or written_out or (resume_is and lora) or loads_anywhere",
     "sampling": "repeats_bit_for_bit or copy_samples or adapters",
     "trl": "dapo or two_iterations or accumulation or lora or changes_nothing or transformers or evaluation",
 }
