@@ -109,13 +109,12 @@ def rounds_for(num_chain_tokens):
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("case", MODELS)
-def test_step(case, contender, meter, device, quick):
+@pytest.mark.parametrize(("workload", "case"), [(forest_of(case), case) for case in MODELS], ids=MODELS)
+def test_step(workload, case, contender, meter, device, quick):
     if device.type == "cuda":
         pytest.skip("a small model says nothing of a GPU: test_real_step.py measures real ones there")
     if MODELS[case] != "qwen3" and "qwen3_5_text" not in CONFIG_MAPPING:
         pytest.skip("transformers has no Qwen3.5 before 5.17")
-    workload = forest_of(case)
     usable = fast_tree_backend(Request(workloads.forest(workload, quick), device, True, quick))
     if isinstance(usable, str):
         pytest.skip(usable)
