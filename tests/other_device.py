@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, fallthrough_kernel
+from torch import library as registration
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -188,13 +188,13 @@ class _Module(_DummyBackendModule):
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-_aten, _every = Library("aten", "IMPL"), Library("_", "IMPL")
+_aten, _every = registration.Library("aten", "IMPL"), registration.Library("_", "IMPL")
 _aten.impl("empty.memory_format", _empty, "PrivateUse1")
 _aten.impl("empty_strided", _empty_strided, "PrivateUse1")
 for _name in ("arange", "arange.start", "arange.start_step"):
     _aten.impl(_name, _arange, "PrivateUse1")
 _aten.impl("copy_", _copy, "PrivateUse1")
-_every.fallback(fallthrough_kernel, "AutocastPrivateUse1")
+_every.fallback(registration.fallthrough_kernel, "AutocastPrivateUse1")
 for _name in ("linear", "mm", "bmm", "matmul"):
     _aten.impl(_name, _cast(_name), "AutocastPrivateUse1")
 # a parameter that moves stays the object it was, and tied ones tied
